@@ -1,0 +1,1 @@
+"""Networks: pure functions over a parameter pytree. They know nothing of requests, rules or caches."""

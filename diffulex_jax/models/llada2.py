@@ -1,0 +1,230 @@
+"""LLaDA2-MoE as pure functions over a parameter pytree (arXiv 2512.15745; the Bailing-MoE-v2 / Ling-2.0 architecture).
+
+Attention heads are kept grouped by key/value head throughout: ``qkv`` holds, for each of the ``KV`` key/value heads, its
+``G`` query heads followed by one key and one value, so one matmul gives all three and sharding ``KV`` shards them together.
+
+Letters in shapes: R rows, T tokens, D embed, KV key/value heads, G query heads per key/value head, H head_dim, E experts,
+F expert hidden width, V vocabulary, L layers of one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from diffulex_jax.config import ModelConfig
+from pallas_kernels import grouped_matmul
+
+
+Params = dict[str, Any]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""``attend(layer, q [R, T, KV, G, H], k [R, T, KV, H], v [R, T, KV, H]) -> (out [R, T, KV, G, H], aux)``: the attention
+policy of the caller. ``layer`` is the index over all layers; ``aux`` comes back stacked over layers."""
+Experts = Callable[..., jax.Array]
+"""``experts(x [N, D], expert_ids [N, k], weights [N, k], gate_up [E, D, 2F], down [E, F, D], valid=[N]) -> [N, D]``."""
+
+
+# One entry per parameter: shape and logical axes. `parallel.mesh` maps the axes to the machine.
+def schema(config: ModelConfig) -> dict[str, Any]:
+    """The parameter tree as ``(shape, logical axes)`` leaves."""
+    c = config
+    embed, kv, group, head = c.hidden_size, c.num_key_value_heads, c.queries_per_kv, c.head_dim
+
+    def layers(n: int, extra: dict[str, Any]) -> dict[str, Any]:
+        common = {
+            "attn_norm": ((n, embed), ("layer", "embed")),
+            "qkv": ((n, embed, kv, group + 2, head), ("layer", "embed", "kv_heads", None, "head_dim")),
+            "q_norm": ((n, head), ("layer", "head_dim")),
+            "k_norm": ((n, head), ("layer", "head_dim")),
+            "out": ((n, kv, group, head, embed), ("layer", "kv_heads", None, "head_dim", "embed")),
+            "mlp_norm": ((n, embed), ("layer", "embed")),
+        }
+        return common | extra
+
+    def mlp(n: int, prefix: str, width: int) -> dict[str, Any]:
+        return {
+            f"{prefix}_gate_up": ((n, embed, 2, width), ("layer", "embed", None, "mlp")),
+            f"{prefix}_down": ((n, width, embed), ("layer", "mlp", "embed")),
+        }
+
+    n, experts, width = c.num_moe_layers, c.num_experts, c.moe_intermediate_size
+    moe = {
+        "router": ((n, embed, experts), ("layer", "embed", None)),
+        "router_bias": ((n, experts), ("layer", None)),
+        "experts_gate_up": ((n, experts, embed, 2 * width), ("layer", "expert", "embed", "mlp")),
+        "experts_down": ((n, experts, width, embed), ("layer", "expert", "mlp", "embed")),
+    }
+    if c.num_shared_experts:
+        moe |= mlp(n, "shared", width * c.num_shared_experts)
+    tree = {
+        "embed": ((c.vocab_size, embed), ("vocab", "embed")),
+        "lm_head": ((c.vocab_size, embed), ("vocab", "embed")),
+        "norm": ((embed,), ("embed",)),
+    }
+    if c.num_dense_layers:
+        tree["dense"] = layers(c.num_dense_layers, mlp(c.num_dense_layers, "mlp", c.intermediate_size))
+    if c.num_moe_layers:
+        tree["moe"] = layers(n, moe)
+    return tree
+
+
+def is_leaf(node: Any) -> bool:
+    """True for a ``(shape, axes)`` leaf of :func:`schema`."""
+    return isinstance(node, tuple)
+
+
+def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, *, scale: float = 0.02) -> Params:
+    """Random parameters: normal with deviation ``scale``, ones for norms, zeros for the router bias."""
+    leaves, treedef = jax.tree.flatten_with_path(schema(config), is_leaf=is_leaf)
+
+    def one(path: Any, leaf: Any, key: jax.Array) -> jax.Array:
+        name, (shape, _) = path[-1].key, leaf
+        if name == "router_bias":
+            return jnp.zeros(shape, jnp.float32)
+        if name.endswith("norm"):
+            return jnp.ones(shape, dtype)
+        return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)
+
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(treedef, [one(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)])
+
+
+def embed(params: Params, tokens: jax.Array) -> jax.Array:
+    """Input embeddings ``[..., D]`` of token ids ``[...]``."""
+    return params["embed"][tokens]
+
+
+def logits(params: Params, hidden: jax.Array) -> jax.Array:
+    """Vocabulary logits ``[..., V]`` in float32 of normalised hidden states ``[..., D]``."""
+    with jax.named_scope("lm_head"):
+        return jnp.einsum("...d,vd->...v", hidden, params["lm_head"], preferred_element_type=jnp.float32)
+
+
+def hidden(
+    params: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    *,
+    valid: jax.Array | None = None,
+    experts: Experts = grouped_matmul.expert_mlp,
+) -> tuple[jax.Array, Any]:
+    """Runs all layers and the final norm.
+
+    Args:
+      params: see :func:`schema`.
+      config: the model's shape.
+      x: ``[R, T, D]`` input embeddings.
+      positions: ``[R, T]`` int32 absolute positions, for RoPE.
+      attend: the caller's attention policy.
+      valid: ``[R, T]`` bool; False rows route to no expert (their output means nothing).
+      experts: how the routed experts are computed.
+
+    Returns:
+      ``(hidden [R, T, D], aux)``; ``aux`` has every leaf of the policy's aux stacked over all layers.
+    """
+    cos_sin = rope_table(positions, config)
+    valid = None if valid is None else valid.reshape(-1)
+
+    def block(mlp: Callable[[jax.Array, Params], jax.Array]) -> Callable[..., Any]:
+        def body(carry: tuple[jax.Array, jax.Array], w: Params) -> tuple[tuple[jax.Array, jax.Array], Any]:
+            x, layer = carry
+            with jax.named_scope("attention"):
+                a, aux = attention(w, config, x, cos_sin, lambda q, k, v: attend(layer, q, k, v))
+                x = x + a
+            with jax.named_scope("mlp"):
+                x = x + mlp(rms_norm(x, w["mlp_norm"], config.rms_norm_eps), w)
+            return (x, layer + 1), aux
+
+        return body
+
+    def dense(h: jax.Array, w: Params) -> jax.Array:
+        return swiglu(h, w["mlp_gate_up"], w["mlp_down"])
+
+    def moe(h: jax.Array, w: Params) -> jax.Array:
+        flat = h.reshape(-1, h.shape[-1])
+        ids, weights = route(flat, w["router"], w["router_bias"], config)
+        y = experts(flat, ids, weights, w["experts_gate_up"], w["experts_down"], valid=valid).reshape(h.shape)
+        return y + swiglu(h, w["shared_gate_up"], w["shared_down"]) if config.num_shared_experts else y
+
+    carry, auxes = (x, jnp.int32(0)), []
+    for kind, mlp in (("dense", dense), ("moe", moe)):
+        if kind in params:
+            carry, aux = lax.scan(block(mlp), carry, params[kind])
+            auxes.append(aux)
+    aux = auxes[0] if len(auxes) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+    return rms_norm(carry[0], params["norm"], config.rms_norm_eps), aux
+
+
+def attention(w: Params, config: ModelConfig, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], policy: Any) -> tuple[jax.Array, Any]:
+    """Pre-norm attention: per-head RMSNorm on queries and keys comes before RoPE."""
+    eps, group = config.rms_norm_eps, config.queries_per_kv
+    qkv = jnp.einsum("rtd,dkgh->rtkgh", rms_norm(x, w["attn_norm"], eps), w["qkv"])
+    q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
+    q = rope(rms_norm(q, w["q_norm"], eps), *(t[:, :, None, None] for t in cos_sin))
+    k = rope(rms_norm(k, w["k_norm"], eps), *(t[:, :, None] for t in cos_sin))
+    out, aux = policy(q, k, v)
+    return jnp.einsum("rtkgh,kghd->rtd", out, w["out"]), aux
+
+
+def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    """``silu(x Wg) * (x Wu)`` through ``down``; ``gate_up [D, 2, F]`` holds Wg and Wu."""
+    h = jnp.einsum("...d,dcf->...cf", x, gate_up)
+    return jnp.einsum("...f,fd->...d", jax.nn.silu(h[..., 0, :]) * h[..., 1, :], down)
+
+
+def route(x: jax.Array, router: jax.Array, bias: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Group-limited top-k routing with a selection-only bias (DeepSeek-V3's scheme, as LLaDA2 uses it), in float32.
+
+    Scores are sigmoids. Bias added, the ``topk_group`` groups with the largest sum of their two best experts stay, and
+    the top-k experts among them are taken; ties go to the lower index. Weights are the unbiased scores, normalised and
+    scaled.
+
+    Args:
+      x: ``[N, D]``.
+      router: ``[D, E]``.
+      bias: ``[E]``.
+
+    Returns:
+      ``(expert ids [N, k] int32, weights [N, k] float32)``.
+    """
+    c = config
+    score = jax.nn.sigmoid(jnp.einsum("nd,de->ne", x.astype(jnp.float32), router.astype(jnp.float32)))
+    biased = score + bias.astype(jnp.float32)
+    if c.topk_group < c.n_group:
+        grouped = biased.reshape(-1, c.n_group, c.num_experts // c.n_group)
+        best_two = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+        kept = jax.nn.one_hot(lax.top_k(best_two, c.topk_group)[1], c.n_group, dtype=jnp.bool_).any(-2)
+        biased = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(biased.shape)
+    ids = lax.top_k(biased, c.num_experts_per_tok)[1]
+    weights = jnp.take_along_axis(score, ids, -1)
+    if c.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    return ids.astype(jnp.int32), weights * c.routed_scaling_factor
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    return y.astype(x.dtype) * scale
+
+
+def rope_table(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines ``[R, T, rotary_dim]`` (float32) for rotate-half RoPE on the first ``rotary_dim`` dimensions."""
+    exponent = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / config.rotary_dim
+    angle = positions[..., None].astype(jnp.float32) / config.rope_theta**exponent
+    return jnp.concatenate([jnp.cos(angle)] * 2, -1), jnp.concatenate([jnp.sin(angle)] * 2, -1)
+
+
+def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the first ``cos.shape[-1]`` dimensions of the last axis; the rest pass through."""
+    dim = cos.shape[-1]
+    r = x[..., :dim].astype(jnp.float32)
+    half = jnp.concatenate([-r[..., dim // 2 :], r[..., : dim // 2]], -1)
+    return jnp.concatenate([(r * cos + half * sin).astype(x.dtype), x[..., dim:]], -1)

@@ -1,0 +1,1 @@
+"""Kernels for the hot updates: each a reference, its backends, and one public function that picks."""
