@@ -1,0 +1,279 @@
+"""The decode step and the loop around it: pure functions of parameters, pool and state.
+
+``predict -> rule.update -> finish -> advance`` is one denoise step; ``denoise`` runs many of them on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from diffulex_jax.config import ModelConfig
+from diffulex_jax.models import llada2
+from diffulex_jax.request_state import given_blocks
+from diffulex_jax.rules.base import Rule
+from diffulex_jax.state import LENGTH, MAX_NFE, RUNNING, STOP, DecodeState, Dims, KVPool, Merge, Pending, Prediction, StepReport
+from pallas_kernels import block_attention, remask, token_merge
+
+
+class Program(NamedTuple):
+    """Everything static about a decode step."""
+
+    config: ModelConfig
+    dims: Dims
+    rule: Rule
+    eos_ids: tuple[int, ...]
+
+    @property
+    def block_budget(self) -> int:
+        """Forwards after which a block is filled by force, whatever the rules say: every block ends."""
+        return 4 * self.dims.block
+
+
+def denoise(
+    program: Program, params: llada2.Params, pool: KVPool, state: DecodeState, *, max_steps: jax.Array, stop_on_finish: jax.Array
+) -> tuple[KVPool, DecodeState, StepReport]:
+    """Runs up to ``max_steps`` denoise steps on the device; ends early when no row runs.
+
+    Args:
+      program: the static part.
+      params: model parameters.
+      pool: the KV pool; donate it.
+      state: the decode state; donate it.
+      max_steps: int32 scalar.
+      stop_on_finish: bool scalar; True returns as soon as any row finishes, so that its slot can be used again.
+    """
+    live_before = state.live
+
+    def go_on(carry: tuple[jax.Array, KVPool, DecodeState]) -> jax.Array:
+        i, _, state = carry
+        finished = (live_before & ~state.live).any()
+        return (i < max_steps) & state.live.any() & ~(stop_on_finish & finished)
+
+    def body(carry: tuple[jax.Array, KVPool, DecodeState]) -> tuple[jax.Array, KVPool, DecodeState]:
+        i, pool, state = carry
+        return i + 1, *step(program, params, pool, state)
+
+    _, pool, state = lax.while_loop(go_on, body, (jnp.int32(0), pool, state))
+    state = state.replace(sequence=_write_window(state))
+    return pool, state, report(state)
+
+
+def prefill(
+    program: Program, params: llada2.Params, pool: KVPool, tokens: jax.Array, count: jax.Array, start: jax.Array, page_table: jax.Array
+) -> KVPool:
+    """Writes the KV of whole prompt blocks of one request.
+
+    Args:
+      program: the static part.
+      params: model parameters.
+      pool: the KV pool; donate it.
+      tokens: ``[C, B]`` int32, C the chunk's compiled size.
+      count: int32 scalar, how many of the C blocks are real.
+      start: int32 scalar, absolute position of the chunk; everything before it is in the pool.
+      page_table: ``[P]`` int32, the request's pages.
+    """
+    blocks, block = tokens.shape
+    lanes = jnp.arange(blocks) < count
+    positions = start + jnp.arange(blocks * block, dtype=jnp.int32)
+
+    def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        out = block_attention.block_attention(q, k, v, pool.k, pool.v, layer, page_table[None], start[None], lanes[None])
+        return out, tuple(a[0].reshape(blocks, block, *a.shape[2:]) for a in (k, v))
+
+    x = llada2.embed(params, tokens.reshape(1, -1))
+    _, (k, v) = llada2.hidden(params, program.config, x, positions[None], attend, valid=jnp.repeat(lanes, block)[None])
+    pages = jnp.where(lanes, lax.dynamic_slice_in_dim(jnp.pad(page_table, (0, blocks)), start // block, blocks), pool.k.shape[1])
+    return KVPool(block_attention.write_blocks(pool.k, k, pages), block_attention.write_blocks(pool.v, v, pages))
+
+
+def report(state: DecodeState) -> StepReport:
+    """The few numbers the host reads."""
+    slots = state.tokens.shape[0]
+    open_ = (state.masked | ~state.active[..., None]).reshape(slots, -1)
+    position = state.positions.reshape(slots, -1)
+    decoded = jnp.where(open_, position, position[:, -1:] + 1).min(1)
+    return StepReport(state.status, state.nfe, state.revised, state.remasked, state.written_upto, decoded, state.length)
+
+
+def step(program: Program, params: llada2.Params, pool: KVPool, state: DecodeState) -> tuple[KVPool, DecodeState]:
+    """One forward and everything that follows from it."""
+    prediction, pool, state = predict(program, params, pool, state)
+    with jax.named_scope("rules"):
+        before = state
+        state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
+        state, rule_state = program.rule.update(prediction, state, state.rule)
+        state = _end_overdue_blocks(program, prediction, state.replace(rule=rule_state))
+        state = _count(before, state)
+    with jax.named_scope("advance"):
+        return pool, _advance(program, _finish(program, state))
+
+
+def predict(program: Program, params: llada2.Params, pool: KVPool, state: DecodeState) -> tuple[Prediction, KVPool, DecodeState]:
+    """One forward over the window, which also writes the KV of the pending block where there is one.
+
+    The forward is twice as wide (pending block and window) only in steps where some row has a pending block.
+    """
+    config, dims = program.config, program.dims
+    slots, window, block = state.tokens.shape
+    width = window * block
+
+    def embed(tokens: jax.Array, merge: Merge) -> jax.Array:
+        if program.rule.merge is None:
+            return llada2.embed(params, tokens)
+        return token_merge.merge(
+            params["embed"], tokens, config.mask_token_id, merge.ids, merge.probs, merge.soft, spec=program.rule.merge
+        )
+
+    def forward(leading: int) -> tuple[jax.Array, Any]:
+        x = embed(state.tokens, state.merge).reshape(slots, width, -1)
+        lanes, start = state.active, state.start
+        if leading:
+            x = jnp.concatenate([embed(state.pending.tokens, state.pending.merge), x], 1)
+            lanes, start = jnp.concatenate([state.pending.live[:, None], lanes], 1), start - leading
+        lanes &= state.live[:, None]
+        positions = start[:, None] + jnp.arange(leading + width, dtype=jnp.int32)
+
+        def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+            out = block_attention.block_attention(
+                q, k, v, pool.k, pool.v, layer, state.page_table, state.written_upto, lanes, leading=leading
+            )
+            return out, (k[:, :block], v[:, :block])
+
+        h, fresh = llada2.hidden(params, config, x, positions, attend, valid=jnp.repeat(lanes, block, 1))
+        return h[:, leading:], fresh if leading else jax.tree.map(jnp.zeros_like, fresh)
+
+    live = state.pending.live & state.live
+    h, (k, v) = lax.cond(live.any(), lambda: forward(block), lambda: forward(0))
+    pages = jnp.take_along_axis(state.page_table, jnp.maximum(state.start // block - 1, 0)[:, None], 1)[:, 0]
+    pages = jnp.where(live, pages, pool.k.shape[1])
+    pool = KVPool(block_attention.write_blocks(pool.k, k, pages), block_attention.write_blocks(pool.v, v, pages))
+    state = state.replace(
+        written_upto=jnp.where(live, state.start, state.written_upto),
+        pending=state.pending.replace(live=jnp.zeros_like(live)),
+    )
+    with jax.named_scope("prediction"):
+        return _reduce(program, params, h, state), pool, state
+
+
+def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: DecodeState) -> Prediction:
+    shape, s = state.tokens.shape, state.settings
+    per_position = shape[1] * shape[2]
+
+    def rows(a: jax.Array) -> jax.Array:
+        return jnp.repeat(a, per_position)
+
+    # A draw belongs to a position, not to a step: while the distribution stays, so does the sample, and edit rules settle.
+    # After a re-mask the request draws anew; the same noise would choose the doubted token again.
+    keys = jax.random.wrap_key_data(jnp.repeat(state.key, per_position, 0))
+    draws = jax.vmap(jax.random.fold_in)(keys, state.positions.reshape(-1))
+    draws = jax.vmap(jax.random.fold_in)(draws, rows(state.remasked))
+    left = jnp.concatenate([jnp.full_like(state.tokens[..., :1], -1), state.tokens[..., :-1]], -1)
+    best = remask.predict(
+        llada2.logits(params, h.reshape(-1, h.shape[-1])),
+        state.tokens.reshape(-1),
+        forbidden_id=program.config.mask_token_id,
+        sampling=remask.Sampling(draws, rows(s.temperature), rows(s.top_p), rows(s.top_k)),
+        penalized=left.reshape(-1),
+        penalty=rows(s.penalty_lambda),
+        top_k=program.dims.merge_top_k,
+    )
+    return Prediction(
+        token=best.token.reshape(shape),
+        prob=best.prob.reshape(shape),
+        current_prob=best.current_prob.reshape(shape),
+        top_ids=best.top_ids.reshape(*shape, -1),
+        top_probs=best.top_probs.reshape(*shape, -1),
+        masked=state.masked,
+    )
+
+
+def _end_overdue_blocks(program: Program, prediction: Prediction, state: DecodeState) -> DecodeState:
+    """Fills the masks of blocks that spent their budget, and lets go of them: no rule can keep a block open for ever."""
+    budget = program.block_budget + state.settings.max_post_edit_steps
+    over = state.active & (state.steps >= budget[:, None])
+    state = state.fill(state.masked & over[..., None], prediction.token, prediction.prob)
+    return state.replace(hold=state.hold & ~over, merge=state.merge.replace(soft=state.merge.soft & ~over[..., None]))
+
+
+def _count(before: DecodeState, after: DecodeState) -> DecodeState:
+    """Counts the forward, and what the rules did to tokens that were filled before it."""
+    filled = after.editable & ~before.masked
+    revised = (filled & ~after.masked & (after.tokens != before.tokens)).sum((1, 2), dtype=jnp.int32)
+    remasked = (filled & after.masked).sum((1, 2), dtype=jnp.int32)
+    return after.replace(
+        nfe=after.nfe + after.live, revised=after.revised + revised * after.live, remasked=after.remasked + remasked * after.live
+    )
+
+
+def _finish(program: Program, state: DecodeState) -> DecodeState:
+    """Ends rows whose output can no longer change: EOS with everything before it settled, all tokens settled, or NFE spent."""
+    slots = state.tokens.shape[0]
+    position = state.positions.reshape(slots, -1)
+    masked = (state.masked | ~state.active[..., None]).reshape(slots, -1)
+    settled = ~masked & jnp.repeat(~state.hold, state.tokens.shape[-1], 1)
+    wanted = (position >= state.prompt_len[:, None]) & (position < state.limit[:, None])
+    eos = _is_in(state.tokens.reshape(slots, -1), program.eos_ids) & wanted & ~masked & ~state.settings.ignore_eos[:, None]
+    end = state.start + position.shape[1]
+
+    def first(where: jax.Array) -> jax.Array:
+        return jnp.where(where, position, jnp.minimum(end, state.limit)[:, None]).min(1)
+
+    first_open, first_eos = first(wanted & ~settled), first(eos)
+    stop = eos.any(1) & (first_eos < first_open)
+    length = first_open >= state.limit
+    nfe = state.nfe >= state.settings.max_nfe
+    status = jnp.where(stop, STOP, jnp.where(length, LENGTH, jnp.where(nfe, MAX_NFE, RUNNING)))
+    status = jnp.where(state.live, status, state.status).astype(jnp.int32)
+    # A row cut off by its NFE budget returns the contiguous filled prefix, itself cut before an EOS.
+    cut = jnp.minimum(first(wanted & masked), first_eos)
+    upto = jnp.where(stop, first_eos, jnp.where(length, state.limit, cut))
+    return state.replace(
+        status=status, live=state.live & (status == RUNNING), length=jnp.where(state.live, upto, state.length).astype(jnp.int32)
+    )
+
+
+def _advance(program: Program, state: DecodeState) -> DecodeState:
+    """Moves rows whose first block is settled one block on: that block becomes pending, a new one enters at the end."""
+    dims, mask_id = program.dims, program.config.mask_token_id
+    done = state.live & state.active[:, 0] & ~state.masked[:, 0].any(-1) & ~state.hold[:, 0]
+
+    def moved(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(done.reshape(-1, *[1] * (o.ndim - 1)), n, o), new, old)
+
+    start = state.start + dims.block
+    entering = given_blocks(state.sequence, state.given, start + (dims.window - 1) * dims.block, 1, dims.block, mask_id)
+
+    def rolled(array: jax.Array, last: Any) -> jax.Array:
+        return jnp.concatenate([array[:, 1:], jnp.broadcast_to(last, array[:, :1].shape).astype(array.dtype)], 1)
+
+    fresh = program.rule.init(dims)
+    shifted = state.replace(
+        tokens=rolled(state.tokens, entering[0]),
+        masked=rolled(state.masked, entering[1]),
+        frozen=rolled(state.frozen, ~entering[1]),
+        confidence=rolled(state.confidence, 0.0),
+        active=rolled(state.active, dims.window == 1),
+        hold=rolled(state.hold, False),
+        steps=rolled(state.steps, 0),
+        merge=jax.tree.map(lambda a: rolled(a, 0), state.merge),
+        rule=jax.tree.map(lambda a, f: rolled(a, f[:, :1]) if f.ndim > 1 else a, state.rule, fresh),
+        pending=Pending(state.tokens[:, 0], jax.tree.map(lambda a: a[:, 0], state.merge), state.active[:, 0]),
+        sequence=_write_window(state),
+        start=start,
+    )
+    return moved(shifted, state)
+
+
+def _write_window(state: DecodeState) -> jax.Array:
+    """``sequence`` with the window's tokens at their positions."""
+    slots = state.tokens.shape[0]
+    rows = jnp.arange(slots)[:, None]
+    return state.sequence.at[rows, state.positions.reshape(slots, -1)].set(state.tokens.reshape(slots, -1), mode="drop")
+
+
+def _is_in(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    return (tokens[..., None] == jnp.array(ids, jnp.int32)).any(-1)

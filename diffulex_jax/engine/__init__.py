@@ -1,0 +1,1 @@
+"""The host loop around the jitted step: slots, pages, requests in and out."""

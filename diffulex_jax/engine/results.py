@@ -1,0 +1,62 @@
+"""What a request returns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceStep:
+    """The window after one denoise step.
+
+    Attributes:
+      start: absolute position of the window's first token.
+      tokens: ``[W]`` int32, W = window blocks x B.
+      masked: ``[W]`` bool.
+      frozen: ``[W]`` bool, prompt positions.
+      confidence: ``[W]`` float32, probability of each token when it was last written; 0 where masked.
+      revised: ``[W]`` bool, filled tokens that this step changed.
+      remasked: ``[W]`` bool, filled tokens that this step masked again.
+    """
+
+    start: int
+    tokens: np.ndarray
+    masked: np.ndarray
+    frozen: np.ndarray
+    confidence: np.ndarray
+    revised: np.ndarray
+    remasked: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One finished request.
+
+    Attributes:
+      text: the tokens as text; None where the model has no tokenizer.
+      token_ids: generated tokens, without the EOS that ended them; never a mask.
+      finish_reason: ``"stop"`` (EOS), ``"length"`` (max_tokens), ``"max_nfe"`` or ``"abort"``.
+      nfe: forwards this request took part in, prompt prefill not counted.
+      revised_tokens: how often a filled token was changed.
+      remasked_tokens: how often a filled token was masked again.
+      prompt_token_ids: the prompt as the model saw it.
+      seconds: from when the request entered a slot until it left.
+      trace: the window after every step, where asked for.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    finish_reason: str
+    nfe: int
+    revised_tokens: int
+    remasked_tokens: int
+    prompt_token_ids: list[int]
+    seconds: float
+    trace: list[TraceStep] | None = None
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Generated tokens per forward; 0 before the first."""
+        return len(self.token_ids) / self.nfe if self.nfe else 0.0

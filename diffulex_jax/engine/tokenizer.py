@@ -1,0 +1,43 @@
+"""The model's tokenizer, loaded only when text is used."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+class Tokenizer:
+    """A Hugging Face tokenizer directory. ``transformers`` reads it on first use."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> Tokenizer | None:
+        """The tokenizer of a model directory; None where there is none."""
+        return cls(path) if (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file() else None
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        import transformers  # half a second, and not needed for token ids
+
+        return transformers.AutoTokenizer.from_pretrained(self._path)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, as it stands."""
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the answer.
+
+        Raises:
+          ValueError: where the tokenizer has no chat template.
+        """
+        if not self._tokenizer.chat_template:
+            raise ValueError(f"the tokenizer in {self._path} has no chat template")
+        return self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)

@@ -1,0 +1,11 @@
+"""Decoding rules: pure transforms of the state, composed with :func:`chain`."""
+
+from diffulex_jax.rules.base import Rule, chain, stateless
+from diffulex_jax.rules.edit import edit
+from diffulex_jax.rules.remask import remask
+from diffulex_jax.rules.soft_parallel import soft_parallel
+from diffulex_jax.rules.threshold import threshold
+from diffulex_jax.rules.token_merge import token_merge
+
+
+__all__ = ["Rule", "chain", "edit", "remask", "soft_parallel", "stateless", "threshold", "token_merge"]

@@ -1,0 +1,57 @@
+"""What a decoding rule is, and how rules compose: optax's idea, and its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from diffulex_jax.state import DecodeState, Dims, Prediction
+from pallas_kernels.token_merge import MergeSpec
+
+
+class Rule(NamedTuple):
+    """A pair of pure functions that says what to do with a prediction.
+
+    Attributes:
+      init: ``init(dims) -> rule_state``: a pytree of arrays whose first axis is ``dims.slots``. Arrays with a second axis
+        of size ``dims.window`` belong to blocks: they move with the window and start over for every new block.
+      update: ``update(prediction, state, rule_state) -> (state, rule_state)``. It may write editable positions (through
+        ``state.fill``), mask them again, set ``hold`` to keep a filled block open, and set merge descriptors.
+      merge: how soft tokens are mixed, where the rule writes merge descriptors; None otherwise.
+    """
+
+    init: Callable[[Dims], Any]
+    update: Callable[[Prediction, DecodeState, Any], tuple[DecodeState, Any]]
+    merge: MergeSpec | None = None
+
+
+def stateless(update: Callable[[Prediction, DecodeState], DecodeState], *, merge: MergeSpec | None = None) -> Rule:
+    """A rule that keeps nothing between steps."""
+    return Rule(lambda dims: (), lambda prediction, state, rule_state: (update(prediction, state), rule_state), merge)
+
+
+def chain(*rules: Rule) -> Rule:
+    """Applies rules one after the other; each sees what the ones before it wrote.
+
+    Raises:
+      TypeError: when an argument is not a Rule.
+      ValueError: when more than one rule writes merge descriptors.
+    """
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"chain takes rules, got {rule!r}")
+    merges = [rule.merge for rule in rules if rule.merge is not None]
+    if len(merges) > 1:
+        raise ValueError(f"only one rule of a chain may merge tokens, got {len(merges)}")
+
+    def init(dims: Dims) -> tuple[Any, ...]:
+        return tuple(rule.init(dims) for rule in rules)
+
+    def update(prediction: Prediction, state: DecodeState, rule_states: tuple[Any, ...]) -> tuple[DecodeState, tuple[Any, ...]]:
+        new = []
+        for rule, rule_state in zip(rules, rule_states, strict=True):
+            state, rule_state = rule.update(prediction, state, rule_state)
+            new.append(rule_state)
+        return state, tuple(new)
+
+    return Rule(init, update, merges[0] if merges else None)

@@ -1,0 +1,218 @@
+"""The decoding state: one pytree for every strategy, all shapes fixed when the engine starts.
+
+Letters in shapes: S slots, K blocks in the window, B tokens in a block, M merge candidates, P pages of a slot,
+T = P x B positions of a slot, L layers, N pages of the pool.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+RUNNING, STOP, LENGTH, MAX_NFE = range(4)
+FINISH_REASONS = {STOP: "stop", LENGTH: "length", MAX_NFE: "max_nfe"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dims:
+    """Every static size of a state."""
+
+    slots: int
+    window: int
+    block: int
+    pages_per_slot: int
+    merge_top_k: int = 0
+
+    @property
+    def positions(self) -> int:
+        return self.pages_per_slot * self.block
+
+
+@struct.dataclass
+class Settings:
+    """Per-request settings, one row a slot, so that requests with different settings share a batch.
+
+    Shapes ``[S]``; float32 thresholds, int32 counts. See ``SamplingParams`` for what each means.
+    """
+
+    accept_threshold: jax.Array
+    edit_threshold: jax.Array
+    remask_threshold: jax.Array
+    settle_threshold: jax.Array
+    penalty_lambda: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    num_to_transfer: jax.Array
+    max_post_edit_steps: jax.Array
+    max_nfe: jax.Array
+    ignore_eos: jax.Array
+
+
+@struct.dataclass
+class Merge:
+    """Soft-token descriptors: position i enters the next forward as a mix of embeddings where ``soft`` is set.
+
+    Attributes:
+      ids: ``[..., B, M]`` int32 candidate tokens.
+      probs: ``[..., B, M]`` float32 their probabilities; what they leave of 1 goes to the mask embedding.
+      soft: ``[..., B]`` bool; False means the plain embedding of the token.
+    """
+
+    ids: jax.Array
+    probs: jax.Array
+    soft: jax.Array
+
+
+@struct.dataclass
+class Pending:
+    """The block whose KV the next forward writes: complete, no longer in the window.
+
+    Attributes:
+      tokens: ``[S, B]`` int32, never the mask id where ``live``.
+      merge: its descriptors (``soft`` is False everywhere unless the strategy commits soft inputs).
+      live: ``[S]`` bool; False means there is nothing to write.
+    """
+
+    tokens: jax.Array
+    merge: Merge
+    live: jax.Array
+
+
+@struct.dataclass
+class DecodeState:
+    """One row per request slot.
+
+    Attributes:
+      tokens: ``[S, K, B]`` int32, the window; the mask id where ``masked``.
+      masked: ``[S, K, B]`` bool, the only truth about what is still to be decoded (a token id never is).
+      frozen: ``[S, K, B]`` bool, prompt and pinned positions: no rule may write them.
+      confidence: ``[S, K, B]`` float32, probability of the token when it was last written; 0 where masked.
+      active: ``[S, K]`` bool, blocks being denoised; the others are dummies.
+      hold: ``[S, K]`` bool, set anew each step by rules: a filled token of this block may still change.
+      steps: ``[S, K]`` int32, forwards spent on the block.
+      merge: soft-token descriptors of the window, ``[S, K, B, M]``.
+      pending: the finished block before the window.
+      start: ``[S]`` int32, absolute position of the window's first token, a multiple of B.
+      written_upto: ``[S]`` int32, positions below it have their KV in the pool. Only a step that wrote advances it.
+      sequence: ``[S, T]`` int32, prompt, pinned and committed tokens by absolute position.
+      given: ``[S, T]`` bool, positions of ``sequence`` fixed by the caller (prompt, pinned).
+      page_table: ``[S, P]`` int32, page of each block of the slot; N (one past the pool) where none.
+      prompt_len, limit: ``[S]`` int32; generated positions are ``[prompt_len, limit)``.
+      status: ``[S]`` int32, RUNNING or the reason the row ended.
+      live: ``[S]`` bool, the slot holds a request that still runs.
+      length: ``[S]`` int32, one past the last token to return, valid once ``status`` is set.
+      nfe, revised, remasked: ``[S]`` int32 counters: forwards, filled tokens changed, filled tokens masked again.
+      key: ``[S, 2]`` uint32 PRNG key data, one key a request.
+      settings: per-request settings.
+      rule: the strategy's own arrays (see ``rules.base.Rule``).
+    """
+
+    tokens: jax.Array
+    masked: jax.Array
+    frozen: jax.Array
+    confidence: jax.Array
+    active: jax.Array
+    hold: jax.Array
+    steps: jax.Array
+    merge: Merge
+    pending: Pending
+    start: jax.Array
+    written_upto: jax.Array
+    sequence: jax.Array
+    given: jax.Array
+    page_table: jax.Array
+    prompt_len: jax.Array
+    limit: jax.Array
+    status: jax.Array
+    live: jax.Array
+    length: jax.Array
+    nfe: jax.Array
+    revised: jax.Array
+    remasked: jax.Array
+    key: jax.Array
+    settings: Settings
+    rule: Any
+
+    @property
+    def editable(self) -> jax.Array:
+        """``[S, K, B]`` bool: positions a rule may write."""
+        return self.active[..., None] & ~self.frozen
+
+    @property
+    def positions(self) -> jax.Array:
+        """``[S, K, B]`` int32 absolute positions of the window."""
+        _, k, b = self.tokens.shape
+        return self.start[:, None, None] + jnp.arange(k * b, dtype=jnp.int32).reshape(k, b)
+
+    def fill(self, where: jax.Array, token: jax.Array, prob: jax.Array) -> DecodeState:
+        """Writes ``token`` (confidence ``prob``) where ``where`` and editable; those positions are no longer masked."""
+        where = where & self.editable
+        return self.replace(
+            tokens=jnp.where(where, token, self.tokens),
+            confidence=jnp.where(where, prob, self.confidence),
+            masked=self.masked & ~where,
+        )
+
+
+@struct.dataclass
+class Prediction:
+    """What one forward says about the window. Full-vocabulary probabilities are never kept.
+
+    Attributes:
+      token: ``[S, K, B]`` int32, the chosen token: the best one, or a sample where the temperature is above 0.
+      prob: ``[S, K, B]`` float32, the model's probability of ``token`` (temperature 1, mask id excluded).
+      current_prob: ``[S, K, B]`` float32, the model's probability of the token that stood there.
+      top_ids, top_probs: ``[S, K, B, M]`` the M most probable tokens, best first.
+      masked: ``[S, K, B]`` bool, what was masked in this forward's input.
+    """
+
+    token: jax.Array
+    prob: jax.Array
+    current_prob: jax.Array
+    top_ids: jax.Array
+    top_probs: jax.Array
+    masked: jax.Array
+
+
+@struct.dataclass
+class StepReport:
+    """What the host reads after a dispatch; every field ``[S]`` int32. Only ``written_upto`` may advance what is cached.
+
+    Attributes:
+      status: RUNNING or a finish reason.
+      nfe, revised, remasked: counters since admission.
+      written_upto: positions below it have their KV in the pool.
+      decoded_upto: positions below it are filled, contiguously from the prompt on.
+      length: one past the last token to return, once ``status`` is set.
+    """
+
+    status: jax.Array
+    nfe: jax.Array
+    revised: jax.Array
+    remasked: jax.Array
+    written_upto: jax.Array
+    decoded_upto: jax.Array
+    length: jax.Array
+
+
+# Logical axes of the state's and the pool's leading dimensions; `parallel.mesh` maps them to the machine.
+STATE_AXES = ("slot",)
+POOL_AXES = ("layer", "page", "token", "kv_heads", "head_dim")
+
+
+@struct.dataclass
+class KVPool:
+    """Paged keys and values. A page holds exactly one block.
+
+    Attributes:
+      k, v: ``[L, N, B, KV, H]`` in the engine's dtype.
+    """
+
+    k: jax.Array
+    v: jax.Array

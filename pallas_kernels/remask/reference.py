@@ -1,0 +1,118 @@
+"""From vocabulary logits to what decoding needs of them, in plain jnp."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Sampling(NamedTuple):
+    """Per-row sampling settings, ``[R]`` each; a row with temperature 0 is greedy.
+
+    Attributes:
+      key: typed PRNG keys, one a row.
+      temperature: float32.
+      top_p: float32 in (0, 1]; 1 keeps everything.
+      top_k: int32; 0 keeps everything.
+    """
+
+    key: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+
+
+class Best(NamedTuple):
+    """``[R]`` each, ``top_*`` ``[R, M]``: chosen token, its probability, the current token's, and the best M."""
+
+    token: jax.Array
+    prob: jax.Array
+    current_prob: jax.Array
+    top_ids: jax.Array
+    top_probs: jax.Array
+
+
+def predict(
+    logits: jax.Array,
+    current: jax.Array,
+    *,
+    forbidden_id: int,
+    sampling: Sampling,
+    penalized: jax.Array | None = None,
+    penalty: jax.Array | None = None,
+    top_k: int = 0,
+) -> Best:
+    """Reduces each row of logits to the chosen token and the probabilities rules ask for.
+
+    Probabilities are the model's own: softmax over the allowed vocabulary at temperature 1, whatever the sampling. So a
+    threshold means the same at every temperature, and sampling with ``top_k=1`` equals greedy decoding.
+
+    Args:
+      logits: ``[R, V]`` float32.
+      current: ``[R]`` int32, the token that stands there; its probability is reported.
+      forbidden_id: never chosen and left out of the softmax (the mask).
+      sampling: rows with temperature above 0 draw from softmax(logits / temperature) cut to top-k, then top-p.
+      penalized: ``[R]`` int32, a token whose logit is lowered by ``penalty`` (``[R]`` float32); negative: none.
+      penalty: see ``penalized``.
+      top_k: how many best tokens to report.
+
+    Returns:
+      :class:`Best`. Ties go to the lowest id.
+    """
+    vocab = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    if penalized is not None:
+        logits = jnp.where(vocab == penalized[:, None], logits - penalty[:, None], logits)
+    logits = jnp.where(vocab == forbidden_id, -jnp.inf, logits)
+    peak = logits.max(-1)
+    total = jnp.exp(logits - peak[:, None]).sum(-1)
+    greedy = jnp.where(logits == peak[:, None], vocab, logits.shape[-1]).min(-1)
+
+    def prob_of(token: jax.Array) -> jax.Array:
+        return jnp.exp(jnp.take_along_axis(logits, token[..., None] if token.ndim == 1 else token, -1) - peak[:, None]) / total[:, None]
+
+    token = lax.cond((sampling.temperature > 0).any(), lambda: _sample(logits, sampling, greedy), lambda: greedy)
+    if top_k == 1:
+        top_ids = greedy[:, None]
+    else:
+        top_ids = lax.top_k(logits, top_k)[1].astype(jnp.int32)
+    return Best(token, prob_of(token)[:, 0], prob_of(current)[:, 0], top_ids, prob_of(top_ids))
+
+
+def _sample(logits: jax.Array, sampling: Sampling, greedy: jax.Array) -> jax.Array:
+    """Gumbel-max over the tempered, filtered logits of the rows with temperature above 0; the others keep ``greedy``."""
+    hot = sampling.temperature > 0
+    scaled = logits / jnp.where(hot, sampling.temperature, 1.0)[:, None]
+    order = _ordered_bits(scaled)
+    everything = jnp.full(scaled.shape[0], jnp.finfo(jnp.float32).max)
+    k = jnp.where(sampling.top_k > 0, sampling.top_k.astype(jnp.float32), everything)
+    kept = order >= _cutoff(order, jnp.ones_like(scaled), k)[:, None]
+    mass = jnp.where(kept, jax.nn.softmax(scaled, -1), 0.0)
+    p = jnp.where(sampling.top_p < 1, sampling.top_p * mass.sum(-1), everything)
+    kept &= order >= _cutoff(order, mass, p)[:, None]
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(sampling.key)
+    drawn = jnp.argmax(jnp.where(kept, scaled, -jnp.inf) + noise, -1).astype(jnp.int32)
+    return jnp.where(hot, drawn, greedy)
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """float32 -> uint32 in the same order."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _cutoff(order: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
+    """``[R]`` uint32: the largest cut-off c with ``mass[order >= c].sum() >= target``; 0 where there is none.
+
+    Bisection over the 32 bits: no sort, so it also suits accelerators on which sorting a vocabulary is slow. Tokens that
+    tie at the cut-off stay together.
+    """
+
+    def bit(i: int, low: jax.Array) -> jax.Array:
+        probe = low | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        enough = jnp.where(order >= probe[:, None], mass, 0.0).sum(-1) >= target
+        return jnp.where(enough, probe, low)
+
+    return lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[0], jnp.uint32))
