@@ -1,6 +1,6 @@
 """The decode step and the loop around it: pure functions of parameters, pool and state.
 
-``predict -> rule.update -> finish -> advance`` is one denoise step; ``denoise`` runs many of them on the device.
+``predict -> rule.update -> finish`` is one denoise step, then the window advances; ``denoise`` runs many on the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
 from diffulex_jax.request_state import given_blocks
 from diffulex_jax.rules.base import Rule
-from diffulex_jax.state import LENGTH, MAX_NFE, RUNNING, STOP, DecodeState, Dims, KVPool, Merge, Pending, Prediction, StepReport
+from diffulex_jax.state import LENGTH, MAX_NFE, RUNNING, STOP, DecodeState, Dims, KVPool, Merge, Pending, Prediction, StepReport, Trace
 from pallas_kernels import block_attention, remask, token_merge
 
 
@@ -34,8 +34,15 @@ class Program(NamedTuple):
 
 
 def denoise(
-    program: Program, params: llada2.Params, pool: KVPool, state: DecodeState, *, max_steps: jax.Array, stop_on_finish: jax.Array
-) -> tuple[KVPool, DecodeState, StepReport]:
+    program: Program,
+    params: llada2.Params,
+    pool: KVPool,
+    state: DecodeState,
+    *,
+    max_steps: jax.Array,
+    stop_on_finish: jax.Array,
+    trace_steps: int = 0,
+) -> tuple[KVPool, DecodeState, StepReport, Trace]:
     """Runs up to ``max_steps`` denoise steps on the device; ends early when no row runs.
 
     Args:
@@ -45,21 +52,28 @@ def denoise(
       state: the decode state; donate it.
       max_steps: int32 scalar.
       stop_on_finish: bool scalar; True returns as soon as any row finishes, so that its slot can be used again.
+      trace_steps: static; record this many steps at the most (``max_steps`` must not exceed it). 0 records nothing.
     """
     live_before = state.live
+    Carry = tuple[jax.Array, KVPool, DecodeState, Trace]
 
-    def go_on(carry: tuple[jax.Array, KVPool, DecodeState]) -> jax.Array:
-        i, _, state = carry
+    def go_on(carry: Carry) -> jax.Array:
+        i, _, state, _ = carry
         finished = (live_before & ~state.live).any()
         return (i < max_steps) & state.live.any() & ~(stop_on_finish & finished)
 
-    def body(carry: tuple[jax.Array, KVPool, DecodeState]) -> tuple[jax.Array, KVPool, DecodeState]:
-        i, pool, state = carry
-        return i + 1, *step(program, params, pool, state)
+    def body(carry: Carry) -> Carry:
+        i, pool, before, trace = carry
+        pool, after = step(program, params, pool, before)
+        if trace_steps:
+            trace = jax.tree.map(lambda buffer, row: buffer.at[i].set(row), trace, _seen(before, after))
+        return i + 1, pool, _advance(program, after), trace
 
-    _, pool, state = lax.while_loop(go_on, body, (jnp.int32(0), pool, state))
+    rows = jax.eval_shape(_seen, state, state)
+    trace = jax.tree.map(lambda row: jnp.zeros((trace_steps, *row.shape), row.dtype), rows)
+    _, pool, state, trace = lax.while_loop(go_on, body, (jnp.int32(0), pool, state, trace))
     state = state.replace(sequence=_write_window(state))
-    return pool, state, report(state)
+    return pool, state, report(state), trace
 
 
 def prefill(
@@ -100,16 +114,14 @@ def report(state: DecodeState) -> StepReport:
 
 
 def step(program: Program, params: llada2.Params, pool: KVPool, state: DecodeState) -> tuple[KVPool, DecodeState]:
-    """One forward and everything that follows from it."""
+    """One forward, and what the rules and the finish test make of it. The window has not moved on yet."""
     prediction, pool, state = predict(program, params, pool, state)
     with jax.named_scope("rules"):
         before = state
         state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
         state, rule_state = program.rule.update(prediction, state, state.rule)
         state = _end_overdue_blocks(program, prediction, state.replace(rule=rule_state))
-        state = _count(before, state)
-    with jax.named_scope("advance"):
-        return pool, _advance(program, _finish(program, state))
+        return pool, _finish(program, _count(before, state))
 
 
 def predict(program: Program, params: llada2.Params, pool: KVPool, state: DecodeState) -> tuple[Prediction, KVPool, DecodeState]:
@@ -201,11 +213,22 @@ def _end_overdue_blocks(program: Program, prediction: Prediction, state: DecodeS
 
 def _count(before: DecodeState, after: DecodeState) -> DecodeState:
     """Counts the forward, and what the rules did to tokens that were filled before it."""
+    seen = _seen(before, after)
+    revised, remasked = (a.sum((1, 2), dtype=jnp.int32) * after.live for a in (seen.revised, seen.remasked))
+    return after.replace(nfe=after.nfe + after.live, revised=after.revised + revised, remasked=after.remasked + remasked)
+
+
+def _seen(before: DecodeState, after: DecodeState) -> Trace:
+    """What one step did to the window."""
     filled = after.editable & ~before.masked
-    revised = (filled & ~after.masked & (after.tokens != before.tokens)).sum((1, 2), dtype=jnp.int32)
-    remasked = (filled & after.masked).sum((1, 2), dtype=jnp.int32)
-    return after.replace(
-        nfe=after.nfe + after.live, revised=after.revised + revised * after.live, remasked=after.remasked + remasked * after.live
+    return Trace(
+        start=after.start,
+        live=before.live,
+        tokens=after.tokens,
+        masked=after.masked,
+        confidence=after.confidence,
+        revised=filled & ~after.masked & (after.tokens != before.tokens),
+        remasked=filled & after.masked,
     )
 
 

@@ -201,6 +201,29 @@ class StepReport:
     length: jax.Array
 
 
+@struct.dataclass
+class Trace:
+    """What each step of a dispatch did to the window; n steps, the window as it was before it moved on.
+
+    Attributes:
+      start: ``[n, S]`` int32, absolute position of the window's first token.
+      live: ``[n, S]`` bool, the slot took part.
+      tokens: ``[n, S, K, B]`` int32.
+      masked: ``[n, S, K, B]`` bool.
+      confidence: ``[n, S, K, B]`` float32, see ``DecodeState``.
+      revised: ``[n, S, K, B]`` bool, filled tokens that the step changed.
+      remasked: ``[n, S, K, B]`` bool, filled tokens that the step masked again.
+    """
+
+    start: jax.Array
+    live: jax.Array
+    tokens: jax.Array
+    masked: jax.Array
+    confidence: jax.Array
+    revised: jax.Array
+    remasked: jax.Array
+
+
 # Logical axes of the state's and the pool's leading dimensions; `parallel.mesh` maps them to the machine.
 STATE_AXES = ("slot",)
 POOL_AXES = ("layer", "page", "token", "kv_heads", "head_dim")

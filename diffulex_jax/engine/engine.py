@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import make_mesh, sharding
 from diffulex_jax.rules.base import Rule
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.state import FINISH_REASONS, POOL_AXES, STATE_AXES, Dims, KVPool, StepReport
+from diffulex_jax.state import FINISH_REASONS, POOL_AXES, STATE_AXES, Dims, KVPool, StepReport, Trace
 from diffulex_jax.strategies import resolve
 
 
@@ -143,7 +143,7 @@ class Engine:
           prompts: texts or token id lists; a single text is one prompt.
           params: one for all, or one a prompt.
           progress: show a progress bar with tokens per forward.
-          trace: record the window after every step (one dispatch a step: slower).
+          trace: record what every step made of the window, in ``Output.trace``.
 
         Raises:
           ValueError: naming the prompt and what is wrong with it, before anything is computed.
@@ -164,7 +164,7 @@ class Engine:
                     while waiting and None in self._slots:
                         index, (prompt, p) = waiting.popleft()
                         self._admit(index, prompt, p, trace)
-                    for index, output in self._run(max_steps=1 if trace else _STEPS_PER_DISPATCH, stop_on_finish=bool(waiting)):
+                    for index, output in self._run(stop_on_finish=bool(waiting)):
                         outputs[index] = output
                         bar.update()
                         tokens, forwards = (sum(f(o) for o in outputs.values()) for f in (lambda o: len(o.token_ids), lambda o: o.nfe))
@@ -236,22 +236,20 @@ class Engine:
         with jax.set_mesh(self.mesh):
             self._state = self._jit_admit(self._state, np.int32(slot), request)
 
-    def _window(self) -> dict[str, np.ndarray]:
-        """The window of every slot, on the host."""
-        state = self._state
-        fields = ("start", "tokens", "masked", "frozen", "confidence", "nfe")
-        return dict(zip(fields, jax.device_get([getattr(state, name) for name in fields]), strict=True))
+    def _record(self, trace: Trace) -> None:
+        """Appends the steps of a dispatch to the traces that were asked for."""
+        for slot, run in enumerate(self._slots):
+            if run is not None and run.trace is not None:
+                for i in np.flatnonzero(trace.live[:, slot]):
+                    arrays = {name: getattr(trace, name)[i, slot].reshape(-1) for name in TraceStep.__dataclass_fields__ if name != "start"}
+                    run.trace.append(TraceStep(start=int(trace.start[i, slot]), **arrays))
 
-    def _record(self, before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> None:
-        """Appends one step to the traces: what the step made of the window it saw."""
-        raise NotImplementedError
-
-    def _run(self, *, max_steps: int, stop_on_finish: bool) -> list[tuple[int, Output]]:
+    def _run(self, *, stop_on_finish: bool) -> list[tuple[int, Output]]:
         """One dispatch; returns what finished."""
-        before = self._window() if any(r is not None and r.trace is not None for r in self._slots) else None
-        report = self._dispatch(max_steps, stop_on_finish)
-        if before is not None:
-            self._record(before, self._window())
+        traced = any(run is not None and run.trace is not None for run in self._slots)
+        report, trace = self._dispatch(_STEPS_PER_DISPATCH, stop_on_finish, self._jit_traced if traced else self._jit_denoise)
+        if traced:
+            self._record(jax.device_get(trace))
         finished = [s for s, r in enumerate(self._slots) if r is not None and report.status[s] in FINISH_REASONS]
         if not finished:
             return []
@@ -300,8 +298,14 @@ class Engine:
             pool = KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
             return pool, request_state.empty_state(dims, program.rule, mask_id=config.mask_token_id, no_page=num_pages)
 
-        self._jit_denoise = jax.jit(
-            functools.partial(decode.denoise, program), donate_argnums=(1, 2), out_shardings=(pool_sharding, state_sharding, everywhere)
+        # The traced form is compiled when a trace is first asked for.
+        self._jit_denoise, self._jit_traced = (
+            jax.jit(
+                functools.partial(decode.denoise, program, trace_steps=steps),
+                donate_argnums=(1, 2),
+                out_shardings=(pool_sharding, state_sharding, everywhere, everywhere),
+            )
+            for steps in (0, _STEPS_PER_DISPATCH)
         )
         self._jit_prefill = jax.jit(functools.partial(decode.prefill, program), donate_argnums=(1,), out_shardings=pool_sharding)
         self._jit_admit = jax.jit(
@@ -326,18 +330,18 @@ class Engine:
         with jax.set_mesh(self.mesh):
             self._state = self._jit_admit(self._state, np.int32(0), request)
             self._state = self._jit_release(self._state, np.int32(0))
-        self._dispatch(1, False)
+        self._dispatch(1, False, self._jit_denoise)
 
     def _prefill_chunk(self, tokens: np.ndarray, count: int, start: int, table: np.ndarray) -> None:
         with jax.set_mesh(self.mesh):
             self._pool = self._jit_prefill(self._params, self._pool, tokens, np.int32(count), np.int32(start), table)
 
-    def _dispatch(self, max_steps: int, stop_on_finish: bool) -> StepReport:
+    def _dispatch(self, max_steps: int, stop_on_finish: bool, denoise: Callable[..., Any]) -> tuple[StepReport, Trace]:
         with jax.set_mesh(self.mesh):
-            self._pool, self._state, report = self._jit_denoise(
+            self._pool, self._state, report, trace = denoise(
                 self._params, self._pool, self._state, max_steps=np.int32(max_steps), stop_on_finish=np.bool_(stop_on_finish)
             )
-        return jax.device_get(report)
+        return jax.device_get(report), trace
 
 
 def _dtype(name: str) -> Any:

@@ -9,13 +9,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class TraceStep:
-    """The window after one denoise step.
+    """What one denoise step made of the window.
 
     Attributes:
       start: absolute position of the window's first token.
       tokens: ``[W]`` int32, W = window blocks x B.
       masked: ``[W]`` bool.
-      frozen: ``[W]`` bool, prompt positions.
       confidence: ``[W]`` float32, probability of each token when it was last written; 0 where masked.
       revised: ``[W]`` bool, filled tokens that this step changed.
       remasked: ``[W]`` bool, filled tokens that this step masked again.
@@ -24,7 +23,6 @@ class TraceStep:
     start: int
     tokens: np.ndarray
     masked: np.ndarray
-    frozen: np.ndarray
     confidence: np.ndarray
     revised: np.ndarray
     remasked: np.ndarray
