@@ -1,0 +1,92 @@
+"""Grouped matmul: the SwiGLU experts of a mixture-of-experts layer, each token through its own few experts.
+
+``expert_mlp`` computes ``y[t] = sum_k weights[t, k] * (silu(x[t] Wg) * (x[t] Wu)) Wd`` with the ``k`` experts that token
+``t`` chose. Nothing is ever dropped: any routing is computed exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+from jax.typing import ArrayLike
+
+from pallas_kernels.grouped_matmul.ragged import ragged
+from pallas_kernels.grouped_matmul.reference import dense
+from pallas_kernels.grouped_matmul.streamed import streamed
+
+
+__all__ = ["Backend", "choose_backend", "dense", "expert_mlp"]
+
+Backend = Literal["dense", "ragged", "cpu"]
+
+_BACKENDS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "ragged": ragged, "cpu": streamed}
+assert tuple(_BACKENDS) == get_args(Backend)
+
+
+def choose_backend(platform: str) -> Backend:
+    """The backend ``expert_mlp`` uses on a JAX platform (``"cpu"``, ``"gpu"``, ``"tpu"``, …) unless told otherwise."""
+    return "cpu" if platform == "cpu" else "ragged"
+
+
+def expert_mlp(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    *,
+    layer: ArrayLike | None = None,
+    valid: jax.Array | None = None,
+    backend: Backend | None = None,
+) -> jax.Array:
+    """The routed experts of one layer.
+
+    A token's output depends on nothing but its own row, whatever else is in the batch. Sums over the contracted axes are
+    in float32; the activated hidden values are rounded to ``x.dtype``.
+
+    Args:
+      x: ``[T, D]`` activations.
+      expert_ids: ``[T, k]`` int32 in ``[0, E)``: the experts of each token, in any order.
+      weights: ``[T, k]`` float32: how much of each goes into the sum.
+      gate_up: ``[E, D, 2F]``, gate columns first, then up; ``[L, E, D, 2F]`` with ``layer``.
+      down: ``[E, F, D]``; ``[L, E, F, D]`` with ``layer``.
+      layer: int32 scalar, may be traced: use this layer of stacked weights. Inside a ``lax.scan`` over layers pass the
+        whole stack and the layer number instead of scanning over the weights: a scanned slice is copied on the CPU
+        backend, which reads the stack in place.
+      valid: ``[T]`` bool; False rows route nowhere, give zeros, and their ``x``, ids and weights mean nothing.
+      backend: ``"dense"`` (every expert for every token; the only one meant to be differentiated), ``"ragged"``
+        (``lax.ragged_dot``) or ``"cpu"``; None chooses by the platform of the current mesh, else the default one.
+
+    Returns:
+      ``[T, D]`` in ``x.dtype``.
+
+    Raises:
+      ValueError: for an unknown backend, or shapes that do not fit together.
+    """
+    if backend is None:
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        backend = choose_backend(device.platform if device else jax.default_backend())
+    if backend not in _BACKENDS:
+        raise ValueError(f"unknown grouped_matmul backend {backend!r}; valid: {', '.join(_BACKENDS)}")
+    _check_shapes(x, expert_ids, weights, gate_up, down, layer, valid)
+    with jax.named_scope(f"expert_mlp_{backend}"):
+        return _BACKENDS[backend](x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
+
+
+def _check_shapes(x, expert_ids, weights, gate_up, down, layer, valid) -> None:
+    stacked = () if layer is None else gate_up.shape[:1]
+    tokens, embed = x.shape
+    experts, width = down.shape[-3], down.shape[-2]
+    wanted = {
+        "gate_up": (gate_up, (*stacked, experts, embed, 2 * width)),
+        "down": (down, (*stacked, experts, width, embed)),
+        "expert_ids": (expert_ids, (tokens, expert_ids.shape[-1])),
+        "weights": (weights, expert_ids.shape),
+    }
+    if valid is not None:
+        wanted["valid"] = (valid, (tokens,))
+    for name, (array, shape) in wanted.items():
+        if array.shape != shape:
+            raise ValueError(f"expert_mlp: {name} has shape {array.shape}, expected {shape}")

@@ -1,0 +1,34 @@
+"""The experts in plain jnp: every token through every expert, weighted by what it was routed."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def dense(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    *,
+    layer: ArrayLike | None = None,
+    valid: jax.Array | None = None,
+) -> jax.Array:
+    """See ``expert_mlp``. Differentiable in ``x``, ``weights``, ``gate_up`` and ``down``; costs ``T * E`` expert rows."""
+    if layer is not None:
+        gate_up, down = gate_up[layer], down[layer]
+    if valid is not None:
+        # Before the matmuls and not only after: nothing that an invalid row holds, not even a NaN, meets a gradient.
+        x = jnp.where(valid[:, None], x, 0)
+        weights = jnp.where(valid[:, None], weights, 0)
+    # Widened here, not by preferred_element_type: XLA on CPU has no bfloat16 matmul with a float32 result.
+    gate_up, down = gate_up.astype(jnp.float32), down.astype(jnp.float32)
+    chosen = jax.nn.one_hot(expert_ids, gate_up.shape[0], dtype=jnp.float32)  # [T, k, E]
+    share = jnp.einsum("tke,tk->te", chosen, weights)
+    gate, up = jnp.split(jnp.einsum("td,edf->tef", x.astype(jnp.float32), gate_up), 2, axis=-1)
+    hidden = (jax.nn.silu(gate) * up).astype(x.dtype).astype(jnp.float32)
+    out = jnp.einsum("tef,efd->ted", hidden, down)
+    return jnp.einsum("te,ted->td", share, out).astype(x.dtype)

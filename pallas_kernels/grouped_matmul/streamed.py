@@ -1,0 +1,85 @@
+"""The experts on a CPU: weights streamed from memory once, row by row, into sums for the tokens that want them.
+
+With a handful of tokens an expert, a layer costs what reading its weights costs, if nothing else is read or written. XLA's
+matmuls on CPU miss that: they read weights in narrow strided columns, and their operands must lie in memory as one array,
+so that each layer sliced from a stack is copied first. An elementwise fusion has neither fault. One step of the loop here
+is a single fused kernel, ``acc[p] += x[p, d] * w[expert[p], d]`` for eight rows ``d`` of every wanted expert: it reads
+those rows in place and in order, and pairs of the same expert, sorted next to each other, find them in the first-level
+cache. Every element of the result is one chain of additions in the order of ``d``, which no other row can change.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from pallas_kernels.grouped_matmul.routing import combine, route
+
+
+WEIGHT_ROWS = 8
+"""Weight rows a step: as many as leave an expert's share (16 KiB at 512 columns) in the first-level cache."""
+
+CHUNK = 128
+"""Pairs worked on at once. Pairs of invalid tokens are sorted last, and whole chunks of them are never computed."""
+
+
+def streamed(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    *,
+    layer: ArrayLike | None = None,
+    valid: jax.Array | None = None,
+) -> jax.Array:
+    """See ``expert_mlp``. A stack of layers is read in place, whether ``layer`` is known or traced."""
+    num_experts, embed, width = gate_up.shape[-3], x.shape[1], down.shape[-2]
+    routing = route(expert_ids, num_experts=num_experts, valid=valid)
+    expert = jnp.minimum(routing.expert, num_experts - 1)
+    if layer is not None:
+        expert += jnp.asarray(layer, jnp.int32) * num_experts
+    gate_up, down = gate_up.reshape(-1, 2 * width), down.reshape(-1, embed)
+
+    def mlp(token: jax.Array, expert: jax.Array) -> jax.Array:
+        gate, up = jnp.split(_matmul(x[token], gate_up, expert * embed), 2, axis=-1)
+        hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
+        return _matmul(hidden, down, expert * width)
+
+    pairs = expert.shape[0]
+    if pairs <= CHUNK:
+        out = mlp(routing.token, expert)
+    else:
+        padding = (0, -pairs % CHUNK)
+        token, expert = jnp.pad(routing.token, padding), jnp.pad(expert, padding, mode="edge")
+
+        def chunk(i: jax.Array, out: jax.Array) -> jax.Array:
+            rows = mlp(*(lax.dynamic_slice(a, (i * CHUNK,), (CHUNK,)) for a in (token, expert)))
+            return lax.dynamic_update_slice(out, rows, (i * CHUNK, 0))
+
+        wanted = jnp.sum(routing.expert < num_experts, dtype=jnp.int32)
+        out = lax.fori_loop(0, -(-wanted // CHUNK), chunk, jnp.zeros((token.shape[0], embed), jnp.float32))
+    return combine(out, routing, weights, valid=valid).astype(x.dtype)
+
+
+def _matmul(x: jax.Array, w: jax.Array, first: jax.Array) -> jax.Array:
+    """``[P, N]`` float32: row ``p`` of ``x [P, K]`` times rows ``first[p] : first[p] + K`` of ``w [R, N]``."""
+    rows, depth = x.shape
+    step = math.gcd(depth, WEIGHT_ROWS)
+    one_row = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0,))
+
+    def body(i: jax.Array, acc: jax.Array) -> jax.Array:
+        # Each row has its own slice and gather, used once: XLA then fuses them all and LLVM vectorises the sum. A slice
+        # shared by the eight products would be made in memory, or keep its index computation in the innermost loop.
+        for j in range(step):
+            d = i * step + j
+            xd = lax.dynamic_slice(x, (0, d), (rows, 1), allow_negative_indices=False)
+            wd = lax.gather(w, (first + d)[:, None], one_row, (1, w.shape[1]), mode="promise_in_bounds")
+            acc += xd.astype(jnp.float32) * wd.astype(jnp.float32)
+        return acc
+
+    return lax.fori_loop(0, depth // step, body, jnp.zeros((rows, w.shape[1]), jnp.float32))

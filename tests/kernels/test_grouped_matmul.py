@@ -1,0 +1,152 @@
+"""Expert MLP: every backend against the dense reference, and a row against itself in other company."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from pallas_kernels.grouped_matmul import choose_backend, dense, expert_mlp
+
+
+FAST = ("cpu", "ragged")
+
+
+def make(seed, *, tokens, experts=6, k=3, embed=24, width=10, dtype=jnp.float32, spread=True):
+    """(x, expert_ids, weights, gate_up, down); without ``spread`` every token picks the same experts."""
+    rng = np.random.default_rng(seed)
+    ids = np.stack([np.random.default_rng(seed + t * spread).permutation(experts)[:k] for t in range(tokens)])
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape) / shape[-2] ** 0.5, dtype)  # noqa: E731
+    weights = jnp.asarray(rng.uniform(0.1, 1.0, (tokens, k)), jnp.float32)
+    return normal(tokens, embed) * tokens**0.5, jnp.asarray(ids, jnp.int32), weights, normal(experts, embed, 2 * width), normal(
+        experts, width, embed
+    )
+
+
+@functools.partial(jax.jit, static_argnames="backend")
+def run(*args, backend, **options):
+    return expert_mlp(*args, backend=backend, **options)
+
+
+def test_dense_is_what_the_formula_says():
+    # One token, two experts of width 1: silu(x Wg) * (x Wu) Wd with x = [1, 2].
+    gate_up = jnp.array([[[1.0, 1.0], [0.0, 1.0]], [[0.0, 2.0], [1.0, 0.0]]])
+    down = jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]])
+    y = dense(jnp.array([[1.0, 2.0]]), jnp.array([[1, 0]]), jnp.array([[0.5, 2.0]]), gate_up, down)
+    silu = lambda z: z / (1 + np.exp(-z))  # noqa: E731
+    np.testing.assert_allclose(y, [[2.0 * silu(1.0) * 3.0, 0.5 * silu(2.0) * 2.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**16), tokens=st.sampled_from([1, 5, 45]), spread=st.booleans(), masked=st.booleans())
+def test_backends_agree_with_dense(backend, seed, tokens, spread, masked):
+    args = make(seed, tokens=tokens, spread=spread)
+    valid = jnp.asarray(np.random.default_rng(seed).random(tokens) < 0.6) if masked else None
+    expected = run(*args, backend="dense", valid=valid)
+    np.testing.assert_allclose(run(*args, backend=backend, valid=valid), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("embed, width", [(24, 12), (7, 5), (16, 3)])
+def test_any_width(backend, embed, width):
+    args = make(1, tokens=11, embed=embed, width=width)
+    np.testing.assert_allclose(run(*args, backend=backend), run(*args, backend="dense"), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_bfloat16(backend):
+    args = make(2, tokens=9, dtype=jnp.bfloat16)
+    y = run(*args, backend=backend)
+    assert y.dtype == jnp.bfloat16
+    expected = run(*args, backend="dense").astype(jnp.float32)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", ("dense", *FAST))
+def test_invalid_rows_give_zeros_whatever_they_hold(backend):
+    x, ids, weights, gate_up, down = make(3, tokens=70)
+    valid = jnp.arange(70) % 3 == 0
+    poisoned = run(
+        jnp.where(valid[:, None], x, jnp.nan),
+        jnp.where(valid[:, None], ids, 99),
+        jnp.where(valid[:, None], weights, jnp.nan),
+        gate_up,
+        down,
+        backend=backend,
+        valid=valid,
+    )
+    clean = run(x, ids, weights, gate_up, down, backend=backend)
+    np.testing.assert_array_equal(poisoned[~valid], 0)
+    np.testing.assert_allclose(poisoned[valid], clean[valid], rtol=1e-6, atol=1e-7)
+    nothing = run(x, ids, weights, gate_up, down, backend=backend, valid=jnp.zeros(70, bool))
+    np.testing.assert_array_equal(nothing, 0)
+
+
+@pytest.mark.parametrize("backend", ("dense", *FAST))
+def test_layer_of_a_stack(backend):
+    x, ids, weights, gate_up, down = make(4, tokens=5)
+    stacks = jnp.stack([gate_up * 0, gate_up, gate_up + 1]), jnp.stack([down * 0, down, down + 1])
+    y = run(x, ids, weights, *stacks, backend=backend, layer=1)
+    np.testing.assert_allclose(y, run(x, ids, weights, gate_up, down, backend=backend), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_cpu_row_is_bitwise_the_same_in_any_company(spread):
+    x, ids, weights, gate_up, down = make(5, tokens=50, embed=64, width=32, spread=spread)
+    y = run(x, ids, weights, gate_up, down, backend="cpu")
+    alone = [run(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], gate_up, down, backend="cpu")[0] for t in range(50)]
+    np.testing.assert_array_equal(y, jnp.stack(alone))
+    order = np.random.default_rng(0).permutation(50)
+    np.testing.assert_array_equal(run(x[order], ids[order], weights[order], gate_up, down, backend="cpu"), y[order])
+    valid = jnp.arange(50) % 2 == 0
+    some = run(x, ids, weights, gate_up, down, backend="cpu", valid=valid)
+    np.testing.assert_array_equal(some[::2], y[::2])
+
+
+def test_cpu_reads_a_stack_of_layers_in_place():
+    # The point of `layer`: in a scan over layers no array as large as one layer's weights may be made.
+    _, ids, weights, gate_up, down = make(6, tokens=4, experts=8, embed=64, width=64)
+    stacks = jnp.stack([gate_up] * 3), jnp.stack([down] * 3)
+
+    def layers(x, gate_up, down):
+        body = lambda x, layer: (expert_mlp(x, ids, weights, gate_up, down, layer=layer, backend="cpu"), None)  # noqa: E731
+        return jax.lax.scan(body, x, jnp.arange(3))[0]
+
+    compiled = jax.jit(layers).lower(jnp.ones((4, 64)), *stacks).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < gate_up.nbytes / 2
+
+
+def test_dense_gradient():
+    x, ids, weights, gate_up, down = make(7, tokens=3, embed=6, width=4)
+    valid = jnp.array([True, True, False])
+    loss = lambda x, weights, gate_up, down: dense(x, ids, weights, gate_up, down, valid=valid).sum()  # noqa: E731
+    check_grads(loss, (x, weights, gate_up, down), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    bad = x.at[2].set(jnp.nan)
+    grads = jax.grad(loss, argnums=(0, 1, 2, 3))(bad, weights, gate_up, down)
+    assert all(bool(jnp.isfinite(g).all()) for g in grads)
+    np.testing.assert_array_equal(grads[0][2], 0)
+
+
+def test_choice_of_backend():
+    assert choose_backend("cpu") == "cpu"
+    assert {choose_backend(p) for p in ("tpu", "gpu", "cuda", "rocm")} == {"ragged"}
+    args = make(8, tokens=2)
+    chosen = run(*args, backend=choose_backend(jax.default_backend()))
+    np.testing.assert_array_equal(run(*args, backend=None), chosen)
+
+
+def test_errors_name_what_is_wrong():
+    x, ids, weights, gate_up, down = make(9, tokens=2)
+    with pytest.raises(ValueError, match="'fast'.*dense, ragged, cpu"):
+        expert_mlp(x, ids, weights, gate_up, down, backend="fast")
+    with pytest.raises(ValueError, match="weights has shape"):
+        expert_mlp(x, ids, weights[:, :1], gate_up, down)
+    with pytest.raises(ValueError, match="gate_up has shape"):
+        expert_mlp(x, ids, weights, gate_up[..., 1:], down)
