@@ -15,6 +15,7 @@ from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
 from diffulex_jax.request_state import given_blocks
 from diffulex_jax.rules.base import Rule
+from diffulex_jax.rules.blocks import activate
 from diffulex_jax.state import LENGTH, MAX_NFE, RUNNING, STOP, DecodeState, Dims, KVPool, Merge, Pending, Prediction, StepReport, Trace
 from pallas_kernels import block_attention, remask, token_merge
 
@@ -65,9 +66,11 @@ def denoise(
     def body(carry: Carry) -> Carry:
         i, pool, before, trace = carry
         pool, after = step(program, params, pool, before)
+        seen = _seen(before, after)
         if trace_steps:
-            trace = jax.tree.map(lambda buffer, row: buffer.at[i].set(row), trace, _seen(before, after))
-        return i + 1, pool, _advance(program, after), trace
+            trace = jax.tree.map(lambda buffer, row: buffer.at[i].set(row), trace, seen)
+        changed = seen.revised | seen.remasked
+        return i + 1, pool, _advance(program, after, changed), trace
 
     rows = jax.eval_shape(_seen, state, state)
     trace = jax.tree.map(lambda row: jnp.zeros((trace_steps, *row.shape), row.dtype), rows)
@@ -259,8 +262,12 @@ def _finish(program: Program, state: DecodeState) -> DecodeState:
     )
 
 
-def _advance(program: Program, state: DecodeState) -> DecodeState:
-    """Moves rows whose first block is settled one block on: that block becomes pending, a new one enters at the end."""
+def _advance(program: Program, state: DecodeState, changed: jax.Array) -> DecodeState:
+    """Moves rows whose first block is settled one block on, and starts look-ahead blocks.
+
+    The settled block becomes pending, a new one enters at the window's end. ``changed`` ``[S, K, B]``: filled tokens that
+    this step changed.
+    """
     dims, mask_id = program.dims, program.config.mask_token_id
     done = state.live & state.active[:, 0] & ~state.masked[:, 0].any(-1) & ~state.hold[:, 0]
 
@@ -279,7 +286,7 @@ def _advance(program: Program, state: DecodeState) -> DecodeState:
         masked=rolled(state.masked, entering[1]),
         frozen=rolled(state.frozen, ~entering[1]),
         confidence=rolled(state.confidence, 0.0),
-        active=rolled(state.active, dims.window == 1),
+        active=rolled(state.active, False),
         hold=rolled(state.hold, False),
         steps=rolled(state.steps, 0),
         merge=jax.tree.map(lambda a: rolled(a, 0), state.merge),
@@ -288,7 +295,7 @@ def _advance(program: Program, state: DecodeState) -> DecodeState:
         sequence=_write_window(state),
         start=start,
     )
-    return moved(shifted, state)
+    return activate(moved(shifted, state), moved(rolled(changed, False), changed))
 
 
 def _write_window(state: DecodeState) -> jax.Array:

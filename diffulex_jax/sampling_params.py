@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,10 @@ class SamplingParams:
       max_post_edit_steps: (``llada2_edit``) steps spent on a block after its last mask was filled.
       remask_threshold: a filled token less probable than this in the current prediction is masked again; 0 turns it off.
       settle_threshold: (``dmax``) a block ends once every generated position is at least this probable.
+      add_block_threshold: (``buffer_size`` above 1) the next block starts once this share of the last one is filled.
+      token_stability_threshold: (``buffer_size`` above 1) and this share of its filled tokens kept their value in the step.
+      semi_complete_threshold: (``buffer_size`` above 1) a look-ahead block is forced to fill a mask in every step only once this
+        share of its predecessor is filled.
       penalty_lambda: subtracted from the logit of the token one position to the left (against repetition).
     """
 
@@ -44,6 +49,19 @@ class SamplingParams:
     remask_threshold: float = 0.0
     settle_threshold: float = 0.9
     penalty_lambda: float = 0.0
+    add_block_threshold: float = 0.1
+    token_stability_threshold: float = 0.0
+    semi_complete_threshold: float = 0.9
+
+    @classmethod
+    def speed(cls, **settings: Any) -> SamplingParams:
+        """LLaDA2.1's speed mode for ``llada2_edit``: accept above 0.5, edit every disagreement."""
+        return cls(**{"accept_threshold": 0.5, "edit_threshold": 0.0} | settings)
+
+    @classmethod
+    def quality(cls, **settings: Any) -> SamplingParams:
+        """LLaDA2.1's quality mode for ``llada2_edit``: accept above 0.7, edit above 0.5."""
+        return cls(**{"accept_threshold": 0.7, "edit_threshold": 0.5} | settings)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -51,6 +51,9 @@ class Settings:
     num_to_transfer: jax.Array
     max_post_edit_steps: jax.Array
     max_nfe: jax.Array
+    add_block_threshold: jax.Array
+    semi_complete_threshold: jax.Array
+    token_stability_threshold: jax.Array
     ignore_eos: jax.Array
 
 

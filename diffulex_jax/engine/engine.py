@@ -60,12 +60,13 @@ class Engine:
         strategy: str | Rule = "llada2",
         dtype: str = "float32",
         block_size: int = 32,
+        buffer_size: int = 1,
         max_slots: int = 8,
         max_model_len: int = 2048,
         mesh: Mesh | None = None,
     ):
         """Args are those of :meth:`from_pretrained`, with the parameters already on the mesh."""
-        for name, value in (("block_size", block_size), ("max_slots", max_slots), ("max_model_len", max_model_len)):
+        for name, value in (("block_size", block_size), ("buffer_size", buffer_size), ("max_slots", max_slots), ("max_model_len", max_model_len)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
         if max_model_len > config.max_position_embeddings:
@@ -78,7 +79,7 @@ class Engine:
         self._params = params
         self._dims = Dims(
             slots=max_slots,
-            window=1,
+            window=buffer_size,
             block=block_size,
             pages_per_slot=pages_per_slot,
             merge_top_k=rule.merge.top_k if rule.merge is not None else 0,
@@ -96,6 +97,7 @@ class Engine:
         strategy: str | Rule = "llada2",
         dtype: str = "float32",
         block_size: int = 32,
+        buffer_size: int = 1,
         max_slots: int = 8,
         max_model_len: int = 2048,
         mesh: Mesh | None = None,
@@ -107,6 +109,7 @@ class Engine:
           strategy: a name from ``diffulex_jax.strategies``, or a rule of your own.
           dtype: of parameters, activations and the KV pool: ``"float32"`` or ``"bfloat16"``.
           block_size: tokens in a block; what the model was trained with (32 for LLaDA2).
+          buffer_size: blocks denoised together (multi-block diffusion); 1 finishes a block before it starts the next.
           max_slots: requests decoded together.
           max_model_len: most tokens of a prompt and its output.
           mesh: where to run; default: the first device.
@@ -124,6 +127,7 @@ class Engine:
             strategy=strategy,
             dtype=dtype,
             block_size=block_size,
+            buffer_size=buffer_size,
             max_slots=max_slots,
             max_model_len=max_model_len,
             mesh=mesh,

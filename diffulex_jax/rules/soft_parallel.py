@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from diffulex_jax.rules.base import Rule, stateless
+from diffulex_jax.rules.blocks import may_force
 from diffulex_jax.state import DecodeState, Prediction
 
 
@@ -12,7 +13,7 @@ def soft_parallel(*, settle_on: str = "generated") -> Rule:
     """DMax's update (arXiv 2604.08302), without its embeddings: chain ``token_merge`` after it.
 
     Masks are filled from the left up to the first whose prediction is below ``accept_threshold`` (at the threshold counts as
-    sure), at least the leftmost; filled tokens in between are passed over. Every other filled token is replaced by the new
+    sure), at least the leftmost unless the block looks ahead of an unfinished one; filled tokens in between are passed over. Every other filled token is replaced by the new
     prediction, whatever its probability. The block ends when all positions are at ``settle_threshold`` or above, when
     nothing changed, or after B steps. Unlike the authors' code the mask id is never predicted, a block never ends with
     masks left, and a row's block ends by itself, whatever the other rows do.
@@ -31,7 +32,7 @@ def soft_parallel(*, settle_on: str = "generated") -> Rule:
         open_ = state.masked & state.editable
         unsure = open_ & (prediction.prob < state.settings.accept_threshold[:, None, None])
         run = open_ & (jnp.cumsum(unsure, -1) == 0)
-        leftmost = open_ & (jnp.cumsum(open_, -1) == 1)
+        leftmost = open_ & (jnp.cumsum(open_, -1) == 1) & may_force(state)[..., None]
         take = jnp.where(run.any(-1, keepdims=True), run, leftmost)
         write = take | (state.editable & ~state.masked)
         changed = (write & (prediction.token != state.tokens)) | take

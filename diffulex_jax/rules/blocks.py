@@ -1,0 +1,41 @@
+"""Multi-block diffusion: when look-ahead blocks start, and which blocks may be forced on."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from diffulex_jax.state import DecodeState
+
+
+def progress(state: DecodeState) -> jax.Array:
+    """``[S, K]`` float32: filled share of each block, prompt positions included."""
+    return 1.0 - state.masked.mean(-1, dtype=jnp.float32)
+
+
+def may_force(state: DecodeState) -> jax.Array:
+    """``[S, K]`` bool: blocks that fill their best mask even when none is sure.
+
+    These are the first block, and those whose predecessor is semi-complete (MBD-LMs, Algorithm 5): forcing a token that
+    far ahead of an unfinished block would be a guess about a guess.
+    """
+    before = progress(state)[:, :-1] >= state.settings.semi_complete_threshold[:, None]
+    return jnp.concatenate([jnp.ones_like(state.active[:, :1]), before], 1)
+
+
+def activate(state: DecodeState, changed: jax.Array) -> DecodeState:
+    """Starts the next look-ahead block of rows whose last active block has come far enough and is stable.
+
+    The first block of a window is always active. No block starts at or past a row's limit.
+
+    Args:
+      state: after the window moved on.
+      changed: ``[S, K, B]`` bool, filled tokens that the last step changed or masked again.
+    """
+    filled = jnp.maximum((state.editable & ~state.masked).sum(-1), 1)
+    stability = 1.0 - changed.sum(-1) / filled
+    ready = progress(state) >= state.settings.add_block_threshold[:, None]
+    ready &= stability >= state.settings.token_stability_threshold[:, None]
+    follows = jnp.concatenate([jnp.ones_like(state.active[:, :1]), (state.active & ready)[:, :-1]], 1)
+    inside = state.positions[..., 0] < state.limit[:, None]
+    return state.replace(active=state.active | (follows & inside & state.live[:, None]))
