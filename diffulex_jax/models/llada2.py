@@ -25,7 +25,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array,
 """``attend(layer, q [R, T, KV, G, H], k [R, T, KV, H], v [R, T, KV, H]) -> (out [R, T, KV, G, H], aux)``: the attention
 policy of the caller. ``layer`` is the index over all layers; ``aux`` comes back stacked over layers."""
 Experts = Callable[..., jax.Array]
-"""``experts(x [N, D], expert_ids [N, k], weights [N, k], gate_up [E, D, 2F], down [E, F, D], valid=[N]) -> [N, D]``."""
+"""``experts(x [N, D], expert_ids [N, k], weights [N, k], gate_up [L, E, D, 2F], down [L, E, F, D], layer=i, valid=[N]) -> [N, D]``:
+layer i of the stacked experts. They get the whole stack, because slicing a layer of it out would copy what only a part of is read."""
 
 
 # One entry per parameter: shape and logical axes. `parallel.mesh` maps the axes to the machine.
@@ -131,34 +132,36 @@ def hidden(
     cos_sin = rope_table(positions, config)
     valid = None if valid is None else valid.reshape(-1)
 
-    def block(mlp: Callable[[jax.Array, Params], jax.Array]) -> Callable[..., Any]:
-        def body(carry: tuple[jax.Array, jax.Array], w: Params) -> tuple[tuple[jax.Array, jax.Array], Any]:
-            x, layer = carry
-            with jax.named_scope("attention"):
-                a, aux = attention(w, config, x, cos_sin, lambda q, k, v: attend(layer, q, k, v))
-                x = x + a
-            with jax.named_scope("mlp"):
-                x = x + mlp(rms_norm(x, w["mlp_norm"], config.rms_norm_eps), w)
-            return (x, layer + 1), aux
-
-        return body
-
-    def dense(h: jax.Array, w: Params) -> jax.Array:
+    def dense(h: jax.Array, w: Params, layer: jax.Array) -> jax.Array:
         return swiglu(h, w["mlp_gate_up"], w["mlp_down"])
 
-    def moe(h: jax.Array, w: Params) -> jax.Array:
-        flat = h.reshape(-1, h.shape[-1])
+    def moe(h: jax.Array, w: Params, layer: jax.Array) -> jax.Array:
+        stack, flat = params["moe"], h.reshape(-1, h.shape[-1])
         ids, weights = route(flat, w["router"], w["router_bias"], config)
-        y = experts(flat, ids, weights, w["experts_gate_up"], w["experts_down"], valid=valid).reshape(h.shape)
+        y = experts(flat, ids, weights, stack["experts_gate_up"], stack["experts_down"], layer=layer, valid=valid).reshape(h.shape)
         return y + swiglu(h, w["shared_gate_up"], w["shared_down"]) if config.num_shared_experts else y
 
-    carry, auxes = (x, jnp.int32(0)), []
+    first, auxes = 0, []
     for kind, mlp in (("dense", dense), ("moe", moe)):
-        if kind in params:
-            carry, aux = lax.scan(block(mlp), carry, params[kind])
-            auxes.append(aux)
+        if kind not in params:
+            continue
+
+        def block(x: jax.Array, scanned: tuple[jax.Array, Params], mlp: Any = mlp, first: int = first) -> tuple[jax.Array, Any]:
+            layer, w = scanned
+            with jax.named_scope("attention"):
+                a, aux = attention(w, config, x, cos_sin, lambda q, k, v: attend(first + layer, q, k, v))
+                x = x + a
+            with jax.named_scope("mlp"):
+                x = x + mlp(rms_norm(x, w["mlp_norm"], config.rms_norm_eps), w, layer)
+            return x, aux
+
+        scanned = {name: w for name, w in params[kind].items() if not name.startswith("experts_")}
+        count = len(scanned["attn_norm"])
+        x, aux = lax.scan(block, x, (jnp.arange(count, dtype=jnp.int32), scanned))
+        first += count
+        auxes.append(aux)
     aux = auxes[0] if len(auxes) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
-    return rms_norm(carry[0], params["norm"], config.rms_norm_eps), aux
+    return rms_norm(x, params["norm"], config.rms_norm_eps), aux
 
 
 def attention(w: Params, config: ModelConfig, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], policy: Any) -> tuple[jax.Array, Any]:

@@ -12,9 +12,9 @@ from typing import Literal, get_args
 import jax
 from jax.typing import ArrayLike
 
-from pallas_kernels.grouped_matmul.ragged import ragged
+from pallas_kernels.grouped_matmul.cpu import streamed
 from pallas_kernels.grouped_matmul.reference import dense
-from pallas_kernels.grouped_matmul.streamed import streamed
+from pallas_kernels.grouped_matmul.xla import ragged
 
 
 __all__ = ["Backend", "choose_backend", "dense", "expert_mlp"]
