@@ -124,6 +124,8 @@ def step(program: Program, params: llada2.Params, pool: KVPool, state: DecodeSta
         state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
         state, rule_state = program.rule.update(prediction, state, state.rule)
         state = _end_overdue_blocks(program, prediction, state.replace(rule=rule_state))
+        # Rules say what is masked; that masked positions read as the mask id is kept here, for every rule.
+        state = state.replace(tokens=jnp.where(state.masked, program.config.mask_token_id, state.tokens))
         return pool, _finish(program, _count(before, state))
 
 
