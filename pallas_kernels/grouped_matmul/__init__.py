@@ -1,7 +1,7 @@
 """Grouped matmul: the SwiGLU experts of a mixture-of-experts layer, each token through its own few experts.
 
-``expert_mlp`` computes ``y[t] = sum_k weights[t, k] * (silu(x[t] Wg) * (x[t] Wu)) Wd`` with the ``k`` experts that token
-``t`` chose. Nothing is ever dropped: any routing is computed exactly.
+``expert_mlp`` computes ``y[t] = sum_k weights[t, k] * (silu(x[t] Wg) * (x[t] Wu)) Wd`` over the ``k`` experts that
+token ``t`` chose. Nothing is ever dropped: any routing is computed exactly.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def expert_mlp(
 ) -> jax.Array:
     """The routed experts of one layer.
 
-    A token's output depends on nothing but its own row, whatever else is in the batch. Sums over the contracted axes are
-    in float32; the activated hidden values are rounded to ``x.dtype``.
+    A token's output depends on its own row alone; with backend ``"cpu"`` to the last bit, whatever the batch holds.
+    Sums over the contracted axes are in float32; the activated hidden values are rounded to ``x.dtype``.
 
     Args:
       x: ``[T, D]`` activations.
@@ -75,7 +75,15 @@ def expert_mlp(
         return _BACKENDS[backend](x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
 
 
-def _check_shapes(x, expert_ids, weights, gate_up, down, layer, valid) -> None:
+def _check_shapes(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    layer: ArrayLike | None,
+    valid: jax.Array | None,
+) -> None:
     stacked = () if layer is None else gate_up.shape[:1]
     tokens, embed = x.shape
     experts, width = down.shape[-3], down.shape[-2]

@@ -1,11 +1,12 @@
 """The experts on a CPU: weights streamed from memory once, row by row, into sums for the tokens that want them.
 
-With a handful of tokens an expert, a layer costs what reading its weights costs, if nothing else is read or written. XLA's
-matmuls on CPU miss that: they read weights in narrow strided columns, and their operands must lie in memory as one array,
-so that each layer sliced from a stack is copied first. An elementwise fusion has neither fault. One step of the loop here
-is a single fused kernel, ``acc[p] += x[p, d] * w[expert[p], d]`` for eight rows ``d`` of every wanted expert: it reads
-those rows in place and in order, and pairs of the same expert, sorted next to each other, find them in the first-level
-cache. Every element of the result is one chain of additions in the order of ``d``, which no other row can change.
+With a handful of tokens an expert, a layer should cost what reading its weights once costs. XLA's matmuls on CPU miss
+that: their operands must lie in memory as one array, so that each layer sliced from a stack is copied first, and they
+give every expert room for as many tokens as the busiest one has. An elementwise fusion has neither fault. One step of
+the loop here is a single fused kernel, ``acc[p] += x[p, d] * w[expert[p], d]`` for eight rows ``d`` of every wanted
+expert: it reads those rows in place and in order, and pairs of the same expert, sorted next to each other, find them in
+the first-level cache. Every element of the result is one chain of additions in the order of ``d``, which no other row
+can change.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pallas_kernels.grouped_matmul.routing import combine, route
 WEIGHT_ROWS = 8
 """Weight rows a step: as many as leave an expert's share (16 KiB at 512 columns) in the first-level cache."""
 
-CHUNK = 128
+CHUNK = 256
 """Pairs worked on at once. Pairs of invalid tokens are sorted last, and whole chunks of them are never computed."""
 
 
@@ -37,7 +38,10 @@ def streamed(
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
 ) -> jax.Array:
-    """See ``expert_mlp``. A stack of layers is read in place, whether ``layer`` is known or traced."""
+    """See ``expert_mlp``. A stack of layers is read in place, whether ``layer`` is known or traced.
+
+    Weights should be float32: XLA on CPU gathers no bfloat16, and widens the whole stack before the first layer.
+    """
     num_experts, embed, width = gate_up.shape[-3], x.shape[1], down.shape[-2]
     routing = route(expert_ids, num_experts=num_experts, valid=valid)
     expert = jnp.minimum(routing.expert, num_experts - 1)

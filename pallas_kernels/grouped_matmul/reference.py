@@ -17,7 +17,7 @@ def dense(
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
 ) -> jax.Array:
-    """See ``expert_mlp``. Differentiable in ``x``, ``weights``, ``gate_up`` and ``down``; costs ``T * E`` expert rows."""
+    """See ``expert_mlp``. Differentiable in ``x``, ``weights`` and both matrices; costs ``T * E`` expert rows."""
     if layer is not None:
         gate_up, down = gate_up[layer], down[layer]
     if valid is not None:

@@ -1,4 +1,4 @@
-"""From chosen experts to rows sorted by expert and back, by sorts and gathers alone (scatters are slow on every backend)."""
+"""From chosen experts to rows sorted by expert and back, by sorts and gathers alone: scatters are slow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def route(expert_ids: jax.Array, *, num_experts: int, valid: jax.Array | None) -
 
 
 def combine(rows: jax.Array, routing: Routing, weights: jax.Array, *, valid: jax.Array | None) -> jax.Array:
-    """``[T, D]`` float32: each token's weighted sum of its sorted ``rows [P, D]``, added in the order of its choices."""
+    """``[T, D]`` float32: each token's weighted sum of its ``rows [P, D]``, added in the order of its choices."""
     total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
     for j in range(weights.shape[1]):
         total += weights[:, j, None] * rows[routing.place[:, j]]

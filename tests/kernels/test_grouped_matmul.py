@@ -1,4 +1,7 @@
-"""Expert MLP: every backend against the dense reference, and a row against itself in other company."""
+"""Expert MLP: every backend against the dense reference, and a row against itself in other company.
+
+The CPU backend works in chunks of 256 (token, expert) pairs: with three experts a token, 100 tokens are two chunks.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,13 @@ def make(seed, *, tokens, experts=6, k=3, embed=24, width=10, dtype=jnp.float32,
     """(x, expert_ids, weights, gate_up, down); without ``spread`` every token picks the same experts."""
     rng = np.random.default_rng(seed)
     ids = np.stack([np.random.default_rng(seed + t * spread).permutation(experts)[:k] for t in range(tokens)])
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape) / shape[-2] ** 0.5, dtype)  # noqa: E731
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape) / shape[-2] ** 0.5, dtype)
+
     weights = jnp.asarray(rng.uniform(0.1, 1.0, (tokens, k)), jnp.float32)
-    return normal(tokens, embed) * tokens**0.5, jnp.asarray(ids, jnp.int32), weights, normal(experts, embed, 2 * width), normal(
-        experts, width, embed
-    )
+    x, gate_up, down = normal(embed, tokens).T, normal(experts, embed, 2 * width), normal(experts, width, embed)
+    return x * embed**0.5, jnp.asarray(ids, jnp.int32), weights, gate_up, down
 
 
 @functools.partial(jax.jit, static_argnames="backend")
@@ -39,13 +44,13 @@ def test_dense_is_what_the_formula_says():
     gate_up = jnp.array([[[1.0, 1.0], [0.0, 1.0]], [[0.0, 2.0], [1.0, 0.0]]])
     down = jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]])
     y = dense(jnp.array([[1.0, 2.0]]), jnp.array([[1, 0]]), jnp.array([[0.5, 2.0]]), gate_up, down)
-    silu = lambda z: z / (1 + np.exp(-z))  # noqa: E731
-    np.testing.assert_allclose(y, [[2.0 * silu(1.0) * 3.0, 0.5 * silu(2.0) * 2.0]], rtol=1e-6)
+    silu_1, silu_2 = 1 / (1 + np.exp(-1)), 2 / (1 + np.exp(-2))
+    np.testing.assert_allclose(y, [[2.0 * silu_1 * 3.0, 0.5 * silu_2 * 2.0]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**16), tokens=st.sampled_from([1, 5, 45]), spread=st.booleans(), masked=st.booleans())
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**16), tokens=st.sampled_from([1, 101]), spread=st.booleans(), masked=st.booleans())
 def test_backends_agree_with_dense(backend, seed, tokens, spread, masked):
     args = make(seed, tokens=tokens, spread=spread)
     valid = jnp.asarray(np.random.default_rng(seed).random(tokens) < 0.6) if masked else None
@@ -54,7 +59,7 @@ def test_backends_agree_with_dense(backend, seed, tokens, spread, masked):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("embed, width", [(24, 12), (7, 5), (16, 3)])
+@pytest.mark.parametrize("embed, width", [(7, 5), (16, 3)])
 def test_any_width(backend, embed, width):
     args = make(1, tokens=11, embed=embed, width=width)
     np.testing.assert_allclose(run(*args, backend=backend), run(*args, backend="dense"), rtol=2e-5, atol=2e-6)
@@ -71,8 +76,8 @@ def test_bfloat16(backend):
 
 @pytest.mark.parametrize("backend", ("dense", *FAST))
 def test_invalid_rows_give_zeros_whatever_they_hold(backend):
-    x, ids, weights, gate_up, down = make(3, tokens=70)
-    valid = jnp.arange(70) % 3 == 0
+    x, ids, weights, gate_up, down = make(3, tokens=180)
+    valid = jnp.arange(180) % 3 == 0
     poisoned = run(
         jnp.where(valid[:, None], x, jnp.nan),
         jnp.where(valid[:, None], ids, 99),
@@ -85,7 +90,7 @@ def test_invalid_rows_give_zeros_whatever_they_hold(backend):
     clean = run(x, ids, weights, gate_up, down, backend=backend)
     np.testing.assert_array_equal(poisoned[~valid], 0)
     np.testing.assert_allclose(poisoned[valid], clean[valid], rtol=1e-6, atol=1e-7)
-    nothing = run(x, ids, weights, gate_up, down, backend=backend, valid=jnp.zeros(70, bool))
+    nothing = run(x, ids, weights, gate_up, down, backend=backend, valid=jnp.zeros(180, bool))
     np.testing.assert_array_equal(nothing, 0)
 
 
@@ -99,13 +104,14 @@ def test_layer_of_a_stack(backend):
 
 @pytest.mark.parametrize("spread", [True, False])
 def test_cpu_row_is_bitwise_the_same_in_any_company(spread):
-    x, ids, weights, gate_up, down = make(5, tokens=50, embed=64, width=32, spread=spread)
+    x, ids, weights, gate_up, down = make(5, tokens=100, embed=64, width=32, spread=spread)
     y = run(x, ids, weights, gate_up, down, backend="cpu")
-    alone = [run(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], gate_up, down, backend="cpu")[0] for t in range(50)]
-    np.testing.assert_array_equal(y, jnp.stack(alone))
-    order = np.random.default_rng(0).permutation(50)
+    for t in range(0, 100, 3):
+        alone = run(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], gate_up, down, backend="cpu")
+        np.testing.assert_array_equal(alone[0], y[t])
+    order = np.random.default_rng(0).permutation(100)
     np.testing.assert_array_equal(run(x[order], ids[order], weights[order], gate_up, down, backend="cpu"), y[order])
-    valid = jnp.arange(50) % 2 == 0
+    valid = jnp.arange(100) % 2 == 0
     some = run(x, ids, weights, gate_up, down, backend="cpu", valid=valid)
     np.testing.assert_array_equal(some[::2], y[::2])
 
@@ -116,7 +122,9 @@ def test_cpu_reads_a_stack_of_layers_in_place():
     stacks = jnp.stack([gate_up] * 3), jnp.stack([down] * 3)
 
     def layers(x, gate_up, down):
-        body = lambda x, layer: (expert_mlp(x, ids, weights, gate_up, down, layer=layer, backend="cpu"), None)  # noqa: E731
+        def body(x, layer):
+            return expert_mlp(x, ids, weights, gate_up, down, layer=layer, backend="cpu"), None
+
         return jax.lax.scan(body, x, jnp.arange(3))[0]
 
     compiled = jax.jit(layers).lower(jnp.ones((4, 64)), *stacks).compile()
@@ -126,7 +134,7 @@ def test_cpu_reads_a_stack_of_layers_in_place():
 def test_dense_gradient():
     x, ids, weights, gate_up, down = make(7, tokens=3, embed=6, width=4)
     valid = jnp.array([True, True, False])
-    loss = lambda x, weights, gate_up, down: dense(x, ids, weights, gate_up, down, valid=valid).sum()  # noqa: E731
+    loss = jax.jit(lambda x, weights, gate_up, down: dense(x, ids, weights, gate_up, down, valid=valid).sum())
     check_grads(loss, (x, weights, gate_up, down), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
     bad = x.at[2].set(jnp.nan)
     grads = jax.grad(loss, argnums=(0, 1, 2, 3))(bad, weights, gate_up, down)
