@@ -225,7 +225,7 @@ def _count(before: DecodeState, after: DecodeState) -> DecodeState:
 
 def _seen(before: DecodeState, after: DecodeState) -> Trace:
     """What one step did to the window."""
-    filled = after.editable & ~before.masked
+    filled = before.editable & ~before.masked
     return Trace(
         start=after.start,
         live=before.live,
