@@ -1,0 +1,36 @@
+"""Test-wide settings, and engines shared by the whole session: building one costs seconds of compilation."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
+
+import jax
+import pytest
+
+from diffulex_jax import Engine
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What one worker compiled the others, and the next run, read from disk. The key holds program, flags and versions."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def engine_of():
+    """``engine_of(checkpoint, strategy=..., ...)``: the engine of a golden checkpoint; one each for the whole session."""
+
+    @functools.cache
+    def build(checkpoint: str, **settings) -> Engine:
+        return Engine.from_pretrained(str(GOLDEN / checkpoint), **settings)
+
+    return build
