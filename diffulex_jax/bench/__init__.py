@@ -1,0 +1,1 @@
+"""Measuring speed, and saying what it was measured on."""

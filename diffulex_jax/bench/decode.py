@@ -1,0 +1,254 @@
+"""Decoding speed: what a user of the engine gets, and how much of a step is not the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from tqdm.auto import tqdm
+
+from diffulex_jax import decode, request_state
+from diffulex_jax.bench import machine
+from diffulex_jax.bench.shapes import SHAPES
+from diffulex_jax.config import ModelConfig
+from diffulex_jax.engine.engine import Engine
+from diffulex_jax.engine.tokenizer import Tokenizer
+from diffulex_jax.models import checkpoint, llada2
+from diffulex_jax.parallel.mesh import make_mesh
+from diffulex_jax.rules import Rule
+from diffulex_jax.sampling_params import SamplingParams
+from diffulex_jax.state import DecodeState, Dims, KVPool
+from diffulex_jax.strategies import resolve
+from pallas_kernels import block_attention
+
+
+QUESTIONS = (
+    "What is 17 + 25 - 9?",
+    "Tom has 6 boxes with 12 pens in each box. Tom gives away 15 pens. How many pens are left?",
+    "What is (14 + 9) x 3?",
+    "A shop has 8 boxes of 25 cups. It sells 47 cups. How many cups are left?",
+)
+"""What the embedded model is asked."""
+
+
+def run(
+    *,
+    model: str | None,
+    shape: str | None,
+    strategies: Sequence[str],
+    sampling: SamplingParams,
+    prompt_tokens: int | None,
+    repeats: int,
+    dtype: str,
+    block_size: int,
+    buffer_size: int,
+    max_slots: int,
+    progress: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measures strategies on one model.
+
+    Args:
+      model: as ``Engine.from_pretrained`` takes it; None with ``shape``.
+      shape: a name in ``SHAPES``, filled with random weights; None with ``model``.
+      strategies: names of strategies.
+      sampling: settings of every request.
+      prompt_tokens: length of random prompts, one a slot, which ignore EOS; None asks the embedded model :data:`QUESTIONS` and
+        gives others 64 random tokens.
+      repeats: how often every prompt is decoded.
+      dtype, block_size, buffer_size, max_slots, **settings: of the engine.
+      progress: show a progress bar over strategies.
+
+    Returns:
+      Plain data: what was measured on what, and for each strategy the figures of :func:`measure` and :func:`measure_step`.
+
+    Raises:
+      ValueError: for a model, shape, strategy or setting that will not do.
+    """
+    rules = {name: resolve(name) for name in strategies}
+    sizes: dict[str, Any] = {"block_size": block_size, "buffer_size": buffer_size, "max_slots": max_slots}
+    config, params, tokenizer = _model(model, shape, dtype)
+    if model == "embedded" and tokenizer is not None and prompt_tokens is None:
+        prompts = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in QUESTIONS]
+    else:
+        prompts = random_prompts(config, count=max_slots, tokens=64 if prompt_tokens is None else prompt_tokens)
+        sampling = dataclasses.replace(sampling, ignore_eos=True)
+    longest = max(map(len, prompts))
+
+    results = {}
+    for name, rule in tqdm(rules.items(), disable=not progress, unit="strategy"):
+        began = time.perf_counter()
+        engine = Engine(config, params, strategy=rule, dtype=dtype, **sizes, **settings)
+        start_seconds = time.perf_counter() - began
+        figures = measure(engine, prompts, sampling, repeats=repeats)
+        figures |= measure_step(config, params, rule, prompt_tokens=longest, slots=max_slots, block=block_size, window=buffer_size)
+        results[name] = {"start_seconds": start_seconds} | figures
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.platform}: {device.device_kind}",
+        "jax": jax.__version__,
+        "kernels": machine.kernels(device.platform),
+        "model": model or f"{shape}, random weights",
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "config": dataclasses.asdict(config),
+        "dtype": dtype,
+        **sizes,
+        **settings,
+        "prompts": len(prompts),
+        "longest_prompt": longest,
+        "repeats": repeats,
+        "sampling": dataclasses.asdict(sampling),
+        "strategies": results,
+    }
+
+
+def random_prompts(config: ModelConfig, *, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
+    """``count`` prompts of ``tokens`` random ids, none of them the mask or EOS."""
+    ordinary = np.setdiff1d(np.arange(config.vocab_size), (config.mask_token_id, config.eos_token_id))
+    return np.random.default_rng(seed).choice(ordinary, (count, tokens)).tolist()
+
+
+def measure(engine: Engine, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, repeats: int) -> dict[str, float]:
+    """Decodes ``prompts`` ``repeats`` times through ``Engine.generate``, after once to warm up.
+
+    Returns:
+      ``tokens`` and ``nfe`` of one repeat, ``tokens_per_second`` of wall-clock time, ``tokens_per_forward``, and
+      ``ms_per_step_median`` and ``ms_per_step_p90`` over requests, prompt prefill and host work included.
+    """
+    engine.generate(prompts, sampling)
+    began = time.perf_counter()
+    outputs = [output for _ in range(repeats) for output in engine.generate(prompts, sampling)]
+    seconds = time.perf_counter() - began
+    tokens, nfe = sum(len(o.token_ids) for o in outputs), sum(o.nfe for o in outputs)
+    steps = [1e3 * o.seconds / o.nfe for o in outputs]
+    return {
+        "tokens": tokens // repeats,
+        "nfe": nfe // repeats,
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_forward": tokens / nfe,
+        "ms_per_step_median": statistics.median(steps),
+        "ms_per_step_p90": float(np.percentile(steps, 90)),
+    }
+
+
+def measure_step(
+    config: ModelConfig, params: llada2.Params, rule: Rule, *, prompt_tokens: int, slots: int, block: int, window: int = 1, rounds: int = 7
+) -> dict[str, float]:
+    """Times a denoise step against the bare model (embeddings, layers, vocabulary logits) of the same shapes.
+
+    Both run as a loop of steps on the device, turn about in one process; what a step has beyond the model is the
+    prediction, the rules, the cache and the bookkeeping. The step is the common one, with no finished block to write along.
+
+    Args:
+      config, params: the model.
+      rule: the strategy.
+      prompt_tokens: cached positions in front of the block, rounded down to whole blocks.
+      slots: requests decoded together.
+      block: tokens in a block; half of them are decoded, one a step.
+      window: blocks in the window, of which the first is active.
+      rounds: measurements of each; medians are returned.
+
+    Returns:
+      ``step_ms``, ``model_ms`` and ``outside_model_share`` = 1 - model / step of each turn.
+    """
+    program, pool, state = _mid_request(config, params, rule, prompt_tokens=prompt_tokens, slots=slots, block=block, window=window)
+    whole = jax.jit(functools.partial(decode.denoise, program), donate_argnums=(1, 2))
+    bare = jax.jit(functools.partial(_model_loop, config))
+    steps = np.int32(max(1, block // 2))
+    spent = []
+    with jax.set_mesh(make_mesh()):
+        for _ in range(rounds + 1):
+            own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            began = time.perf_counter()
+            pool, _, report, _ = jax.block_until_ready(whole(params, pool, own, max_steps=steps, stop_on_finish=np.bool_(False)))
+            middle = time.perf_counter()
+            jax.block_until_ready(bare(params, pool, state, steps))
+            spent.append((1e3 * (middle - began) / int(report.nfe.max()), 1e3 * (time.perf_counter() - middle) / int(steps)))
+    spent = spent[1:]  # the first compiled
+    step_ms, model_ms = (statistics.median(times) for times in zip(*spent, strict=True))
+    return {"step_ms": step_ms, "model_ms": model_ms, "outside_model_share": statistics.median(1 - m / s for s, m in spent)}
+
+
+def _mid_request(
+    config: ModelConfig, params: llada2.Params, rule: Rule, *, prompt_tokens: int, slots: int, block: int, window: int
+) -> tuple[decode.Program, KVPool, DecodeState]:
+    """Every slot at the first block after its prompt, which fills one mask a step. The pool is empty: its content takes no time."""
+    sampling = SamplingParams(max_tokens=block, accept_threshold=2.0, add_block_threshold=2.0, ignore_eos=True)
+    prompt = np.zeros(max(1, prompt_tokens // block * block), np.int32)
+    pages = -(-(len(prompt) + block) // block)
+    merge_top_k = rule.merge.top_k if rule.merge is not None else 0
+    dims = Dims(slots=slots, window=window, block=block, pages_per_slot=pages, merge_top_k=merge_top_k)
+    pool = jnp.zeros((config.num_hidden_layers, slots * pages, block, config.num_key_value_heads, config.head_dim), params["embed"].dtype)
+    state = request_state.empty_state(dims, rule, mask_id=config.mask_token_id, no_page=slots * pages)
+    for slot in range(slots):
+        own = np.arange(slot * pages, (slot + 1) * pages, dtype=np.int32)
+        request = request_state.make_request(dims, no_page=slots * pages, prompt=prompt, params=sampling, pages=own)
+        state = request_state.admit(dims, rule, config.mask_token_id, state, jnp.int32(slot), request)
+    return decode.Program(config, dims, rule, (config.eos_token_id,)), KVPool(pool, jnp.copy(pool)), state
+
+
+def _model_loop(config: ModelConfig, params: llada2.Params, pool: KVPool, state: DecodeState, steps: jax.Array) -> jax.Array:
+    """``steps`` forwards over the window, and the logits of the last."""
+    slots, _, block = state.tokens.shape
+    positions = state.positions.reshape(slots, -1)
+    lanes = state.active & state.live[:, None]
+
+    def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        return block_attention.block_attention(q, k, v, pool.k, pool.v, layer, state.page_table, state.written_upto, lanes), ()
+
+    def forward(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tokens, _ = carry
+        hidden, _ = llada2.hidden(params, config, llada2.embed(params, tokens), positions, attend, valid=jnp.repeat(lanes, block, 1))
+        logits = llada2.logits(params, hidden)
+        # What goes in next depends on what came out, as in decoding: no forward can be left out or moved out of the loop.
+        return jnp.where(jnp.isnan(logits[..., 0]), 0, tokens), logits
+
+    tokens = state.tokens.reshape(slots, -1)
+    return lax.fori_loop(0, steps, forward, (tokens, jnp.zeros((*tokens.shape, config.vocab_size))))[1]
+
+
+def _model(model: str | None, shape: str | None, dtype: str) -> tuple[ModelConfig, llada2.Params, Tokenizer | None]:
+    if (model is None) == (shape is None):
+        raise ValueError("give exactly one of a model and a shape")
+    try:
+        jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"dtype={dtype!r} is not a dtype") from error
+    if model is not None:
+        path = checkpoint.resolve(model)
+        return *checkpoint.load(path, make_mesh(), dtype=dtype), Tokenizer.load(path)
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
+    init = jax.jit(llada2.init, static_argnums=(0, 2))
+    return SHAPES[shape], init(SHAPES[shape], jax.random.key(0), dtype), None
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report of :func:`run` for people."""
+    head = [
+        f"{report['model']} ({report['parameters'] / 1e6:.1f} M parameters), {report['dtype']}, {report['device']}, jax {report['jax']}",
+        f"prompts: {report['prompts']} of up to {report['longest_prompt']} tokens; max_tokens {report['sampling']['max_tokens']}, "
+        f"block {report['block_size']}, {report['max_slots']} at a time, {report['repeats']} times",
+    ]
+    columns = {
+        "tokens/s": ("tokens_per_second", ".1f"),
+        "tokens/forward": ("tokens_per_forward", ".2f"),
+        "forwards": ("nfe", "d"),
+        "ms/step": ("ms_per_step_median", ".2f"),
+        "p90": ("ms_per_step_p90", ".2f"),
+        "in the loop": ("step_ms", ".2f"),
+        "model alone": ("model_ms", ".2f"),
+        "outside": ("outside_model_share", ".1%"),
+    }
+    rows = [["strategy", *columns]]
+    rows += [[name, *(format(figures[key], form) for key, form in columns.values())] for name, figures in report["strategies"].items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join([*head, *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)])

@@ -1,0 +1,180 @@
+"""The command line: ``diffulex-jax generate``, ``bench decode`` and ``doctor``.
+
+Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``Engine.from_pretrained``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import re
+import time
+import typing
+from collections.abc import Callable, Collection, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from diffulex_jax.bench import decode, machine
+from diffulex_jax.bench.shapes import SHAPES
+from diffulex_jax.engine.engine import Engine
+from diffulex_jax.engine.results import Output
+from diffulex_jax.sampling_params import SamplingParams
+from diffulex_jax.strategies import STRATEGIES
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Diffusion language models in JAX.")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
+app.add_typer(bench, name="bench")
+
+Command = Callable[..., None]
+_OPTION_TYPES = (str, int, float, bool, int | None)
+
+
+def settings_as_options(*sources: Callable[..., Any], leave_out: Collection[str] = (), **defaults: Any) -> Callable[[Command], Command]:
+    """Replaces the ``**settings`` of a command by one option for each setting of ``sources``, so that none can be missing.
+
+    Args:
+      *sources: functions or dataclasses; their keyword-only parameters of plain types become options. The help of an option is
+        the parameter's entry in the docstring.
+      leave_out: settings that do not become options.
+      **defaults: defaults that differ from those of the source.
+    """
+    options = []
+    for source in sources:
+        hints, docs = typing.get_type_hints(source), _entries(inspect.getdoc(source) or "")
+        for name, parameter in inspect.signature(source).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY and hints[name] in _OPTION_TYPES and name not in leave_out:
+                option = typer.Option(f"--{name.replace('_', '-')}", help=docs[name], rich_help_panel=f"{source.__qualname__}")
+                annotation, default = Annotated[hints[name], option], defaults.get(name, parameter.default)
+                options.append(parameter.replace(annotation=annotation, default=default))
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        kept = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        vars(command)["__signature__"] = inspect.Signature([*kept, *options])
+        return command
+
+    return decorate
+
+
+def _entries(doc: str) -> dict[str, str]:
+    """The ``name: text`` entries of a docstring's sections."""
+    found = re.findall(r"^  (\w+): (.+(?:\n    .+)*)", doc, re.MULTILINE)
+    return {name: " ".join(text.replace("``", "").split()) for name, text in found}
+
+
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+_STRATEGIES = ", ".join(STRATEGIES)
+_PROMPTS = "Random prompts of this length, which ignore EOS. Default: built-in questions for the embedded model, 64 for others."
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Ends the command with one line on stderr and exit code 2 where an input will not do."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+@settings_as_options(SamplingParams, Engine.from_pretrained, leave_out=("max_slots",))
+def generate(
+    *,
+    model: Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")] = "embedded",
+    strategy: Annotated[str, typer.Option(help=f"One of {_STRATEGIES}.")] = "llada2",
+    prompt: Annotated[str | None, typer.Option(help="The prompt as text.")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="The prompt as token ids: 1,2,3.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put --prompt through the model's chat template.")] = False,
+    as_json: _AsJson = False,
+    **settings: Any,
+) -> None:
+    """Decode one prompt."""
+    with _one_line_errors():
+        request = _request(prompt, prompt_ids)
+        if chat and prompt is None:
+            raise ValueError("--chat takes a --prompt, not --prompt-ids")
+        sampling, engine_settings = _split(settings)
+        began = time.perf_counter()
+        engine = Engine.from_pretrained(model, strategy=strategy, max_slots=1, **engine_settings)
+        start_seconds = time.perf_counter() - began
+        if chat and prompt is not None:
+            output = engine.chat([{"role": "user", "content": prompt}], sampling)
+        else:
+            (output,) = engine.generate([request], sampling)
+    typer.echo(json.dumps(_plain(output)) if as_json else _readable(output, start_seconds))
+
+
+@bench.command("decode")
+@settings_as_options(SamplingParams, Engine.from_pretrained, max_tokens=256, max_slots=1)
+def bench_decode(
+    *,
+    model: Annotated[str | None, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")] = None,
+    shape: Annotated[str | None, typer.Option(help=f"Random weights instead of a model: {', '.join(SHAPES)}.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {_STRATEGIES}. Default: all.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help=_PROMPTS)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often every prompt is decoded.")] = 3,
+    as_json: _AsJson = False,
+    **settings: Any,
+) -> None:
+    """Tokens per second, milliseconds a step, and the share of a step that is not the model."""
+    with _one_line_errors():
+        sampling, engine_settings = _split(settings)
+        report = decode.run(
+            model=model,
+            shape=shape,
+            strategies=strategy or list(STRATEGIES),
+            sampling=sampling,
+            prompt_tokens=prompt_tokens,
+            repeats=repeats,
+            progress=not as_json,
+            **engine_settings,
+        )
+    typer.echo(json.dumps(report) if as_json else decode.table(report))
+
+
+@app.command()
+def doctor(*, as_json: _AsJson = False) -> None:
+    """Show what JAX sees on this machine and which kernels would be used."""
+    facts = machine.describe()
+    typer.echo(json.dumps(facts) if as_json else machine.text(facts))
+
+
+def _split(settings: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:
+    """The settings of a request, and those of the engine."""
+    mine = {field.name for field in dataclasses.fields(SamplingParams)}
+    return SamplingParams(**{k: v for k, v in settings.items() if k in mine}), {k: v for k, v in settings.items() if k not in mine}
+
+
+def _request(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
+    """The prompt as the engine takes it."""
+    if prompt is not None and prompt_ids is None:
+        return prompt
+    if prompt is not None or prompt_ids is None:
+        raise ValueError("give exactly one of --prompt and --prompt-ids")
+    try:
+        return [int(part) for part in prompt_ids.split(",")]
+    except ValueError:
+        raise ValueError(f"--prompt-ids must be integers separated by commas, got {prompt_ids!r}") from None
+
+
+def _plain(output: Output) -> dict[str, Any]:
+    fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output) if field.name != "trace"}
+    return fields | {"tokens_per_forward": output.tokens_per_forward}
+
+
+def _readable(output: Output, start_seconds: float) -> str:
+    answer = output.text if output.text is not None else ",".join(map(str, output.token_ids))
+    figures = {
+        "tokens": f"{len(output.token_ids)} ({output.finish_reason})",
+        "forwards": output.nfe,
+        "tokens per forward": f"{output.tokens_per_forward:.2f}",
+        "edits": output.revised_tokens,
+        "masked again": output.remasked_tokens,
+        "seconds": f"{output.seconds:.2f}, after {start_seconds:.1f} to load and compile",
+    }
+    return "\n".join([answer, "", *(f"{name:>18}  {value}" for name, value in figures.items())])

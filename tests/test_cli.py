@@ -1,0 +1,203 @@
+"""The command line: every setting has an option, ``--json`` prints one object, wrong input ends in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from diffulex_jax import Output, SamplingParams, cli
+from diffulex_jax.bench import decode, machine
+from diffulex_jax.bench.shapes import SHAPES
+from diffulex_jax.models import llada2
+
+
+MODEL = str(pathlib.Path(__file__).parent / "golden" / "tiny-llada2-trained")
+SMALL = ["--block-size", "8", "--max-model-len", "64"]
+ANSWER = Output(
+    text="four",
+    token_ids=[7, 8, 9, 10],
+    finish_reason="stop",
+    nfe=2,
+    revised_tokens=1,
+    remasked_tokens=3,
+    prompt_token_ids=[1, 2],
+    seconds=0.5,
+)
+
+
+def run(*args: str):
+    return CliRunner().invoke(cli.app, args)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Replaces the engine by one that notes what it was asked and answers ``ANSWER``."""
+    seen = {}
+
+    class Engine:
+        @classmethod
+        def from_pretrained(cls, model, **settings):
+            seen.update(model=model, engine=settings)
+            return cls()
+
+        def generate(self, prompts, params):
+            seen.update(prompts=prompts, params=params)
+            return [ANSWER]
+
+        def chat(self, messages, params):
+            seen.update(messages=messages, params=params)
+            return ANSWER
+
+    monkeypatch.setattr(cli, "Engine", Engine)
+    return seen
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(SamplingParams), ids=lambda field: field.name)
+def test_every_sampling_setting_is_an_option(asked, field):
+    flag = f"--{field.name.replace('_', '-')}"
+    value = True if field.type == "bool" else 0.625 if field.type == "float" else 3
+    assert value != field.default
+    result = run("generate", "--prompt", "hi", flag, *([] if value is True else [str(value)]))
+    assert result.exit_code == 0, result.output
+    assert asked["params"] == SamplingParams(**{field.name: value})
+
+
+def test_engine_settings_are_options(asked):
+    options = ["--strategy", "dmax", "--dtype", "bfloat16", "--block-size", "8", "--max-model-len", "64"]
+    assert run("generate", "--prompt-ids", "5, 6", *options).exit_code == 0
+    assert asked["model"] == "embedded"
+    assert asked["engine"] == {
+        "strategy": "dmax", "dtype": "bfloat16", "block_size": 8, "buffer_size": 1, "max_slots": 1, "max_model_len": 64,
+    }  # fmt: skip
+    assert asked["prompts"] == [[5, 6]]
+
+
+def test_chat_goes_through_the_chat_template(asked):
+    assert run("generate", "--chat", "--prompt", "hi").exit_code == 0
+    assert asked["messages"] == [{"role": "user", "content": "hi"}]
+
+
+def test_json_is_one_object_with_the_fields_of_the_output(asked):
+    result = run("generate", "--prompt", "hi", "--json")
+    printed = json.loads(result.stdout)
+    assert printed == {
+        "text": "four", "token_ids": [7, 8, 9, 10], "finish_reason": "stop", "nfe": 2, "revised_tokens": 1, "remasked_tokens": 3,
+        "prompt_token_ids": [1, 2], "seconds": 0.5, "tokens_per_forward": 2.0,
+    }  # fmt: skip
+
+
+def test_readable_output_names_tokens_forwards_and_edits(asked):
+    lines = run("generate", "--prompt", "hi").stdout.splitlines()
+    assert lines[0] == "four"
+    figures = {name.strip(): value for name, _, value in (line.strip().partition("  ") for line in lines[2:])}
+    assert figures["tokens"] == "4 (stop)"
+    assert figures["forwards"] == "2"
+    assert figures["tokens per forward"] == "2.00"
+    assert figures["edits"] == "1"
+    assert figures["seconds"].startswith("0.50")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", MODEL], "exactly one of --prompt and --prompt-ids"),
+        (["--model", MODEL, "--prompt", "a", "--prompt-ids", "1"], "exactly one of --prompt and --prompt-ids"),
+        (["--model", MODEL, "--prompt-ids", "1", "--chat"], "--chat takes a --prompt"),
+        (["--model", MODEL, "--prompt-ids", "1,x"], "got '1,x'"),
+        (["--model", MODEL, "--prompt-ids", "1", "--temperature", "-1"], "temperature=-1.0"),
+        (["--model", MODEL, "--prompt-ids", "1", "--top-p", "nan"], "top_p=nan"),
+        (["--model", MODEL, "--prompt-ids", "1", "--strategy", "nope"], "unknown strategy 'nope'"),
+        (["--model", MODEL, "--prompt-ids", "1", "--dtype", "int8"], "dtype='int8'"),
+        (["--model", MODEL, "--prompt-ids", "1", "--max-model-len", "99999"], "max_model_len=99999"),
+        (["--model", "/no/such/model", "--prompt-ids", "1"], "'/no/such/model'"),
+        (["--model", str(pathlib.Path(MODEL).parent), "--prompt-ids", "1"], "no config.json"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(args, message):
+    result = run("generate", *args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+
+
+def test_generate_decodes(engine_of):
+    """Prompt errors of the engine, and a real answer, through one and the same model."""
+    result = run("generate", "--model", MODEL, "--prompt-ids", "216,206,72", "--max-tokens", "12", "--ignore-eos", "--json", *SMALL)
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    (expected,) = engine_of("tiny-llada2-trained", block_size=8, max_model_len=64, max_slots=1).generate(
+        [[216, 206, 72]], SamplingParams(max_tokens=12, ignore_eos=True)
+    )
+    assert (printed["token_ids"], printed["nfe"]) == (expected.token_ids, expected.nfe)
+    assert len(printed["token_ids"]) == 12
+    assert printed["prompt_token_ids"] == [216, 206, 72]
+
+    masked = run("generate", "--model", MODEL, "--prompt-ids", "1,1021", "--max-tokens", "8", *SMALL)
+    assert (masked.exit_code, masked.stderr) == (2, "error: prompt 0 holds the mask token (id 1021) at position 1\n")
+
+
+def test_bench_decode_measures_speed():
+    args = ["--shape", "tiny", "--strategy", "llada2", "--max-tokens", "16", "--prompt-tokens", "8", "--repeats", "2"]
+    result = run("bench", "decode", *args, "--json", *SMALL)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    shapes = jax.tree.leaves(llada2.schema(SHAPES["tiny"]), is_leaf=llada2.is_leaf)
+    assert report["parameters"] == sum(int(np.prod(shape)) for shape, _ in shapes)
+    assert report["longest_prompt"] == 8
+    figures = report["strategies"].pop("llada2")
+    assert not report["strategies"]
+    # Random weights are never sure of anything: one token a forward.
+    assert (figures["tokens"], figures["nfe"], figures["tokens_per_forward"]) == (16, 16, 1.0)
+    assert 0 < figures["ms_per_step_median"] <= figures["ms_per_step_p90"]
+    assert figures["outside_model_share"] < 1
+    assert "llada2" in decode.table(report | {"strategies": {"llada2": figures}})
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "exactly one of a model and a shape"),
+        (["--shape", "huge"], "unknown shape 'huge'"),
+        (["--shape", "tiny", "--strategy", "nope"], "unknown strategy 'nope'"),
+        (["--shape", "tiny", "--dtype", "float31"], "'float31'"),
+    ],
+)
+def test_bench_errors_are_one_line(args, message):
+    result = run("bench", "decode", *args)
+    assert result.exit_code == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert message in result.stderr
+
+
+def test_shape_of_the_cpu_figures_has_131_7_million_parameters():
+    shapes = jax.tree.leaves(llada2.schema(SHAPES["cpu-131m"]), is_leaf=llada2.is_leaf)
+    assert round(sum(int(np.prod(shape)) for shape, _ in shapes) / 1e6, 1) == 131.7
+
+
+def test_random_prompts_hold_neither_mask_nor_eos():
+    config = dataclasses.replace(SHAPES["tiny"], vocab_size=4, mask_token_id=2, eos_token_id=0)
+    assert set(sum(decode.random_prompts(config, count=3, tokens=50), [])) == {1, 3}
+
+
+def test_doctor_says_what_jax_sees():
+    facts = json.loads(run("doctor", "--json").stdout)
+    assert facts["versions"]["jax"] == jax.__version__
+    assert facts["platform"] == "cpu"
+    assert [device["id"] for device in facts["devices"]] == [device.id for device in jax.devices()]
+    assert facts["kernels"] == {"block_attention": "reference", "grouped_matmul": "cpu", "remask": "reference", "token_merge": "reference"}
+    assert machine.kernels("tpu")["grouped_matmul"] == "ragged"
+    assert jax.__version__ in run("doctor").stdout
+
+
+def test_the_installed_command_is_this_one():
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="diffulex-jax")
+    assert entry.load() is cli.app
