@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,10 @@ from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import RUNNING, DecodeState, Dims, Merge, Pending, Settings
 
 
-@struct.dataclass
-class Request:
+Array = jax.Array | np.ndarray
+
+
+class Request(struct.PyTreeNode):
     """What the host hands over to start a request; NumPy arrays.
 
     Attributes:
@@ -52,9 +56,9 @@ def make_request(dims: Dims, *, no_page: int, prompt: np.ndarray, params: Sampli
         sequence=sequence,
         given=np.arange(dims.positions) < len(prompt),
         page_table=table,
-        prompt_len=np.int32(len(prompt)),
-        limit=np.int32(len(prompt) + params.max_tokens),
-        seed=np.int32(params.seed),
+        prompt_len=np.asarray(len(prompt), np.int32),
+        limit=np.asarray(len(prompt) + params.max_tokens, np.int32),
+        seed=np.asarray(params.seed, np.int32),
         settings=_settings(params),
     )
 
@@ -93,7 +97,7 @@ def release(state: DecodeState, slot: jax.Array) -> DecodeState:
 
 
 def _settings(params: SamplingParams) -> Settings:
-    def value(name: str) -> np.ndarray:
+    def value(name: str) -> Any:
         raw = getattr(params, name)
         if raw is None:  # max_nfe: no limit
             raw = np.iinfo(np.int32).max
@@ -143,7 +147,7 @@ def empty_state(dims: Dims, rule: Rule, *, mask_id: int, no_page: int) -> Decode
 
 
 def given_blocks(
-    sequence: jax.Array, given: jax.Array, start: jax.Array, count: int, block: int, mask_id: int
+    sequence: Array, given: Array, start: Array, count: int, block: int, mask_id: int
 ) -> tuple[jax.Array, jax.Array]:
     """The ``count`` blocks from ``start`` (``[S]``) on: what the caller fixed, masks elsewhere.
 

@@ -33,8 +33,7 @@ class Dims:
         return self.pages_per_slot * self.block
 
 
-@struct.dataclass
-class Settings:
+class Settings(struct.PyTreeNode):
     """Per-request settings, one row a slot, so that requests with different settings share a batch.
 
     Shapes ``[S]``; float32 thresholds, int32 counts. See ``SamplingParams`` for what each means.
@@ -57,8 +56,7 @@ class Settings:
     ignore_eos: jax.Array
 
 
-@struct.dataclass
-class Merge:
+class Merge(struct.PyTreeNode):
     """Soft-token descriptors: position i enters the next forward as a mix of embeddings where ``soft`` is set.
 
     Attributes:
@@ -72,8 +70,7 @@ class Merge:
     soft: jax.Array
 
 
-@struct.dataclass
-class Pending:
+class Pending(struct.PyTreeNode):
     """The block whose KV the next forward writes: complete, no longer in the window.
 
     Attributes:
@@ -87,8 +84,7 @@ class Pending:
     live: jax.Array
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
     """One row per request slot.
 
     Attributes:
@@ -163,8 +159,7 @@ class DecodeState:
         )
 
 
-@struct.dataclass
-class Prediction:
+class Prediction(struct.PyTreeNode):
     """What one forward says about the window. Full-vocabulary probabilities are never kept.
 
     Attributes:
@@ -183,8 +178,7 @@ class Prediction:
     masked: jax.Array
 
 
-@struct.dataclass
-class StepReport:
+class StepReport(struct.PyTreeNode):
     """What the host reads after a dispatch; every field ``[S]`` int32. Only ``written_upto`` may advance what is cached.
 
     Attributes:
@@ -204,8 +198,7 @@ class StepReport:
     length: jax.Array
 
 
-@struct.dataclass
-class Trace:
+class Trace(struct.PyTreeNode):
     """What each step of a dispatch did to the window; n steps, the window as it was before it moved on.
 
     Attributes:
@@ -232,8 +225,7 @@ STATE_AXES = ("slot",)
 POOL_AXES = ("layer", "page", "token", "kv_heads", "head_dim")
 
 
-@struct.dataclass
-class KVPool:
+class KVPool(struct.PyTreeNode):
     """Paged keys and values. A page holds exactly one block.
 
     Attributes:

@@ -24,7 +24,7 @@ from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import make_mesh, sharding
 from diffulex_jax.rules.base import Rule
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.state import FINISH_REASONS, POOL_AXES, STATE_AXES, Dims, KVPool, StepReport, Trace
+from diffulex_jax.state import FINISH_REASONS, POOL_AXES, STATE_AXES, DecodeState, Dims, KVPool, StepReport, Trace
 from diffulex_jax.strategies import resolve
 
 
@@ -50,6 +50,9 @@ class _Running:
 
 class Engine:
     """Decodes requests on one mesh. Build it with :meth:`from_pretrained`."""
+
+    _pool: KVPool
+    _state: DecodeState
 
     def __init__(
         self,
@@ -135,7 +138,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Prompt] | Prompt,
+        prompts: Sequence[Prompt] | str,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = False,
@@ -297,7 +300,7 @@ class Engine:
         everywhere = sharding(self.mesh, ())
         self._prefill_sizes = [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
 
-        def empty() -> tuple[KVPool, Any]:
+        def empty() -> tuple[KVPool, DecodeState]:
             shape = (config.num_hidden_layers, num_pages, dims.block, config.num_key_value_heads, config.head_dim)
             pool = KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
             return pool, request_state.empty_state(dims, program.rule, mask_id=config.mask_token_id, no_page=num_pages)

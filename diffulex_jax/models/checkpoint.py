@@ -145,10 +145,13 @@ def _weights(leaf: tuple[str, ...], config: ModelConfig) -> Iterator[tuple[str, 
     embed, kv, group, head = c.hidden_size, c.num_key_value_heads, c.queries_per_kv, c.head_dim
     heads = c.num_attention_heads
 
+    def put_same(out: np.ndarray, w: np.ndarray) -> None:
+        out[...] = w
+
     if len(leaf) == 1:
         hf = {"embed": "model.word_embeddings.weight", "lm_head": "lm_head.weight", "norm": "model.norm.weight"}[name]
-        shape = (embed,) if name == "norm" else (c.vocab_size, embed)
-        yield hf, (shape, lambda out, w: out.__setitem__(..., w))
+        shape: tuple[int, ...] = (embed,) if name == "norm" else (c.vocab_size, embed)
+        yield hf, (shape, put_same)
         return
 
     def put_qkv(out: np.ndarray, w: np.ndarray) -> None:
@@ -160,11 +163,18 @@ def _weights(leaf: tuple[str, ...], config: ModelConfig) -> Iterator[tuple[str, 
     def put_out(out: np.ndarray, w: np.ndarray) -> None:
         out[...] = w.T.reshape(kv, group, head, embed)
 
-    def put_same(out: np.ndarray, w: np.ndarray) -> None:
-        out[...] = w
-
     def put_transposed(out: np.ndarray, w: np.ndarray) -> None:
         out[...] = w.T
+
+    def into(put: Put, *at: Any) -> Put:
+        """``put`` for one part of the stacked leaf."""
+
+        def part(out: np.ndarray, w: np.ndarray) -> None:
+            for key in at:
+                out = out[key]
+            put(out, w)
+
+        return part
 
     start, count = (0, c.num_dense_layers) if leaf[0] == "dense" else (c.num_dense_layers, c.num_moe_layers)
     width, shared = c.moe_intermediate_size, c.moe_intermediate_size * c.num_shared_experts
@@ -183,7 +193,7 @@ def _weights(leaf: tuple[str, ...], config: ModelConfig) -> Iterator[tuple[str, 
         prefix = f"model.layers.{start + i}."
         if name in simple:
             hf, shape, put = simple[name]
-            yield prefix + hf, (shape, lambda out, w, i=i, put=put: put(out[i], w))
+            yield prefix + hf, (shape, into(put, i))
             continue
         kind, part = name.split("_", 1)
         f = inner[kind]
@@ -191,8 +201,8 @@ def _weights(leaf: tuple[str, ...], config: ModelConfig) -> Iterator[tuple[str, 
             at = (i,) if e is None else (i, e)
             base = prefix + {"mlp": "mlp.", "shared": "mlp.shared_experts.", "experts": f"mlp.experts.{e}."}[kind]
             if part == "down":
-                yield base + "down_proj.weight", ((embed, f), lambda out, w, at=at: put_transposed(out[at], w))
+                yield base + "down_proj.weight", ((embed, f), into(put_transposed, at))
                 continue
             for half, hf in enumerate(("gate_proj", "up_proj")):
                 columns = (slice(None), slice(half * f, (half + 1) * f)) if kind == "experts" else (slice(None), half)
-                yield base + f"{hf}.weight", ((f, embed), lambda out, w, at=at, columns=columns: put_transposed(out[at][columns], w))
+                yield base + f"{hf}.weight", ((f, embed), into(put_transposed, at, columns))

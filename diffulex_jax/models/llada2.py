@@ -61,7 +61,7 @@ def schema(config: ModelConfig) -> dict[str, Any]:
     }
     if c.num_shared_experts:
         moe |= mlp(n, "shared", width * c.num_shared_experts)
-    tree = {
+    tree: dict[str, Any] = {
         "embed": ((c.vocab_size, embed), ("vocab", "embed")),
         "lm_head": ((c.vocab_size, embed), ("vocab", "embed")),
         "norm": ((embed,), ("embed",)),

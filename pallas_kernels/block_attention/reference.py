@@ -61,7 +61,7 @@ def block_attention(
         return new, total * scale + p.sum(-1), out
 
     shape = (rows, *q.shape[2:4], width)
-    carry = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, head)))
+    carry: tuple[jax.Array, ...] = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, head)))
     for part in (slice(leading, None), slice(0, leading)) if leading else (slice(None),):
         carry = attend(carry, k[:, part].astype(jnp.float32), v[:, part].astype(jnp.float32), seen[:, None, None, :, part])
 

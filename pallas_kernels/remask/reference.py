@@ -64,6 +64,7 @@ def predict(
     """
     vocab = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     if penalized is not None:
+        assert penalty is not None, "penalized tokens need a penalty"
         logits = jnp.where(vocab == penalized[:, None], logits - penalty[:, None], logits)
     logits = jnp.where(vocab == forbidden_id, -jnp.inf, logits)
     peak = logits.max(-1)
@@ -110,7 +111,7 @@ def _cutoff(order: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
     tie at the cut-off stay together.
     """
 
-    def bit(i: int, low: jax.Array) -> jax.Array:
+    def bit(i: jax.Array, low: jax.Array) -> jax.Array:
         probe = low | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
         enough = jnp.where(order >= probe[:, None], mass, 0.0).sum(-1) >= target
         return jnp.where(enough, probe, low)
