@@ -1,0 +1,192 @@
+"""Decoding without a model: states written down as lists, and predictions that follow a script."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffulex_jax import Rule, SamplingParams, decode
+from diffulex_jax.config import ModelConfig
+from diffulex_jax.request_state import admit, empty_state, make_request
+from diffulex_jax.state import FINISH_REASONS, DecodeState, Dims, KVPool, Prediction
+
+
+MASK, EOS = 15, 14
+CONFIG = ModelConfig(
+    vocab_size=16,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    n_group=2,
+    topk_group=1,
+    mask_token_id=MASK,
+    eos_token_id=EOS,
+)
+
+
+def dims_of(rule: Rule, *, slots: int = 1, window: int = 1, block: int = 4, pages: int = 4) -> Dims:
+    top_k = rule.merge.top_k if rule.merge else 0
+    return Dims(slots=slots, window=window, block=block, pages_per_slot=pages, merge_top_k=top_k)
+
+
+def settings_of(**settings):
+    request = make_request(
+        Dims(slots=1, window=1, block=1, pages_per_slot=2),
+        no_page=0,
+        prompt=np.zeros(1, np.int32),
+        params=SamplingParams(**settings),
+        pages=np.zeros(0, np.int32),
+    )
+    return jax.tree.map(lambda a: jnp.asarray(a)[None], request.settings)
+
+
+def block_of(rule: Rule, tokens: Sequence[int | None], *, frozen: int = 0, **settings) -> DecodeState:
+    """One live row whose window is one block of ``tokens`` (None: masked), the first ``frozen`` of them prompt."""
+    state = empty_state(dims_of(rule, block=len(tokens)), rule, mask_id=MASK, no_page=4)
+    return state.replace(
+        tokens=jnp.array([[[MASK if t is None else t for t in tokens]]], jnp.int32),
+        masked=jnp.array([[[t is None for t in tokens]]]),
+        frozen=jnp.arange(len(tokens))[None, None] < frozen,
+        active=jnp.ones((1, 1), bool),
+        live=jnp.ones(1, bool),
+        prompt_len=jnp.array([frozen]),
+        limit=jnp.array([len(tokens)]),
+        settings=settings_of(**settings),
+    )
+
+
+def update(
+    rule: Rule, state: DecodeState, tokens: Sequence[int], probs: Sequence[float], current: Sequence[float] | None = None
+) -> DecodeState:
+    """One application of a rule to a block: the model says ``tokens`` with ``probs``, and ``current`` of what stands there."""
+    token, prob = jnp.array([[tokens]], jnp.int32), jnp.array([[probs]], jnp.float32)
+    prediction = Prediction(
+        token=token,
+        prob=prob,
+        current_prob=jnp.where(token == state.tokens, prob, 1 - prob) if current is None else jnp.array([[current]], jnp.float32),
+        top_ids=token[..., None],
+        top_probs=prob[..., None],
+        masked=state.masked,
+    )
+    state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
+    state, rule_state = rule.update(prediction, state, state.rule)
+    return state.replace(rule=rule_state)
+
+
+def shown(state: DecodeState) -> list[int | None]:
+    """The window of the first row; None where masked."""
+    return [None if m else int(t) for t, m in zip(state.tokens[0].reshape(-1), state.masked[0].reshape(-1), strict=True)]
+
+
+def held(state: DecodeState) -> bool:
+    """Whether the rules keep the first row's first block open; a block with masks is never let go."""
+    return bool(state.hold[0, 0] | state.masked[0, 0].any())
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """What the model says to one request: at its n-th forward, row n (the last one, from then on) by absolute position.
+
+    ``current`` is the probability of what stands there, where that is not what the model says.
+    """
+
+    prompt: Sequence[int]
+    tokens: np.ndarray
+    probs: np.ndarray
+    params: SamplingParams
+    current: np.ndarray | None = None
+
+
+def script(prompt: Sequence[int], *steps: tuple[Sequence[int], Sequence[float]], **settings) -> Script:
+    """A script from ``(tokens, probs)`` of each step."""
+    tokens, probs = zip(*steps, strict=True)
+    return Script(prompt, np.array(tokens, np.int32), np.array(probs, np.float32), SamplingParams(**settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Played:
+    tokens: list[int]
+    reason: str | None
+    nfe: int
+    revised: int
+    remasked: int
+    trace: list[list[int | None]]
+    """The window after every step."""
+
+
+def predict(program: decode.Program, scripts: dict, pool: KVPool, state: DecodeState) -> tuple[Prediction, KVPool, DecodeState]:
+    """Stands in for ``decode.predict``; ``scripts`` holds ``[S, n, T]`` arrays."""
+    slots, shape = jnp.arange(len(state.nfe)), state.tokens.shape
+    forward = jnp.minimum(state.nfe, scripts["tokens"].shape[1] - 1)
+    at = state.positions.reshape(len(slots), -1)
+    token, prob, current = (
+        jnp.take_along_axis(scripts[name][slots, forward], at, 1, mode="clip").reshape(shape) for name in ("tokens", "probs", "current")
+    )
+    written = state.pending.live & state.live
+    prediction = Prediction(
+        token=token,
+        prob=prob,
+        current_prob=jnp.where(token == state.tokens, prob, current),
+        top_ids=token[..., None],
+        top_probs=prob[..., None],
+        masked=state.masked,
+    )
+    state = state.replace(
+        written_upto=jnp.where(written, state.start, state.written_upto),
+        pending=state.pending.replace(live=jnp.zeros_like(written)),
+    )
+    return prediction, pool, state
+
+
+_denoise = functools.partial(jax.jit, static_argnums=0, static_argnames="trace_steps")(decode.denoise)
+
+
+def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, window: int = 1) -> tuple[list[Played], DecodeState]:
+    """Decodes one request a script, all together, for at most ``steps`` steps."""
+    dims = dims_of(rule, slots=len(scripts), window=window, block=block, pages=pages)
+    state = empty_state(dims, rule, mask_id=MASK, no_page=pages)
+    for slot, s in enumerate(scripts):
+        request = make_request(dims, no_page=pages, prompt=np.array(s.prompt, np.int32), params=s.params, pages=np.arange(pages))
+        state = admit(dims, rule, MASK, state, slot, request)
+    longest = max(len(s.tokens) for s in scripts)
+
+    def padded(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, ((0, longest - len(array)), (0, 0)), mode="edge")
+
+    arrays = {
+        "tokens": np.stack([padded(s.tokens) for s in scripts]),
+        "probs": np.stack([padded(s.probs) for s in scripts]),
+        "current": np.stack([padded(1 - s.probs if s.current is None else s.current) for s in scripts]),
+    }
+    pool = KVPool(jnp.zeros(1), jnp.zeros(1))
+    program = decode.Program(CONFIG, dims, rule, (EOS,))
+    with mock.patch.object(decode, "predict", predict):
+        _, state, report, trace = _denoise(program, arrays, pool, state, max_steps=steps, stop_on_finish=False, trace_steps=steps)
+    played = []
+    for slot, s in enumerate(scripts):
+        took_part = np.flatnonzero(trace.live[:, slot])
+        played.append(
+            Played(
+                tokens=state.sequence[slot, len(s.prompt) : report.length[slot]].tolist(),
+                reason=FINISH_REASONS.get(int(report.status[slot])),
+                nfe=int(report.nfe[slot]),
+                revised=int(report.revised[slot]),
+                remasked=int(report.remasked[slot]),
+                trace=[
+                    np.where(trace.masked[i, slot], None, np.asarray(trace.tokens[i, slot], object)).reshape(-1).tolist() for i in took_part
+                ],
+            )
+        )
+    return played, state

@@ -1,0 +1,134 @@
+"""The decode step over a real, tiny model: what is written to the pool when, and how experts are chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scripted import CONFIG, MASK, dims_of
+
+from diffulex_jax import Rule, SamplingParams, decode
+from diffulex_jax.models import llada2
+from diffulex_jax.request_state import admit, empty_state, make_request
+from diffulex_jax.rules import threshold
+from diffulex_jax.state import DecodeState, KVPool
+from diffulex_jax.strategies import dmax
+
+
+BLOCK, PAGES = 4, 3
+PARAMS = llada2.init(CONFIG, jax.random.key(0), scale=0.5)
+
+
+def setup(rule: Rule, prompt: list[int], **settings) -> tuple[decode.Program, KVPool, DecodeState]:
+    """A program for one slot, an empty pool, and a state that holds one request. Its pages are 2, 0, 1, in this order."""
+    dims = dims_of(rule, block=BLOCK, pages=PAGES)
+    pages = np.array([2, 0, 1])
+    request = make_request(dims, no_page=PAGES, prompt=np.array(prompt, np.int32), params=SamplingParams(**settings), pages=pages)
+    state = admit(dims, rule, MASK, empty_state(dims, rule, mask_id=MASK, no_page=PAGES), 0, request)
+    shape = (CONFIG.num_hidden_layers, PAGES, BLOCK, CONFIG.num_key_value_heads, CONFIG.head_dim)
+    return decode.Program(CONFIG, dims, rule, (CONFIG.eos_token_id,)), KVPool(jnp.zeros(shape), jnp.zeros(shape)), state
+
+
+denoise = functools.partial(jax.jit, static_argnums=0)(decode.denoise)
+predict = functools.partial(jax.jit, static_argnums=0)(decode.predict)
+prefill = functools.partial(jax.jit, static_argnums=0)(decode.prefill)
+
+
+def prefilled(program: decode.Program, pool: KVPool, state: DecodeState, tokens: list[int]) -> KVPool:
+    """The pool after a plain forward over whole blocks of ``tokens``."""
+    blocks = np.array(tokens, np.int32).reshape(-1, BLOCK)
+    return prefill(program, PARAMS, pool, blocks, len(blocks), 0, state.page_table[0])
+
+
+def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
+    program, pool, state = setup(threshold(), [1, 2, 3, 4, 5])
+    apart, apart_pool, apart_state = predict(program, PARAMS, prefilled(program, pool, state, [1, 2, 3, 4]), state)
+    pending = state.pending.replace(tokens=jnp.array([[1, 2, 3, 4]]), live=jnp.array([True]))
+    together, pool, state = predict(program, PARAMS, pool, state.replace(pending=pending, written_upto=jnp.array([0])))
+    assert together.token.tolist() == apart.token.tolist()
+    np.testing.assert_allclose(together.prob, apart.prob, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), pool, apart_pool)
+    assert np.abs(pool.k[:, 2]).min() > 0  # the block's page was written, and no other
+    assert not pool.k[:, :2].any()
+    assert state.written_upto.tolist() == apart_state.written_upto.tolist() == [4]
+    assert not state.pending.live.any()
+
+
+def test_a_prefill_in_chunks_equals_one():
+    program, pool, state = setup(threshold(), [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    one = prefilled(program, pool, state, [1, 2, 3, 4, 5, 6, 7, 8])
+    chunks = prefilled(program, pool, state, [1, 2, 3, 4])
+    chunks = prefill(program, PARAMS, chunks, np.array([[5, 6, 7, 8], [9, 9, 9, 9]], np.int32), 1, 4, state.page_table[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), chunks, one)
+    assert np.abs(one.k[:, :1]).min() > 0
+    assert not one.k[:, 1].any()
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "hard"),
+    [
+        ("reference", {"accept_threshold": 0.0, "settle_threshold": 0.0}, True),  # a step a block
+        ("reference", {"accept_threshold": 0.2, "settle_threshold": 0.9}, True),  # several, with soft inputs in between
+        ("fast", {"accept_threshold": 0.0, "settle_threshold": 0.0}, False),
+    ],
+)
+def test_kv_of_a_finished_dmax_block(mode, settings, hard):
+    """The authors write it from the plain tokens; Diffulex's fast path from the last step's soft ones."""
+    rule = dmax(mode=mode)
+    program, pool, state = setup(rule, [1, 2], max_tokens=9, ignore_eos=True, **settings)
+    pool_after, state, report, _ = denoise(program, PARAMS, pool, state, max_steps=40, stop_on_finish=True)
+    assert report.length.tolist() == [11]
+    assert report.written_upto.tolist() == [8]
+    plain = prefilled(program, pool, state, state.sequence[0, :8].tolist())
+    np.testing.assert_allclose(pool_after.k[0, 2, :2], plain.k[0, 2, :2], atol=1e-5)  # the prompt's own positions are never soft
+    error = np.abs(pool_after.k[:, [2, 0]] - plain.k[:, [2, 0]]).max()
+    assert error < 1e-5 if hard else error > 1e-2
+
+
+def test_written_upto_follows_the_forward_that_wrote():
+    """Every step fills one block of 4; a block counts as written after the next step, not before."""
+    program, pool, state = setup(threshold(), [1, 2], max_tokens=10, accept_threshold=0.0, ignore_eos=True)
+    seen = []
+    for _ in range(3):
+        pool, state, report, _ = denoise(program, PARAMS, pool, state, max_steps=1, stop_on_finish=False)
+        seen.append((int(report.written_upto[0]), int(report.decoded_upto[0])))
+    assert seen == [(0, 4), (4, 8), (8, 12)]
+
+
+def route(logits: list[float], bias: list[float], **settings) -> tuple[list[int], list[float]]:
+    """Experts and weights of one token whose router logits are ``logits``: 4 experts in 2 groups."""
+    config = dataclasses.replace(CONFIG, routed_scaling_factor=1.0, **settings)
+    ids, weights = llada2.route(jnp.ones((1, 1)), jnp.array([logits]), jnp.array(bias), config)
+    return ids[0].tolist(), weights[0].tolist()
+
+
+HALF, THREE_QUARTERS = 0.0, float(np.log(3))  # logits of these sigmoids
+
+
+def test_routing_selects_by_biased_and_weighs_by_unbiased_scores():
+    """Scores 0.5, 0.5 | 0.75, 0.5; the bias turns the second group's order around and leaves its weights alone."""
+    ids, weights = route([HALF, HALF, THREE_QUARTERS, HALF], [0.0, 0.0, 0.0, 0.5])
+    assert ids == [3, 2]
+    np.testing.assert_allclose(weights, [0.4, 0.6], rtol=1e-6)  # 0.5 and 0.75, normalised
+
+
+def test_routing_keeps_to_the_best_group():
+    """The best expert (0.75) is alone in its group: 0.75 + 0.1 lose to 0.5 + 0.5."""
+    ids, _ = route([THREE_QUARTERS, HALF, HALF, HALF], [0.0, -0.4, 0.0, 0.0])
+    assert ids == [2, 3]
+    ids, _ = route([THREE_QUARTERS, HALF, HALF, HALF], [0.0, -0.4, 0.0, 0.0], topk_group=2)
+    assert ids == [0, 2]
+
+
+def test_routing_ties_go_to_the_lower_expert():
+    assert route([HALF] * 4, [0.0] * 4)[0] == [0, 1]
+
+
+def test_routing_weights_scale():
+    np.testing.assert_allclose(route([HALF] * 4, [0.0] * 4, norm_topk_prob=False)[1], [0.5, 0.5])
+    ids, weights = llada2.route(jnp.ones((1, 1)), jnp.zeros((1, 4)), jnp.zeros(4), dataclasses.replace(CONFIG, routed_scaling_factor=2.5))
+    np.testing.assert_allclose(weights, [[1.25, 1.25]])
