@@ -1,0 +1,157 @@
+"""The two objectives of the embedded model, block diffusion and on-policy uniform training, on the layout [noisy ; clean].
+
+Both feed ``2 L`` tokens: a noisy canvas that is scored, then the clean one it conditions on, at repeated positions. A noisy
+block sees itself (both directions) and the clean blocks before it; the clean half is block-causal. That is exactly what a
+decoder sees that denoises one block over a cache of finished ones (DMax, arXiv 2604.08302; block diffusion, arXiv 2503.09573).
+
+Letters in shapes: R rows, L canvas tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffulex_jax.config import ModelConfig
+from diffulex_jax.models import llada2
+
+
+BLOCK = 32
+SCORED_EOS = 32  # trailing end-of-sequence tokens that count
+NOISE = (0.5, 1.25)  # of on-policy rows: uniform, clipped at 1; DMax uses 0.75 throughout, decoding starts from 1
+
+
+Score = tuple[jax.Array, jax.Array]
+"""``(loss, accuracy)``, both means over the positions that count."""
+
+
+class Batch(NamedTuple):
+    """tokens: ``[R, L]`` int32 canvases; start: ``[R]`` first answer position; end: ``[R]`` first end-of-sequence position."""
+
+    tokens: jax.Array
+    start: jax.Array
+    end: jax.Array
+
+
+def scored(batch: Batch) -> jax.Array:
+    """``[R, L]`` bool: the response, that is the answer and the first :data:`SCORED_EOS` end-of-sequence tokens."""
+    at = jnp.arange(batch.tokens.shape[1])
+    return (at >= batch.start[:, None]) & (at < batch.end[:, None] + SCORED_EOS)
+
+
+def attention_mask(length: int, block: int = BLOCK) -> jax.Array:
+    """``[2 length, 2 length]`` bool (query, key) of the layout [noisy ; clean]."""
+    blocks = jnp.tile(jnp.arange(length) // block, 2)
+    noisy = jnp.arange(2 * length) < length
+    query, key = blocks[:, None], blocks[None]
+    from_noisy = jnp.where(noisy[None], query == key, key < query)
+    return jnp.where(noisy[:, None], from_noisy, ~noisy[None] & (key <= query))
+
+
+def predict(params: llada2.Params, config: ModelConfig, noisy: jax.Array, clean: jax.Array, *, balance: float = 0.0) -> jax.Array:
+    """Logits ``[R, L, V]`` (float32) of the noisy half; ``noisy`` and ``clean`` are ``[R, L]`` token ids."""
+    rows, length = noisy.shape
+    mask = attention_mask(length)
+
+    def attend(layer, q, k, v):
+        del layer
+        return attention(q, k, v, mask), ()
+
+    # A one-hot product, not a gather: the gradient of a gather is a scatter in which most tokens (masks, end of sequence)
+    # fight over the same two rows.
+    tokens = jnp.concatenate([noisy, clean], 1)
+    x = jax.nn.one_hot(tokens, config.vocab_size, dtype=params["embed"].dtype) @ params["embed"]
+    positions = jnp.broadcast_to(jnp.tile(jnp.arange(length, dtype=jnp.int32), 2), (rows, 2 * length))
+    h, _ = llada2.hidden(params, config, x, positions, attend, experts=functools.partial(dense_experts, balance=balance))
+    z = llada2.logits(params, h[:, :length])
+    return z.at[..., config.mask_token_id].set(-jnp.inf)  # never a label, never drafted
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Masked attention: ``q [R, T, KV, G, H]``, ``k`` and ``v [R, S, KV, H]``, ``mask [T, S]`` bool -> ``[R, T, KV, G, H]``."""
+    merged = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16
+    out = jax.nn.dot_product_attention(merged, k, v, mask=mask[None, None], implementation="cudnn" if fused else "xla")
+    return out.reshape(q.shape)
+
+
+def dense_experts(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    *,
+    layer: jax.Array,
+    valid: None = None,
+    balance: float = 0.0,
+) -> jax.Array:
+    """Every expert on every token, weighted: differentiable, and the fastest form for a few narrow experts.
+
+    Args are those of :data:`diffulex_jax.models.llada2.Experts`. ``balance`` scales the gradient of the load-balancing loss
+    ``E sum_e load_e mean_weight_e`` (Switch Transformer, arXiv 2101.03961), which is added to that of ``weights``.
+    """
+    del valid
+    gate_up, down = gate_up[layer], down[layer]
+    experts = gate_up.shape[0]
+    load = jax.nn.one_hot(ids, experts, dtype=jnp.float32).mean((0, 1))
+    weights = _add_gradient(weights, balance * experts * (load[ids] - 1 / experts) / ids.shape[0])
+    combine = jnp.einsum("nk,nke->ne", weights, jax.nn.one_hot(ids, experts, dtype=weights.dtype)).astype(x.dtype)
+    gate, up = jnp.split(jnp.einsum("nd,edf->nef", x, gate_up), 2, -1)
+    return jnp.einsum("nef,efd->nd", jax.nn.silu(gate) * up * combine[..., None], down)
+
+
+@jax.custom_vjp
+def _add_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """``x``, whose cotangent is increased by ``gradient``."""
+    del gradient
+    return x
+
+
+_add_gradient.defvjp(lambda x, gradient: (x, gradient), lambda gradient, g: (g + gradient, jnp.zeros_like(gradient)))
+
+
+def masked(params: llada2.Params, config: ModelConfig, batch: Batch, key: jax.Array, *, balance: float = 0.0) -> Score:
+    """Block diffusion: each block is masked with its own ratio, uniform in (0, 1]; the masked tokens are predicted.
+
+    Returns:
+      ``(loss, accuracy)`` over masked response positions.
+    """
+    rows, length = batch.tokens.shape
+    block_key, token_key = jax.random.split(key)
+    ratio = 1 - jax.random.uniform(block_key, (rows, length // BLOCK))
+    hidden = scored(batch) & (jax.random.uniform(token_key, (rows, length)) < jnp.repeat(ratio, BLOCK, 1))
+    noisy = jnp.where(hidden, config.mask_token_id, batch.tokens)
+    return _mean(predict(params, config, noisy, batch.tokens, balance=balance), batch.tokens, hidden)
+
+
+def on_policy(params: llada2.Params, config: ModelConfig, batch: Batch, key: jax.Array, *, balance: float = 0.0) -> Score:
+    """DMax's on-policy uniform training: the model repairs its own drafts.
+
+    Response tokens are masked, one forward without gradient fills the masks with the model's choices, and the training forward
+    must predict the whole response from that. In half of the rows only choices above a random confidence are filled in and
+    the rest stay masked, as in the middle of decoding with a threshold.
+
+    Returns:
+      ``(loss, accuracy)`` over all response positions.
+    """
+    rows = batch.tokens.shape[0]
+    ratio_key, token_key, threshold_key = jax.random.split(key, 3)
+    ratio = jax.random.uniform(ratio_key, (rows, 1), minval=NOISE[0], maxval=NOISE[1])
+    hidden = scored(batch) & (jax.random.uniform(token_key, batch.tokens.shape) < ratio)
+    noisy = jnp.where(hidden, config.mask_token_id, batch.tokens)
+    z = jax.lax.stop_gradient(predict(params, config, noisy, batch.tokens))
+    sure = jax.nn.softmax(z).max(-1) >= jax.random.uniform(threshold_key, (rows, 1), minval=-1.0)
+    noisy = jnp.where(hidden & sure, z.argmax(-1), noisy)
+    return _mean(predict(params, config, noisy, batch.tokens, balance=balance), batch.tokens, scored(batch))
+
+
+def _mean(z: jax.Array, labels: jax.Array, where: jax.Array) -> Score:
+    """Mean cross-entropy and accuracy of ``z [R, L, V]`` at the positions ``where``."""
+    count = jnp.maximum(where.sum(), 1)
+    loss = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(z, labels), where=where) / count
+    return loss, jnp.sum(z.argmax(-1) == labels, where=where) / count

@@ -1,0 +1,180 @@
+"""Trains the embedded model: half of every batch learns block diffusion, half the repair of its own drafts.
+
+    python -m diffulex_jax.training.train --out DIR --steps 10500 --seed 0
+
+writes a Hugging Face directory and its metrics. Everything random follows from the seed: examples, initial weights, noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from diffulex_jax.config import ModelConfig
+from diffulex_jax.models import checkpoint, llada2
+from diffulex_jax.training import data, evaluate, export, losses, tasks, tokenizer
+
+
+class Recipe(NamedTuple):
+    """What a run is made of; written into the model card.
+
+    steps, rows: optimiser steps, and examples in each.
+    examples: size of the generated training set; it is shuffled anew on every pass.
+    seed: of everything.
+    learning_rate, warmup, weight_decay, clip: AdamW after a linear warm-up (in steps), decaying to zero along a cosine.
+    balance: weight of the expert load-balancing gradient.
+    """
+
+    steps: int = 10_500
+    rows: int = 256
+    examples: int = 1_500_000
+    seed: int = 0
+    learning_rate: float = 2e-3
+    warmup: int = 300
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    balance: float = 0.01
+
+
+CONFIG = ModelConfig(
+    vocab_size=tokenizer.VOCAB_SIZE,
+    mask_token_id=tokenizer.VOCAB_SIZE - 1,
+    eos_token_id=tokenizer.VOCAB_SIZE - 2,
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=9,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_experts=16,
+    num_experts_per_tok=4,
+    moe_intermediate_size=32,
+    n_group=4,
+    topk_group=2,
+    max_position_embeddings=4096,
+)
+CHUNK = 50  # steps per dispatch
+Metrics = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """Master parameters (float32), optimiser state, and the key of the next step's noise."""
+
+    params: llada2.Params
+    optimizer: Any
+    key: jax.Array
+    step: jax.Array
+
+
+def optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW on matrices (norms and the router bias do not decay), clipped, with warm-up and cosine."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, recipe.warmup, recipe.steps)
+
+    def decays(params: llada2.Params) -> Any:
+        return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith(("norm", "bias")), params)
+
+    adam = optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=recipe.weight_decay, mask=decays)
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), adam)
+
+
+def init(config: ModelConfig, recipe: Recipe) -> State:
+    """A fresh run."""
+    key, noise = jax.random.split(jax.random.key(recipe.seed))
+    params = llada2.init(config, key, scale=0.02)
+    return State(params, optimizer(recipe).init(params), noise, jnp.int32(0))
+
+
+def objective(
+    params: llada2.Params, config: ModelConfig, batch: losses.Batch, key: jax.Array, *, balance: float
+) -> tuple[jax.Array, Metrics]:
+    """Mean of the two losses, each on its half of the batch, in bfloat16 compute."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    first, second = (jax.tree.map(lambda x, part=part: jnp.split(x, 2)[part], batch) for part in (0, 1))
+    masked_key, policy_key = jax.random.split(key)
+    masked, masked_accuracy = losses.masked(half, config, first, masked_key, balance=balance)
+    policy, policy_accuracy = losses.on_policy(half, config, second, policy_key, balance=balance)
+    metrics = {"masked": masked, "masked_accuracy": masked_accuracy, "on_policy": policy, "on_policy_accuracy": policy_accuracy}
+    return (masked + policy) / 2, metrics
+
+
+@functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnums=0)
+def run_steps(state: State, examples: losses.Batch, index: jax.Array, *, config: ModelConfig, recipe: Recipe) -> tuple[State, Metrics]:
+    """One optimiser step per row of ``index`` (``[S, R]``, into ``examples``); metrics are means over the steps."""
+
+    def step(state: State, index: jax.Array) -> tuple[State, Metrics]:
+        batch = jax.tree.map(lambda x: x[index].astype(jnp.int32), examples)
+        key = jax.random.fold_in(state.key, state.step)
+        gradient, metrics = jax.grad(objective, has_aux=True)(state.params, config, batch, key, balance=recipe.balance)
+        updates, optimizer_state = optimizer(recipe).update(gradient, state.optimizer, state.params)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
+        return State(optax.apply_updates(state.params, updates), optimizer_state, state.key, state.step + 1), metrics
+
+    state, metrics = jax.lax.scan(step, state, index)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+def order(recipe: Recipe, examples: int) -> np.ndarray:
+    """``[steps, rows]`` int32 indices of examples: every pass over them is a new permutation."""
+    rng = np.random.default_rng((recipe.seed, 2))
+    need = recipe.steps * recipe.rows
+    passes = [rng.permutation(examples).astype(np.int32) for _ in range(-(-need // examples))]
+    return np.concatenate(passes)[:need].reshape(recipe.steps, recipe.rows)
+
+
+def train(config: ModelConfig, recipe: Recipe, *, out: str, workers: int, watch: int) -> tuple[llada2.Params, list[dict[str, float]]]:
+    """Runs a recipe.
+
+    Args:
+      config: shape of the model.
+      recipe: what to do.
+      out: directory that receives the weights so far at every evaluation.
+      workers: processes that generate examples.
+      watch: steps between evaluations on 500 held-out problems; a multiple of :data:`CHUNK`, or 0 for none.
+
+    Returns:
+      ``(parameters in float32, history)``; the history holds the metrics of every chunk of steps.
+    """
+    began = time.perf_counter()
+    examples = losses.Batch(*jax.device_put(data.training_set(recipe.examples, seed=recipe.seed, workers=workers)))
+    tqdm.write(f"{len(examples.start)} examples in {time.perf_counter() - began:.0f} s")
+    held_out = tasks.generate("test", 500, seed=recipe.seed + 1, unique=True)
+    rules = {name: evaluate.RULES[name] for name in ("llada2 0.95", "dmax 0.5")}
+    indices, state, history = order(recipe, len(examples.start)), init(config, recipe), []
+    with tqdm(total=recipe.steps, unit="step", mininterval=5) as bar:
+        for at in range(0, recipe.steps, CHUNK):
+            state, metrics = run_steps(state, examples, indices[at : at + CHUNK], config=config, recipe=recipe)
+            history.append({"step": int(state.step), **{k: round(float(v), 5) for k, v in metrics.items()}})
+            bar.update(len(indices[at : at + CHUNK]))
+            bar.set_postfix({k: f"{history[-1][k]:.3f}" for k in ("masked", "on_policy")})
+            if watch and int(state.step) % watch == 0:
+                checkpoint.save(out, config, state.params)
+                table = evaluate.evaluate(state.params, config, held_out, rules=rules, form="raw")
+                tqdm.write(f"step {int(state.step)}, {time.perf_counter() - began:.0f} s, {history[-1]}\n{evaluate.report(table)}")
+    return state.params, history
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="directory of the trained model")
+    for name in ("steps", "rows", "examples", "seed", "warmup"):
+        parser.add_argument(f"--{name}", type=int, default=Recipe._field_defaults[name])
+    parser.add_argument("--learning-rate", type=float, default=Recipe._field_defaults["learning_rate"])
+    parser.add_argument("--workers", type=int, default=8, help="processes that generate examples")
+    parser.add_argument("--watch", type=int, default=3500, help="steps between evaluations; 0 for none")
+    args = vars(parser.parse_args())
+    recipe = Recipe(**{name: args[name] for name in Recipe._fields if name in args})
+    began = time.perf_counter()
+    params, history = train(CONFIG, recipe, out=args["out"], workers=args["workers"], watch=args["watch"])
+    export.export(args["out"], CONFIG, params, recipe=recipe._asdict(), history=history, seconds=time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()
