@@ -85,6 +85,7 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(recipe.clip), adam)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "recipe"))
 def init(config: ModelConfig, recipe: Recipe) -> State:
     """A fresh run."""
     key, noise = jax.random.split(jax.random.key(recipe.seed))
