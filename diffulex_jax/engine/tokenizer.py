@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 class Tokenizer:
-    """A Hugging Face tokenizer directory. ``transformers`` reads it on first use."""
+    """A Hugging Face directory with a ``tokenizer.json``. ``transformers`` reads it on first use."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
@@ -16,13 +17,15 @@ class Tokenizer:
     @classmethod
     def load(cls, path: pathlib.Path) -> Tokenizer | None:
         """The tokenizer of a model directory; None where there is none."""
-        return cls(path) if (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file() else None
+        return cls(path) if (path / "tokenizer.json").is_file() else None
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        import transformers  # half a second, and not needed for token ids
+        # Imported late: half a second, and not needed for token ids. Quietly: that torch is missing is no news here.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        import transformers
 
-        return transformers.AutoTokenizer.from_pretrained(self._path)
+        return transformers.PreTrainedTokenizerFast.from_pretrained(self._path)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, as it stands."""
