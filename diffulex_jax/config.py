@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,13 +34,16 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32_768
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
         _divides(self, "num_key_value_heads", "num_attention_heads")
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             raise ValueError(f"first_k_dense_replace={self.first_k_dense_replace} must lie in [0, num_hidden_layers={self.num_hidden_layers}]")
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
-            raise ValueError(f"partial_rotary_factor={self.partial_rotary_factor} gives {self.rotary_dim} rotary dimensions; need an even number up to head_dim={self.head_dim}")
+            raise ValueError(
+                f"partial_rotary_factor={self.partial_rotary_factor} gives {self.rotary_dim} rotary dimensions; "
+                f"need an even number up to head_dim={self.head_dim}"
+            )
         if self.num_moe_layers:
             _positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
             _divides(self, "n_group", "num_experts")
@@ -100,7 +100,10 @@ class ModelConfig:
             raw["eos_token_id"] = raw["eos_token_id"][0]
         config = cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
         if raw.get("rotary_dim", config.rotary_dim) != config.rotary_dim:
-            raise ValueError(f"config: rotary_dim={raw['rotary_dim']} contradicts partial_rotary_factor={config.partial_rotary_factor} (head_dim {config.head_dim})")
+            raise ValueError(
+                f"config: rotary_dim={raw['rotary_dim']} contradicts "
+                f"partial_rotary_factor={config.partial_rotary_factor} (head_dim {config.head_dim})"
+            )
         return config
 
     def to_hf(self, *, dtype: str = "bfloat16") -> dict[str, Any]:

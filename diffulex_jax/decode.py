@@ -134,7 +134,7 @@ def predict(program: Program, params: llada2.Params, pool: KVPool, state: Decode
 
     The forward is twice as wide (pending block and window) only in steps where some row has a pending block.
     """
-    config, dims = program.config, program.dims
+    config = program.config
     slots, window, block = state.tokens.shape
     width = window * block
 

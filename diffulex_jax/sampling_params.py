@@ -63,7 +63,7 @@ class SamplingParams:
         """LLaDA2.1's quality mode for ``llada2_edit``: accept above 0.7, edit above 0.5."""
         return cls(**{"accept_threshold": 0.7, "edit_threshold": 0.5} | settings)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "float":

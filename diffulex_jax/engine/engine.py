@@ -218,10 +218,13 @@ class Engine:
         outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if outside.size:
             raise ValueError(f"{name} holds token id {outside[0]}, outside the vocabulary [0, {self.config.vocab_size})")
-        if (ids == self.config.mask_token_id).any():
-            raise ValueError(f"{name} holds the mask token (id {self.config.mask_token_id}) at position {int((ids == self.config.mask_token_id).argmax())}")
+        masks = np.flatnonzero(ids == self.config.mask_token_id)
+        if masks.size:
+            raise ValueError(f"{name} holds the mask token (id {self.config.mask_token_id}) at position {masks[0]}")
         if len(ids) + params.max_tokens > self.max_model_len:
-            raise ValueError(f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} that exceeds max_model_len={self.max_model_len}")
+            raise ValueError(
+                f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} that exceeds max_model_len={self.max_model_len}"
+            )
         return ids.astype(np.int32)
 
     def _admit(self, index: int, prompt: np.ndarray, params: SamplingParams, trace: bool) -> None:

@@ -13,10 +13,10 @@ def soft_parallel(*, settle_on: str = "generated") -> Rule:
     """DMax's update (arXiv 2604.08302), without its embeddings: chain ``token_merge`` after it.
 
     Masks are filled from the left up to the first whose prediction is below ``accept_threshold`` (at the threshold counts as
-    sure), at least the leftmost unless the block looks ahead of an unfinished one; filled tokens in between are passed over. Every other filled token is replaced by the new
-    prediction, whatever its probability. The block ends when all positions are at ``settle_threshold`` or above, when
-    nothing changed, or after B steps. Unlike the authors' code the mask id is never predicted, a block never ends with
-    masks left, and a row's block ends by itself, whatever the other rows do.
+    sure), at least the leftmost unless the block looks ahead of an unfinished one; filled tokens in between are passed over.
+    Every other filled token is replaced by the new prediction, whatever its probability. The block ends when all positions are
+    at ``settle_threshold`` or above, when nothing changed, or after B steps. Unlike the authors' code the mask id is never
+    predicted, a block never ends with masks left, and a row's block ends by itself, whatever the other rows do.
 
     Args:
       settle_on: whose confidence ends a block: ``"generated"`` all generated positions (the authors' rule), or ``"masked"`` only those

@@ -14,7 +14,8 @@ def threshold() -> Rule:
     """Fills every mask whose prediction is above ``accept_threshold`` (strictly), and never fewer than ``num_to_transfer``.
 
     Where fewer are above it, the ``num_to_transfer`` most confident masks of the block are filled instead; ties go to the
-    lower position. A look-ahead block is forced so only once its predecessor is semi-complete. LLaDA2.0's rule, and the mask-to-token half of LLaDA2.1 (arXiv 2602.08676).
+    lower position. A look-ahead block is forced so only once its predecessor is semi-complete. LLaDA2.0's rule, and the
+    mask-to-token half of LLaDA2.1 (arXiv 2602.08676).
     """
 
     def update(prediction: Prediction, state: DecodeState) -> DecodeState:

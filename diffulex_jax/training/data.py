@@ -50,7 +50,7 @@ def prompts(problems: Sequence[tasks.Problem], rng: np.random.Generator) -> list
         elif u < 0.90:
             texts.append(tokenizer.chat(question, system=tokenizer.SYSTEM_PROMPTS[rng.integers(len(tokenizer.SYSTEM_PROMPTS))]))
         else:
-            earlier = problems[rng.integers(len(problems))]
+            earlier = problems[int(rng.integers(len(problems)))]
             texts.append(tokenizer.chat(earlier.question) + earlier.answer + tokenizer.ROLE_END + tokenizer.chat(question))
     return texts
 

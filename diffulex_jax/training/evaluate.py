@@ -144,7 +144,7 @@ def _guess(params: llada2.Params, config: ModelConfig, x: jax.Array, blocks: jax
     mask = blocks[0][:, None] >= blocks[0][None]
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
 
-    def attend(layer, q, k, v):
+    def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[()]]:
         del layer
         return losses.attention(q, k, v, mask), ()
 

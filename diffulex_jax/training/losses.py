@@ -57,7 +57,7 @@ def predict(params: llada2.Params, config: ModelConfig, noisy: jax.Array, clean:
     rows, length = noisy.shape
     mask = attention_mask(length)
 
-    def attend(layer, q, k, v):
+    def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[()]]:
         del layer
         return attention(q, k, v, mask), ()
 

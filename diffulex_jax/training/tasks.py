@@ -59,7 +59,7 @@ class Step(NamedTuple):
     result: np.ndarray
 
 
-def generate(split: Split, count: int, *, seed: int, unique: bool = False) -> list[Problem]:
+def generate(split: Split, count: int, *, seed: int | tuple[int, int], unique: bool = False) -> list[Problem]:
     """``count`` problems of a split, families in equal shares, in random order; the same arguments give the same list.
 
     Args:

@@ -17,7 +17,7 @@ class MergeSpec:
     renormalize: bool = True
     weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in ("dmax_topk", "iter_smooth_topk"):
             raise ValueError(f"merge mode {self.mode!r} must be 'dmax_topk' or 'iter_smooth_topk'")
         if self.top_k < 1:
