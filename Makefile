@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV ?= .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 get off. How many people are on the bus?
+
+.PHONY: run test clean
+
+# Answers a question with the model that comes with the package.
+run: $(VENV)/.installed
+	$(VENV)/bin/diffulex-jax generate --model embedded --strategy dmax --accept-threshold 0.5 --chat --prompt "$(QUESTION)"
+
+# Lint, format, types, tests.
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest -n 2 --dist loadfile
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: nothing is installed again until pyproject.toml changes.
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable ".[dev]"
+	touch $@ $(VENV)/.installed
