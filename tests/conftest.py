@@ -9,11 +9,16 @@ import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 
+import hypothesis
 import jax
 import pytest
 
 from diffulex_jax import Engine
 
+
+# The same examples in every run: a failure is there for whoever looks.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=40)
+hypothesis.settings.load_profile("tests")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

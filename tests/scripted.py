@@ -103,10 +103,10 @@ class Script:
     """
 
     prompt: Sequence[int]
-    tokens: np.ndarray
-    probs: np.ndarray
+    tokens: np.ndarray = dataclasses.field(repr=False)
+    probs: np.ndarray = dataclasses.field(repr=False)
     params: SamplingParams
-    current: np.ndarray | None = None
+    current: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
 
 def script(prompt: Sequence[int], *steps: tuple[Sequence[int], Sequence[float]], **settings) -> Script:
@@ -124,6 +124,10 @@ class Played:
     remasked: int
     trace: list[list[int | None]]
     """The window after every step."""
+    starts: list[int]
+    """Where it began."""
+    revised_a_step: list[int]
+    remasked_a_step: list[int]
 
 
 def predict(program: decode.Program, scripts: dict, pool: KVPool, state: DecodeState) -> tuple[Prediction, KVPool, DecodeState]:
@@ -151,6 +155,7 @@ def predict(program: decode.Program, scripts: dict, pool: KVPool, state: DecodeS
 
 
 _denoise = functools.partial(jax.jit, static_argnums=0, static_argnames="trace_steps")(decode.denoise)
+_admit = functools.partial(jax.jit, static_argnums=(0, 1, 2))(admit)
 
 
 def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, window: int = 1) -> tuple[list[Played], DecodeState]:
@@ -159,7 +164,7 @@ def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, windo
     state = empty_state(dims, rule, mask_id=MASK, no_page=pages)
     for slot, s in enumerate(scripts):
         request = make_request(dims, no_page=pages, prompt=np.array(s.prompt, np.int32), params=s.params, pages=np.arange(pages))
-        state = admit(dims, rule, MASK, state, slot, request)
+        state = _admit(dims, rule, MASK, state, slot, request)
     longest = max(len(s.tokens) for s in scripts)
 
     def padded(array: np.ndarray) -> np.ndarray:
@@ -174,7 +179,7 @@ def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, windo
     program = decode.Program(CONFIG, dims, rule, (EOS,))
     with mock.patch.object(decode, "predict", predict):
         _, state, report, trace = _denoise(program, arrays, pool, state, max_steps=steps, stop_on_finish=False, trace_steps=steps)
-    played = []
+    played, trace = [], jax.device_get(trace)
     for slot, s in enumerate(scripts):
         took_part = np.flatnonzero(trace.live[:, slot])
         played.append(
@@ -187,6 +192,9 @@ def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, windo
                 trace=[
                     np.where(trace.masked[i, slot], None, np.asarray(trace.tokens[i, slot], object)).reshape(-1).tolist() for i in took_part
                 ],
+                starts=trace.start[took_part, slot].tolist(),
+                revised_a_step=trace.revised[took_part, slot].sum((1, 2)).tolist(),
+                remasked_a_step=trace.remasked[took_part, slot].sum((1, 2)).tolist(),
             )
         )
     return played, state

@@ -20,6 +20,7 @@ from diffulex_jax.strategies import dmax
 
 
 BLOCK, PAGES = 4, 3
+REFERENCE, FAST = dmax(), dmax(mode="fast")
 PARAMS = llada2.init(CONFIG, jax.random.key(0), scale=0.5)
 
 
@@ -69,16 +70,16 @@ def test_a_prefill_in_chunks_equals_one():
 
 
 @pytest.mark.parametrize(
-    ("mode", "settings", "hard"),
+    ("rule", "settings", "hard"),
     [
-        ("reference", {"accept_threshold": 0.0, "settle_threshold": 0.0}, True),  # a step a block
-        ("reference", {"accept_threshold": 0.2, "settle_threshold": 0.9}, True),  # several, with soft inputs in between
-        ("fast", {"accept_threshold": 0.0, "settle_threshold": 0.0}, False),
+        (REFERENCE, {"accept_threshold": 0.0, "settle_threshold": 0.0}, True),  # a step a block
+        (REFERENCE, {"accept_threshold": 0.2, "settle_threshold": 0.9}, True),  # several, with soft inputs in between
+        (FAST, {"accept_threshold": 0.0, "settle_threshold": 0.0}, False),
     ],
+    ids=["reference, one step", "reference, several", "fast"],
 )
-def test_kv_of_a_finished_dmax_block(mode, settings, hard):
+def test_kv_of_a_finished_dmax_block(rule, settings, hard):
     """The authors write it from the plain tokens; Diffulex's fast path from the last step's soft ones."""
-    rule = dmax(mode=mode)
     program, pool, state = setup(rule, [1, 2], max_tokens=9, ignore_eos=True, **settings)
     pool_after, state, report, _ = denoise(program, PARAMS, pool, state, max_steps=40, stop_on_finish=True)
     assert report.length.tolist() == [11]
@@ -91,10 +92,10 @@ def test_kv_of_a_finished_dmax_block(mode, settings, hard):
 
 def test_written_upto_follows_the_forward_that_wrote():
     """Every step fills one block of 4; a block counts as written after the next step, not before."""
-    program, pool, state = setup(threshold(), [1, 2], max_tokens=10, accept_threshold=0.0, ignore_eos=True)
+    program, pool, state = setup(REFERENCE, [1, 2], max_tokens=10, accept_threshold=0.0, settle_threshold=0.0, ignore_eos=True)
     seen = []
     for _ in range(3):
-        pool, state, report, _ = denoise(program, PARAMS, pool, state, max_steps=1, stop_on_finish=False)
+        pool, state, report, _ = denoise(program, PARAMS, pool, state, max_steps=1, stop_on_finish=True)
         seen.append((int(report.written_upto[0]), int(report.decoded_upto[0])))
     assert seen == [(0, 4), (4, 8), (8, 12)]
 

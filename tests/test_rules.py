@@ -93,11 +93,11 @@ def test_edit_holds_a_block_until_a_step_that_began_without_masks_changes_nothin
     rule = llada2_edit()
     state = block_of(rule, [5, _], accept_threshold=0.5, edit_threshold=0.5)
     state = update(rule, state, [5, 6], [0.9, 0.9])
-    assert shown(state) == [5, 6] and held(state)  # it began with a mask
+    assert (shown(state), held(state)) == ([5, 6], True)  # it began with a mask
     state = update(rule, state, [7, 6], [0.9, 0.9])
-    assert shown(state) == [7, 6] and held(state)  # it changed a token
+    assert (shown(state), held(state)) == ([7, 6], True)  # it changed a token
     state = update(rule, state, [7, 8], [0.9, 0.4])
-    assert shown(state) == [7, 6] and not held(state)
+    assert (shown(state), held(state)) == ([7, 6], False)
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3])
@@ -109,7 +109,7 @@ def test_edit_lets_go_after_max_post_edit_steps(budget):
         state = update(rule, state, [step], [0.9])
         assert held(state)
     state = update(rule, state, [budget], [0.9])
-    assert shown(state) == [budget] and not held(state)
+    assert (shown(state), held(state)) == ([budget], False)
 
 
 def test_the_post_edit_budget_is_counted_in_forwards():
@@ -170,7 +170,7 @@ def test_dmax_never_ends_a_block_with_masks_left():
     """All are sure, but one is below the (unusual) acceptance threshold."""
     state = block_of(soft_parallel(), [_, _], accept_threshold=0.97)
     state = update(soft_parallel(), state, [1, 2], [0.98, 0.95])
-    assert shown(state) == [1, _] and held(state)
+    assert (shown(state), held(state)) == ([1, _], True)
 
 
 def test_dmax_gives_a_block_as_many_steps_as_it_has_positions():
@@ -178,7 +178,7 @@ def test_dmax_gives_a_block_as_many_steps_as_it_has_positions():
     state = update(soft_parallel(), state, [1, 1], [0.6, 0.6])
     assert held(state)
     state = update(soft_parallel(), state, [2, 2], [0.6, 0.6])
-    assert shown(state) == [2, 2] and not held(state)
+    assert (shown(state), held(state)) == ([2, 2], False)
 
 
 @pytest.mark.parametrize(("settle_on", "still_open"), [("generated", True), ("masked", False)])
@@ -283,7 +283,7 @@ def test_remask_doubts_the_token_that_stands_there():
     """Position 0 is itself predicted, at 0.4; position 1 is not, and has 0.1 although the prediction has 0.8; position 2 is sure."""
     state = block_of(remask(), [5, 6, 7], remask_threshold=0.3)
     state = update(remask(), state, [5, 1, 7], [0.4, 0.8, 0.9], current=[0.4, 0.1, 0.9])
-    assert shown(state) == [5, _, 7] and held(state)
+    assert (shown(state), held(state)) == ([5, _, 7], True)
 
 
 def test_remask_leaves_the_threshold_itself_and_the_prompt_alone():

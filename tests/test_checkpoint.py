@@ -1,0 +1,258 @@
+"""Model directories: what is read, what is written, and what is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.numpy import load_file, save_file
+from scripted import CONFIG
+
+from diffulex_jax import Engine
+from diffulex_jax.config import ModelConfig
+from diffulex_jax.models import checkpoint, llada2
+from diffulex_jax.parallel.mesh import make_mesh
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "tiny-llada2"
+WORDS, ROUTER = "model.word_embeddings.weight", "model.layers.1.mlp.gate.weight"
+
+
+def random_params(config: ModelConfig):
+    """No leaf is constant, so that none can be mistaken for another."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf[0]).astype(np.float32), llada2.schema(config), is_leaf=llada2.is_leaf)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> pathlib.Path:
+    """A small checkpoint of our own, to be broken."""
+    checkpoint.save(tmp_path / "tiny", CONFIG, random_params(CONFIG), dtype="float32")
+    return tmp_path / "tiny"
+
+
+def load(path, **settings):
+    return checkpoint.load(path, make_mesh(), **settings)
+
+
+def same(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def change(path: pathlib.Path, **weights) -> None:
+    """Rewrites the weights file; None removes a weight."""
+    tensors = load_file(path / "model.safetensors") | weights
+    save_file({name: w for name, w in tensors.items() if w is not None}, path / "model.safetensors")
+
+
+def change_config(path: pathlib.Path, **values) -> None:
+    raw = json.loads((path / "config.json").read_text()) | values
+    (path / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value != "absent"}))
+
+
+# Reading and writing
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"first_k_dense_replace": 0},
+        {"first_k_dense_replace": 2},
+        {"num_shared_experts": 0},
+        {"num_shared_experts": 2},
+        {"num_attention_heads": 6, "num_key_value_heads": 2},
+    ],
+)
+def test_what_was_written_is_read_back(tmp_path, shape):
+    config = dataclasses.replace(CONFIG, **shape)
+    params = random_params(config)
+    checkpoint.save(tmp_path, config, params, dtype="float32")
+    read_config, read = load(tmp_path)
+    assert read_config == config
+    same(read, params)
+
+
+def test_a_public_checkpoint_is_written_back_weight_for_weight(tmp_path):
+    """Names, layout and values: what torch would read is what it was."""
+    config, params = load(GOLDEN)
+    checkpoint.save(tmp_path, config, params, dtype="float32")
+    original, written = load_file(GOLDEN / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert original.keys() == written.keys()
+    for name in original:
+        np.testing.assert_array_equal(original[name], written[name], err_msg=name)
+    assert checkpoint.load_config(tmp_path) == config
+    assert (config.num_hidden_layers, config.mask_token_id, config.eos_token_id, config.rotary_dim) == (4, 1021, 1020, 8)
+
+
+def test_bfloat16(tmp_path):
+    """Stored in bfloat16, read as either; the router bias, which only selects, keeps its float32."""
+    params = random_params(CONFIG)
+    checkpoint.save(tmp_path, CONFIG, params)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {str(w.dtype) for name, w in stored.items() if not name.endswith("expert_bias")} == {"bfloat16"}
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    rounded = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16).astype(jnp.float32), params)
+    rounded["moe"]["router_bias"] = params["moe"]["router_bias"]
+    same(load(tmp_path)[1], rounded)
+    half = load(tmp_path, dtype=jnp.bfloat16)[1]
+    assert {a.dtype for a in jax.tree.leaves(half)} == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    assert half["moe"]["router_bias"].dtype == jnp.float32
+    same(jax.tree.map(lambda a: a.astype(jnp.float32), half), rounded)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards(tiny, index):
+    _, whole = load(tiny)
+    tensors = sorted(load_file(tiny / "model.safetensors").items())
+    (tiny / "model.safetensors").unlink()
+    where = {}
+    for i in range(3):
+        name = f"model-{i + 1:05}-of-00003.safetensors"
+        save_file(dict(tensors[i::3]), tiny / name)
+        where |= {weight: name for weight, _ in tensors[i::3]}
+    if index:
+        (tiny / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        save_file({"leftover": np.zeros(1)}, tiny / "adapter.safetensors")  # not in the index, so not part of the model
+    same(load(tiny)[1], whole)
+
+
+# What is wrong with a checkpoint, by name
+
+
+def test_missing_weights(tiny):
+    change(tiny, **{WORDS: None, ROUTER: None})
+    with pytest.raises(ValueError, match=f"tiny: missing {ROUTER}; missing {WORDS}$"):
+        load(tiny)
+
+
+def test_unexpected_weights(tiny):
+    change(tiny, **{"model.layers.0.mlp.bias": np.zeros(3)})
+    with pytest.raises(ValueError, match="tiny: unexpected model.layers.0.mlp.bias$"):
+        load(tiny)
+
+
+def test_misshapen_weights(tiny):
+    change(tiny, **{WORDS: np.zeros((17, 8), np.float32), ROUTER: np.zeros((8, 4), np.float32)})
+    with pytest.raises(ValueError, match=r"word_embeddings.weight has shape \(17, 8\), expected \(16, 8\)") as error:
+        load(tiny)
+    assert f"{ROUTER} has shape (8, 4), expected (4, 8)" in str(error.value)
+
+
+def test_many_problems_are_counted(tiny):
+    change(tiny, **dict.fromkeys(load_file(tiny / "model.safetensors")), x=np.zeros(1))
+    with pytest.raises(ValueError, match=r"missing .*; and \d+ more$"):
+        load(tiny)
+
+
+def test_a_directory_without_weights_or_config(tiny):
+    (tiny / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="tiny holds no safetensors file"):
+        load(tiny)
+    (tiny / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds no config.json"):
+        checkpoint.resolve(str(tiny))
+
+
+def test_the_engine_says_so_too(tiny):
+    change(tiny, **{ROUTER: None})
+    with pytest.raises(ValueError, match=f"missing {ROUTER}"):
+        Engine.from_pretrained(str(tiny))
+
+
+# config.json
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "llama"}, "config: model_type='llama' is not implemented; supported: 'llada2_moe'"),
+        ({"hidden_act": "gelu"}, "config: hidden_act='gelu' is not implemented; supported: 'silu'"),
+        ({"use_bias": True}, "config: use_bias=True is not implemented"),
+        ({"use_qkv_bias": True}, "config: use_qkv_bias=True is not implemented"),
+        ({"use_qk_norm": False}, "config: use_qk_norm=False is not implemented"),
+        ({"tie_word_embeddings": True}, "config: tie_word_embeddings=True is not implemented"),
+        ({"use_sliding_window": True}, "config: use_sliding_window=True is not implemented"),
+        ({"score_function": "softmax"}, "config: score_function='softmax' is not implemented"),
+        ({"rope_scaling": {"type": "yarn"}}, "config: rope_scaling={'type': 'yarn'} is not implemented; supported: None"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type='yarn' is not implemented"),
+        ({"rotary_dim": 4}, "rotary_dim=4 contradicts partial_rotary_factor=0.5"),
+        ({"hidden_size": "absent", "n_group": None}, "config: missing hidden_size, n_group"),
+        ({"mask_token_id": 16}, r"mask_token_id=16 is not an id of the vocabulary \[0, 16\)"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=2"),
+        ({"n_group": 3}, "n_group=3 must divide num_experts=4"),
+        ({"topk_group": 3}, "topk_group=3 exceeds n_group=2"),
+        ({"num_experts_per_tok": 3}, "num_experts_per_tok=3 exceeds the experts in topk_group=1 groups"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be positive"),
+        ({"first_k_dense_replace": 3}, r"first_k_dense_replace=3 must lie in \[0, num_hidden_layers=2\]"),
+        ({"partial_rotary_factor": 0.8, "rotary_dim": "absent"}, "partial_rotary_factor=0.8 gives 3 rotary dimensions"),
+    ],
+)
+def test_config_values_that_are_not_implemented(tiny, values, message):
+    change_config(tiny, **values)
+    with pytest.raises(ValueError, match=message):
+        load(tiny)
+
+
+@pytest.mark.parametrize(
+    ("values", "want"),
+    [
+        ({"use_qk_norm": "absent", "rope_scaling": "absent", "score_function": "absent"}, {}),
+        ({"head_dim": "absent"}, {}),
+        ({"num_shared_experts": "absent"}, {}),
+        ({"eos_token_id": [14, 3]}, {}),
+        ({"rope_theta": "absent", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {"rope_theta": 1e4}),
+        ({"rope_theta": "absent"}, {"rope_theta": 600_000.0}),
+        ({"some_key_of_tomorrow": 1}, {}),
+    ],
+)
+def test_config_keys_that_may_be_absent(tiny, values, want):
+    change_config(tiny, **values)
+    assert checkpoint.load_config(tiny) == dataclasses.replace(CONFIG, **want)
+
+
+# Where a model comes from
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), LocalEntryNotFoundError("not in the cache"), ValueError("bad repo id")])
+def test_a_hub_id_that_cannot_be_fetched(monkeypatch, error):
+    def fails(*_args, **_settings):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    message = f"model 'nobody/nothing' is neither a directory, nor 'embedded', nor a hub id that could be fetched: {error}"
+    with pytest.raises(ValueError, match=message):
+        Engine.from_pretrained("nobody/nothing")
+
+
+def test_a_hub_id_is_fetched(monkeypatch, tiny):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **settings: asked.append((name, settings)) or str(tiny))
+    assert checkpoint.resolve("somebody/something") == tiny
+    assert asked[0][0] == "somebody/something"
+    assert "*.safetensors" in asked[0][1]["allow_patterns"]
+
+
+def test_a_directory_goes_before_the_hub(monkeypatch, tiny):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_a, **_k: pytest.fail("asked the hub"))
+    assert checkpoint.resolve(str(tiny)) == tiny
+    assert (checkpoint.resolve("embedded") / "config.json").is_file()
+
+
+def test_the_mesh_has_the_parameters(tiny):
+    """One table maps logical axes to the mesh; every parameter is placed by it."""
+    shutil.copytree(tiny, tiny.parent / "copy")
+    mesh = make_mesh()
+    _, params = checkpoint.load(tiny.parent / "copy", mesh)
+    for leaf in jax.tree.leaves(params):
+        assert leaf.sharding.mesh == mesh
+    with pytest.raises(ValueError, match="a 1x1x2 mesh needs 2 devices; there are 1"):
+        make_mesh(jax.devices()[:1], tensor=2)

@@ -1,0 +1,477 @@
+"""The engine: what a caller asked for is what comes back, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffulex_jax import Engine, SamplingParams, chain, stateless
+from diffulex_jax.models import checkpoint, llada2
+from diffulex_jax.parallel.mesh import make_mesh
+from diffulex_jax.rules import threshold
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+MODEL = "tiny-llada2-trained"
+STRATEGIES = ("llada2", "llada2_edit", "dmax")
+BLOCK, LONGEST, SLOTS = 8, 256, 4
+VOCAB, EOS, MASK = 1024, 1020, 1021
+
+
+@pytest.fixture(scope="session")
+def engine(engine_of):
+    def of(strategy: str = "llada2", *, model: str = MODEL, **settings) -> Engine:
+        return engine_of(model, strategy=strategy, block_size=BLOCK, max_slots=SLOTS, max_model_len=LONGEST, **settings)
+
+    return of
+
+
+def prompt(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([n, seed]).integers(0, EOS, n).tolist()
+
+
+def full(n: int, **settings) -> SamplingParams:
+    return SamplingParams(max_tokens=n, ignore_eos=True, **settings)
+
+
+# max_tokens, max_model_len, max_nfe
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_max_tokens_is_the_number_of_real_tokens(engine, strategy):
+    """Look-ahead and the rest of the last block do not count; a mask never comes out."""
+    wanted = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 77, 99, 100]
+    outputs = engine(strategy).generate([prompt(1 + n % 13, n) for n in wanted], [full(n, accept_threshold=0.5) for n in wanted])
+    assert [len(output.token_ids) for output in outputs] == wanted
+    assert {output.finish_reason for output in outputs} == {"length"}
+    assert all(0 <= token < VOCAB and token != MASK for output in outputs for token in output.token_ids)
+
+
+def test_eos_is_left_out_and_ends_the_request(engine):
+    prompts = [prompt(n) for n in (3, 9, 20, 30)]
+    on = engine().generate(prompts, full(100, accept_threshold=0.3))
+    until = engine().generate(prompts, SamplingParams(max_tokens=100, accept_threshold=0.3))
+    assert {output.finish_reason for output in until} >= {"stop"}
+    for a, b in zip(on, until, strict=True):
+        want = a.token_ids[: a.token_ids.index(EOS)] if EOS in a.token_ids else a.token_ids
+        assert b.token_ids == want
+        assert b.finish_reason == ("stop" if EOS in a.token_ids else "length")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_request_may_fill_max_model_len(engine, strategy):
+    """To the last position, which is also the last of a block, and not one further; with another request beside it."""
+    long, short = engine(strategy).generate([prompt(LONGEST - 20), prompt(3)], [full(20), full(5)])
+    assert (len(long.token_ids), len(short.token_ids)) == (20, 5)
+    with pytest.raises(ValueError, match=f"prompt 1 has {LONGEST - 19} tokens; with max_tokens=20 that exceeds max_model_len={LONGEST}"):
+        engine(strategy).generate([prompt(3), prompt(LONGEST - 19)], full(20))
+
+
+def test_max_nfe_returns_the_contiguous_prefix(engine):
+    """llada2 revises nothing, so what it has after a few forwards is what it ends with, up to the first gap."""
+    whole = engine().generate([prompt(5)], full(30, accept_threshold=0.6), trace=True)[0]
+    lengths = set()
+    for n in range(1, whole.nfe):
+        cut = engine().generate([prompt(5)], full(30, accept_threshold=0.6, max_nfe=n))[0]
+        step = whole.trace[n - 1]
+        filled = step.start + int(np.argmax(np.append(step.masked, True))) - 5
+        assert (cut.finish_reason, cut.nfe) == ("max_nfe", n)
+        assert cut.token_ids == whole.token_ids[:filled]
+        lengths.add(len(cut.token_ids))
+    assert len(lengths) > 3
+    assert engine().generate([prompt(5)], full(30, accept_threshold=0.6, max_nfe=whole.nfe))[0].finish_reason == "length"
+
+
+# What every setting does
+
+
+LIVE = {
+    "max_tokens": ("llada2", {}, 20),
+    "temperature": ("llada2", {}, 1.0),
+    "top_p": ("llada2", {"temperature": 1.0}, 0.1),
+    "top_k": ("llada2", {"temperature": 1.0}, 2),
+    "seed": ("llada2", {"temperature": 1.0}, 1),
+    "ignore_eos": ("llada2", {"accept_threshold": 0.3}, True),
+    "max_nfe": ("llada2", {}, 3),
+    "accept_threshold": ("llada2", {}, 0.3),
+    "num_to_transfer": ("llada2", {"accept_threshold": 1.0}, 3),
+    "edit_threshold": ("llada2_edit", {"accept_threshold": 0.1, "edit_threshold": 0.9}, 0.0),
+    "max_post_edit_steps": ("llada2_edit", {"accept_threshold": 0.1, "edit_threshold": 0.0}, 0),
+    "remask_threshold": ("llada2", {"accept_threshold": 0.1}, 0.5),
+    "settle_threshold": ("dmax", {"accept_threshold": 0.0}, 0.0),
+    "penalty_lambda": ("llada2", {}, 20.0),
+    "add_block_threshold": ("dmax, 2 blocks", {"accept_threshold": 0.5}, 0.9),
+    "semi_complete_threshold": ("dmax, 2 blocks", {"accept_threshold": 0.5}, 0.2),
+    "token_stability_threshold": ("dmax, 2 blocks", {"accept_threshold": 0.5}, 1.0),
+}
+
+
+def test_every_setting_is_listed():
+    assert set(LIVE) == {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_every_setting_changes_something(engine, name):
+    strategy, base, value = LIVE[name]
+    strategy, *two_blocks = strategy.split(", ")
+    # Look-ahead is about tokens that do not settle: the model with random weights has those.
+    one = engine(strategy, buffer_size=2, model="tiny-llada2") if two_blocks else engine(strategy)
+    prompts = [prompt(n) for n in (3, 9, 20, 30)]
+
+    def run(**settings) -> list:
+        params = SamplingParams(**({"max_tokens": 40, "ignore_eos": name != "ignore_eos"} | base | settings))
+        return [(o.token_ids, o.nfe) for o in one.generate(prompts, params)]
+
+    assert run() != run(**{name: value})
+
+
+def test_unknown_settings_are_errors():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'edit_treshold'"):
+        SamplingParams(edit_treshold=0.5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'enable_torch_compile'"):
+        Engine.from_pretrained(str(GOLDEN / MODEL), enable_torch_compile=True)
+    with pytest.raises(TypeError):
+        SamplingParams(64)  # which of the settings would that be?
+
+
+# Errors, before anything is computed
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"max_tokens": -5}, "max_tokens=-5 must be at least 1"),
+        ({"max_tokens": 2.0}, "max_tokens=2.0 must be an integer"),
+        ({"max_tokens": True}, "max_tokens=True must be an integer"),
+        ({"max_tokens": None}, "max_tokens=None must be an integer"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be finite and at least 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be finite"),
+        ({"temperature": "1"}, "temperature='1' must be a number"),
+        ({"accept_threshold": float("inf")}, "accept_threshold=inf must be finite"),
+        ({"accept_threshold": False}, "accept_threshold=False must be a number"),
+        ({"edit_threshold": -1}, "edit_threshold=-1.0 must be finite and at least 0"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        ({"top_p": 1.01}, "top_p=1.01 must be above 0 and at most 1"),
+        ({"top_k": -1}, "top_k=-1 must be at least 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": 2**31}, "seed=2147483648 must be at least 0 and below"),
+        ({"max_nfe": 0}, "max_nfe=0 must be at least 1"),
+        ({"num_to_transfer": 0}, "num_to_transfer=0 must be at least 1"),
+        ({"max_post_edit_steps": -1}, "max_post_edit_steps=-1 must be at least 0"),
+        ({"ignore_eos": 1}, "ignore_eos=1 must be True or False"),
+    ],
+)
+def test_bad_settings(bad, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**bad)
+
+
+def test_numpy_numbers_are_numbers():
+    assert SamplingParams(max_tokens=np.int64(3), temperature=np.float32(0.5)) == SamplingParams(max_tokens=3, temperature=0.5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([], "prompt 1 is empty"),
+        ([3, MASK, 4], r"prompt 1 holds the mask token \(id 1021\) at position 1"),
+        ([3, VOCAB], r"prompt 1 holds token id 1024, outside the vocabulary \[0, 1024\)"),
+        ([-1], "prompt 1 holds token id -1, outside"),
+        ([2**40], "prompt 1 holds token id 1099511627776, outside"),
+        ([1.5], r"prompt 1 must be text or a list of token ids, got \[1.5\]"),
+        ([True], r"prompt 1 must be text or a list of token ids, got \[True\]"),
+        ([[1, 2]], r"prompt 1 must be text or a list of token ids, got \[\[1, 2\]\]"),
+        (None, "prompt 1 must be text or a list of token ids, got None"),
+        ("text", "prompt 1 is text, and this model has no tokenizer"),
+        (prompt(LONGEST), f"prompt 1 has {LONGEST} tokens; with max_tokens=6 that exceeds max_model_len={LONGEST}"),
+    ],
+)
+def test_a_bad_prompt_is_named_and_harms_nobody(engine, bad, message):
+    before = engine().generate([prompt(9)], full(6))[0]
+    with pytest.raises(ValueError, match=message):
+        engine().generate([prompt(9), bad], full(6))
+    assert engine().generate([prompt(9)], full(6))[0].token_ids == before.token_ids
+
+
+def test_settings_and_prompts_are_counted(engine):
+    with pytest.raises(ValueError, match="1 SamplingParams for 2 prompts"):
+        engine().generate([[1], [2]], [full(3)])
+    assert engine().generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"block_size": 0}, "block_size=0 must be a positive integer"),
+        ({"max_slots": True}, "max_slots=True must be a positive integer"),
+        ({"buffer_size": 1.0}, "buffer_size=1.0 must be a positive integer"),
+        ({"max_model_len": 5000}, "max_model_len=5000 exceeds the model's max_position_embeddings=4096"),
+        ({"dtype": "float16"}, "dtype='float16' must be one of float32, bfloat16"),
+        ({"strategy": "mdlm"}, "unknown strategy 'mdlm'; choose one of llada2, llada2_edit, dmax"),
+    ],
+)
+def test_bad_engine_settings(bad, message):
+    with pytest.raises(ValueError, match=message):
+        Engine.from_pretrained(str(GOLDEN / MODEL), **bad)
+
+
+# Batches
+
+
+MIXED = [
+    (prompt(n, 1), SamplingParams(max_tokens=m, ignore_eos=i % 2 == 0, accept_threshold=a, **more))
+    for i, (n, m, a, more) in enumerate(
+        [
+            (1, 40, 0.9, {}),
+            (8, 9, 0.3, {}),
+            (23, 33, 0.5, {"temperature": 0.8, "seed": 3}),
+            (64, 16, 0.1, {"edit_threshold": 0.0, "settle_threshold": 0.5}),
+            (130, 1, 0.7, {"penalty_lambda": 2.0}),
+            (16, 50, 0.5, {"temperature": 0.8, "seed": 4, "top_p": 0.9, "top_k": 20}),
+            (40, 25, 0.2, {"remask_threshold": 0.3}),
+            (5, 60, 0.9, {"max_nfe": 4}),
+            (31, 12, 1.0, {"num_to_transfer": 3}),
+        ]
+    )
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_batch_of_everything_equals_each_alone(engine, strategy):
+    """Different lengths and settings, more requests than slots, in two orders."""
+    alone = [engine(strategy).generate([p], s)[0] for p, s in MIXED]
+    together = engine(strategy).generate(*zip(*MIXED, strict=True))
+    backwards = engine(strategy).generate(*zip(*MIXED[::-1], strict=True))[::-1]
+
+    def told(output):
+        return output.token_ids, output.finish_reason, output.nfe, output.revised_tokens, output.remasked_tokens, output.prompt_token_ids
+
+    assert [told(o) for o in together] == [told(o) for o in alone]
+    assert [told(o) for o in backwards] == [told(o) for o in alone]
+
+
+def test_a_seed_means_the_same_in_any_batch(engine):
+    def sampled(seed: int) -> SamplingParams:
+        return full(30, temperature=1.0, seed=seed)
+
+    p = prompt(11)
+    alone = [engine().generate([p], sampled(seed))[0].token_ids for seed in (0, 1)]
+    outputs = engine().generate([prompt(30), p, p, p], [full(50), sampled(1), sampled(0), sampled(1)])
+    assert [o.token_ids for o in outputs[1:]] == [alone[1], alone[0], alone[1]]
+    assert alone[0] != alone[1]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sampling_from_one_token_is_greedy(engine, strategy):
+    prompts = [prompt(n) for n in (4, 17)]
+    greedy = engine(strategy).generate(prompts, full(30, accept_threshold=0.5))
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
+        outputs = engine(strategy).generate(prompts, full(30, accept_threshold=0.5, temperature=1.5, seed=9, **narrow))
+        assert [(o.token_ids, o.nfe) for o in outputs] == [(o.token_ids, o.nfe) for o in greedy]
+
+
+# Prompts of any length, and no compilation for them
+
+
+@pytest.fixture(scope="module")
+def recompute():
+    """LLaDA2.0's rule over a dense forward of the whole sequence: no cache, no window, no batch."""
+    config, params = checkpoint.load(GOLDEN / MODEL, make_mesh())
+    position = jnp.arange(LONGEST)
+    sees = position[None] // BLOCK <= position[:, None] // BLOCK
+
+    def attend(layer, q, k, v):
+        score = jnp.where(sees, jnp.einsum("rtkgh,rskh->rkgts", q, k) / config.head_dim**0.5, -jnp.inf)
+        return jnp.einsum("rkgts,rskh->rtkgh", jax.nn.softmax(score, -1), v), None
+
+    @jax.jit
+    def forward(ids):
+        hidden, _ = llada2.hidden(params, config, llada2.embed(params, ids[None]), position[None], attend)
+        p = jax.nn.softmax(llada2.logits(params, hidden)[0].at[:, MASK].set(-jnp.inf), -1)
+        return p.argmax(-1), p.max(-1)
+
+    def decode(prompt: list[int], n: int, accept: float) -> list[int]:
+        x = np.full(LONGEST, MASK)
+        x[: len(prompt)] = prompt
+        for start in range(len(prompt) // BLOCK * BLOCK, len(prompt) + n, BLOCK):
+            while (open_ := np.flatnonzero(x[start : start + BLOCK] == MASK) + start).size:
+                best, prob = (np.asarray(a) for a in forward(x))
+                fill = open_[prob[open_] > accept]
+                fill = fill if fill.size else open_[[prob[open_].argmax()]]
+                x[fill] = best[fill]
+        return x[len(prompt) : len(prompt) + n].tolist()
+
+    return decode
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 24, 32, 40, 8 * 16, 8 * 16 + 5, 8 * 21, 8 * 29 + 7])
+def test_prompts_of_any_length(engine, recompute, n):
+    """Prefilled in chunks of 16, 4 and 1 blocks; a whole number of blocks leaves no prompt in the window."""
+    output = engine().generate([prompt(n)], full(16, accept_threshold=0.6))[0]
+    assert output.token_ids == recompute(prompt(n), 16, 0.6)
+    assert output.prompt_token_ids == prompt(n)
+
+
+COMPILATIONS = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: COMPILATIONS.append(name) if name.endswith("backend_compile_duration") else None
+)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nothing_is_compiled_after_the_engine_is_built(engine_of, strategy):
+    """Not for new prompt lengths, batch sizes or settings: also where the compilation cache would have it, it counts."""
+    COMPILATIONS.clear()
+    engine = Engine.from_pretrained(str(GOLDEN / MODEL), strategy=strategy, block_size=BLOCK, max_slots=SLOTS, max_model_len=LONGEST)
+    assert COMPILATIONS
+    COMPILATIONS.clear()
+    engine.generate([prompt(1)], full(3))
+    engine.generate(*zip(*MIXED, strict=True))
+    engine.generate([prompt(n) for n in (2, 33, 150, 222)], full(20, temperature=1.0, top_p=0.9))
+    assert not COMPILATIONS
+
+
+# What comes with the tokens
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_trace_tells_how_the_output_came_about(engine, strategy):
+    prompts = [prompt(n) for n in (3, 8, 21)]
+    params = [full(30, accept_threshold=0.1, edit_threshold=0.0), full(9, remask_threshold=0.4), SamplingParams(max_tokens=40)]
+    plain = engine(strategy).generate(prompts, params)
+    for quiet, output in zip(plain, engine(strategy).generate(prompts, params, trace=True), strict=True):
+        assert quiet.trace is None
+        assert (output.token_ids, output.nfe, output.revised_tokens) == (quiet.token_ids, quiet.nfe, quiet.revised_tokens)
+        assert len(output.trace) == output.nfe
+        assert sum(int(step.revised.sum()) for step in output.trace) == output.revised_tokens
+        assert sum(int(step.remasked.sum()) for step in output.trace) == output.remasked_tokens
+        canvas = {}
+        for step in output.trace:
+            assert np.array_equal(step.tokens == MASK, step.masked)
+            assert not step.confidence[step.masked].any()
+            canvas |= dict(zip(range(step.start, step.start + BLOCK), step.tokens.tolist(), strict=True))
+        n = len(output.prompt_token_ids)
+        assert [canvas[p] for p in range(n, n + len(output.token_ids))] == output.token_ids
+        assert all(canvas[p] == output.prompt_token_ids[p] for p in canvas if p < n)
+
+
+def test_outputs_count(engine):
+    output = engine().generate([prompt(3)], full(10, accept_threshold=0.2))[0]
+    assert output.tokens_per_forward == 10 / output.nfe > 1
+    assert output.seconds > 0
+    assert output.text is None
+
+
+def test_progress_is_shown_only_where_asked_for(engine, capfd):
+    engine().generate([prompt(3)] * 2, full(4))
+    assert capfd.readouterr().err == ""
+    engine().generate([prompt(3)] * 2, full(4), progress=True)
+    shown = capfd.readouterr().err
+    assert "2/2" in shown
+    assert "tokens/forward" in shown
+
+
+def test_an_interrupted_call_leaves_the_engine_usable(engine, monkeypatch):
+    """Ctrl-C in the middle of a full house, more than once: no slot and no page stays taken."""
+    one = engine()
+    house, params = [prompt(LONGEST - 60, i) for i in range(SLOTS)], full(60)
+    before = [o.token_ids for o in one.generate(house, params)]
+    dispatch, calls = one._dispatch, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return dispatch(*args)
+
+    for _ in range(3):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(one, "_dispatch", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                one.generate(house, params)
+        assert len(calls) == 2
+    assert [o.token_ids for o in one.generate(house, params)] == before
+
+
+# Rules of one's own, and text
+
+
+def one_by_one(prediction, state):
+    """Fills the leftmost mask of each block, whatever its probability."""
+    open_ = state.masked & state.editable
+    return state.fill(open_ & (jnp.cumsum(open_, -1) == 1), prediction.token, prediction.prob)
+
+
+def test_a_rule_of_ones_own(engine_of):
+    engine = engine_of(MODEL, strategy=stateless(one_by_one), block_size=BLOCK, max_slots=2, max_model_len=64)
+    outputs = engine.generate([prompt(3), prompt(12)], [full(20), full(7)], trace=True)
+    assert [o.nfe for o in outputs] == [20, 7]
+    for output in outputs:
+        n = len(output.prompt_token_ids)
+        assert [step.start + int(step.masked.argmin()) <= n + i for i, step in enumerate(output.trace)]
+        filled = [step.tokens[n + i - step.start] for i, step in enumerate(output.trace)]
+        assert filled == output.token_ids
+        assert all(step.masked[n + i + 1 - step.start :].all() for i, step in enumerate(output.trace))
+
+
+def test_a_chain_of_ones_own_equals_the_strategy_it_spells_out(engine, engine_of):
+    """llada2 is threshold and remask; without remask it is llada2 with remask off."""
+    mine = engine_of(MODEL, strategy=chain(threshold()), block_size=BLOCK, max_slots=SLOTS, max_model_len=LONGEST)
+    ask = [prompt(n) for n in (3, 8)], full(30, accept_threshold=0.5)
+    assert [o.token_ids for o in mine.generate(*ask)] == [o.token_ids for o in engine().generate(*ask)]
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """The tiny model with a tokenizer whose words are w0, w1, ... and a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("talking") / "model"
+    shutil.copytree(GOLDEN / MODEL, path)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}", mask_token=f"w{MASK}")
+    tokenizer.chat_template = "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w2{% endif %}"
+    tokenizer.save_pretrained(path)
+    return Engine.from_pretrained(str(path), block_size=BLOCK, max_slots=SLOTS, max_model_len=LONGEST)
+
+
+def test_text(talking, engine):
+    ids = engine().generate([[5, 6, 7]], full(8))[0].token_ids
+    text, same = talking.generate(["w5 w6 w7", [5, 6, 7]], full(8))
+    assert text.prompt_token_ids == [5, 6, 7]
+    assert text.token_ids == same.token_ids == ids
+    assert text.text == same.text == " ".join(f"w{i}" for i in ids if i != EOS)
+    assert talking.generate("w5 w6 w7", full(8))[0].token_ids == ids
+
+
+def test_chat(talking, engine):
+    answer = talking.chat([{"role": "user", "content": "w5 w6"}], full(8))
+    assert answer.prompt_token_ids == [1, 5, 6, 2]
+    assert answer.token_ids == talking.generate([[1, 5, 6, 2]], full(8))[0].token_ids
+    with pytest.raises(ValueError, match="this model has no tokenizer"):
+        engine().chat([{"role": "user", "content": "w5"}])
+
+
+def test_text_that_holds_the_mask_is_refused(talking):
+    with pytest.raises(ValueError, match=r"prompt 0 holds the mask token \(id 1021\) at position 1"):
+        talking.generate([f"w5 w{MASK}"])
+
+
+def test_bfloat16(engine_of, engine):
+    """Rounding moves some tokens of the trained model, not most."""
+    assert json.loads((GOLDEN / MODEL / "config.json").read_text())["torch_dtype"] == "float32"
+    half = engine_of(MODEL, dtype="bfloat16", block_size=BLOCK, max_slots=SLOTS, max_model_len=LONGEST)
+    ask = [prompt(n) for n in (3, 9, 20, 30)], full(40)
+    same = [np.mean(np.array(a.token_ids) == b.token_ids) for a, b in zip(half.generate(*ask), engine().generate(*ask), strict=True)]
+    assert np.mean(same) > 0.8
