@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from diffulex_jax import decode, request_state
 from diffulex_jax.cache.pages import PageAllocator
