@@ -145,6 +145,15 @@ def test_generate_decodes(engine_of):
     assert (masked.exit_code, masked.stderr) == (2, "error: prompt 0 holds the mask token (id 1021) at position 1\n")
 
 
+def test_the_embedded_model_answers_a_chat():
+    result = run("generate", "--chat", "--prompt", decode.QUESTIONS[1], "--max-model-len", "256", "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert printed["text"].endswith("So the answer is 57.")
+    assert printed["finish_reason"] == "stop"
+    assert printed["tokens_per_forward"] > 2
+
+
 def test_bench_decode_measures_speed():
     args = ["--shape", "tiny", "--strategy", "llada2", "--max-tokens", "16", "--prompt-tokens", "8", "--repeats", "2"]
     result = run("bench", "decode", *args, "--json", *SMALL)
