@@ -165,10 +165,9 @@ def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, windo
     for slot, s in enumerate(scripts):
         request = make_request(dims, no_page=pages, prompt=np.array(s.prompt, np.int32), params=s.params, pages=np.arange(pages))
         state = _admit(dims, rule, MASK, state, slot, request)
-    longest = max(len(s.tokens) for s in scripts)
 
     def padded(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, ((0, longest - len(array)), (0, 0)), mode="edge")
+        return np.pad(array[:steps], ((0, max(0, steps - len(array))), (0, 0)), mode="edge")  # of one shape: one compilation
 
     arrays = {
         "tokens": np.stack([padded(s.tokens) for s in scripts]),

@@ -14,7 +14,6 @@ from scripted import CONFIG, MASK, dims_of
 from diffulex_jax import Rule, SamplingParams, decode
 from diffulex_jax.models import llada2
 from diffulex_jax.request_state import admit, empty_state, make_request
-from diffulex_jax.rules import threshold
 from diffulex_jax.state import DecodeState, KVPool
 from diffulex_jax.strategies import dmax
 
@@ -35,7 +34,6 @@ def setup(rule: Rule, prompt: list[int], **settings) -> tuple[decode.Program, KV
 
 
 denoise = functools.partial(jax.jit, static_argnums=0)(decode.denoise)
-predict = functools.partial(jax.jit, static_argnums=0)(decode.predict)
 prefill = functools.partial(jax.jit, static_argnums=0)(decode.prefill)
 
 
@@ -46,21 +44,26 @@ def prefilled(program: decode.Program, pool: KVPool, state: DecodeState, tokens:
 
 
 def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
-    program, pool, state = setup(threshold(), [1, 2, 3, 4, 5])
-    apart, apart_pool, apart_state = predict(program, PARAMS, prefilled(program, pool, state, [1, 2, 3, 4]), state)
+    """One step that fills the whole window, with the block before it in the pool already, or still to be written."""
+    program, pool, state = setup(REFERENCE, [1, 2, 3, 4, 5], max_tokens=20, accept_threshold=0.0)
     pending = state.pending.replace(tokens=jnp.array([[1, 2, 3, 4]]), live=jnp.array([True]))
-    together, pool, state = predict(program, PARAMS, pool, state.replace(pending=pending, written_upto=jnp.array([0])))
-    assert together.token.tolist() == apart.token.tolist()
-    np.testing.assert_allclose(together.prob, apart.prob, rtol=1e-5)
+    before = state.replace(pending=pending, written_upto=jnp.array([0]))
+    apart_pool, apart, _, _ = denoise(
+        program, PARAMS, prefilled(program, pool, state, [1, 2, 3, 4]), state, max_steps=1, stop_on_finish=False
+    )
+    pool, together, _, _ = denoise(program, PARAMS, pool, before, max_steps=1, stop_on_finish=False)
+    assert together.tokens.tolist() == apart.tokens.tolist()
+    assert not together.masked.any()
+    np.testing.assert_allclose(together.confidence, apart.confidence, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), pool, apart_pool)
     assert np.abs(pool.k[:, 2]).min() > 0  # the block's page was written, and no other
     assert not pool.k[:, :2].any()
-    assert state.written_upto.tolist() == apart_state.written_upto.tolist() == [4]
-    assert not state.pending.live.any()
+    assert together.written_upto.tolist() == apart.written_upto.tolist() == [4]
+    assert not together.pending.live.any()
 
 
 def test_a_prefill_in_chunks_equals_one():
-    program, pool, state = setup(threshold(), [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    program, pool, state = setup(REFERENCE, [1, 2, 3, 4, 5, 6, 7, 8, 9])
     one = prefilled(program, pool, state, [1, 2, 3, 4, 5, 6, 7, 8])
     chunks = prefilled(program, pool, state, [1, 2, 3, 4])
     chunks = prefill(program, PARAMS, chunks, np.array([[5, 6, 7, 8], [9, 9, 9, 9]], np.int32), 1, 4, state.page_table[0])

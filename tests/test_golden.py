@@ -69,7 +69,7 @@ def decoded(engine_of):
             for wanted, params in [ours(peer, case["settings"])]
             if (wanted, case["settings"]["block_length"]) == (strategy, block)
         ]
-        engine = engine_of(name, strategy=strategy, block_size=block, max_slots=4, max_model_len=256)
+        engine = engine_of(name, strategy=strategy, block_size=block, max_slots=4, max_model_len=8 * block)
         outputs = engine.generate([ids for _, _, ids, _ in todo], [params for *_, params in todo], trace=strategy == "dmax")
         return {(peer, id): output for (peer, id, _, _), output in zip(todo, outputs, strict=True)}
 

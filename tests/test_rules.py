@@ -15,6 +15,8 @@ from pallas_kernels.token_merge import MergeSpec, merge
 
 
 _ = None
+# One rule, one compilation of the loop around it.
+LLADA2, EDIT, DMAX = llada2(), llada2_edit(), dmax()
 
 
 # threshold: LLaDA2.0
@@ -115,7 +117,7 @@ def test_edit_lets_go_after_max_post_edit_steps(budget):
 def test_the_post_edit_budget_is_counted_in_forwards():
     """LLaDA2.1 runs no forward past its budget: 1 to fill both masks, 2 to edit, and the third edit never happens."""
     say = script([7, 7], *[([0, 0, t, t], [0.95] * 4) for t in (1, 2, 3, 4)], max_tokens=2, max_post_edit_steps=2)
-    (one,), _state = play(llada2_edit(), say, block=2, pages=2, steps=8)
+    (one,), _state = play(EDIT, say, block=2, pages=2, steps=8)
     assert (one.tokens, one.nfe, one.revised) == ([3, 3], 3, 4)
 
 
@@ -317,7 +319,7 @@ def test_remask_zero_times_and_never_negative():
 def test_a_masked_position_reads_as_the_mask_again():
     """What the next forward sees there is the mask, not the doubted token."""
     say = script([7], ([0, 1, 2, 3], [0, 0.95, 0.95, 0.2]), ([0, 1, 2, 3], [0, 0.1, 0.95, 0.95]), max_tokens=3, remask_threshold=0.3)
-    (one,), state = play(llada2(), say, block=4, pages=1, steps=2)
+    (one,), state = play(LLADA2, say, block=4, pages=1, steps=2)
     assert one.trace == [[7, 1, 2, _], [7, _, 2, 3]]
     assert state.tokens[0, 0].tolist() == [7, 15, 2, 3]
     assert (one.remasked, one.revised) == (1, 0)
@@ -409,14 +411,14 @@ def test_strategies_resolve():
 def test_a_row_ends_when_its_last_token_is_filled():
     """5 tokens over blocks of 2: the last position of the last block is never waited for."""
     say = script([7], ([0, 1, 2, 3, 4, 5, 6, 6], [0.95] * 6 + [0.1] * 2), max_tokens=5)
-    (one,), state = play(llada2(), say, block=2, pages=4, steps=8)
+    (one,), state = play(LLADA2, say, block=2, pages=4, steps=8)
     assert (one.tokens, one.reason, one.nfe) == ([1, 2, 3, 4, 5], "length", 3)
 
 
 def test_eos_ends_a_row_once_everything_before_it_is_filled():
     low = ([0, 1, 2, EOS], [0, 0.5, 0.2, 0.95])
     say = script([7], low, max_tokens=3)
-    (one,), _state = play(llada2(), say, block=4, pages=1, steps=8)
+    (one,), _state = play(LLADA2, say, block=4, pages=1, steps=8)
     assert one.trace == [[7, _, _, EOS], [7, 1, _, EOS], [7, 1, 2, EOS]]
     assert (one.tokens, one.reason, one.nfe) == ([1, 2], "stop", 3)
 
@@ -424,26 +426,26 @@ def test_eos_ends_a_row_once_everything_before_it_is_filled():
 def test_eos_waits_for_edits_before_it():
     """The block is held: the token before EOS may still change, and does."""
     say = script([7], ([0, 1, EOS, 3], [0.95] * 4), ([0, 2, EOS, 3], [0.95] * 4), max_tokens=3)
-    (one,), _state = play(llada2_edit(), say, block=4, pages=1, steps=8)
+    (one,), _state = play(EDIT, say, block=4, pages=1, steps=8)
     assert (one.tokens, one.reason, one.nfe) == ([2], "stop", 3)
 
 
 def test_ignore_eos_goes_on():
     say = script([7], ([0, 1, EOS, 3], [0.95] * 4), max_tokens=3, ignore_eos=True)
-    (one,), _state = play(llada2(), say, block=4, pages=1, steps=8)
+    (one,), _state = play(LLADA2, say, block=4, pages=1, steps=8)
     assert (one.tokens, one.reason) == ([1, EOS, 3], "length")
 
 
 def test_eos_in_the_prompt_or_past_the_limit_ends_nothing():
     say = script([EOS], ([0, 1, 2, EOS], [0, 0.95, 0.95, 0.95]), max_tokens=2)
-    (one,), _state = play(llada2(), say, block=4, pages=1, steps=8)
+    (one,), _state = play(LLADA2, say, block=4, pages=1, steps=8)
     assert (one.tokens, one.reason) == ([1, 2], "length")
 
 
 def test_max_nfe_returns_the_contiguous_prefix():
     """Two forwards fill positions 1 and 3; only the first follows the prompt without a gap."""
     say = script([7], ([0, 1, 2, 3], [0, 0.5, 0.1, 0.6]), max_tokens=3, max_nfe=2)
-    (one,), _state = play(llada2(), say, block=4, pages=1, steps=8)
+    (one,), _state = play(LLADA2, say, block=4, pages=1, steps=8)
     assert one.trace[-1] == [7, 1, _, 3]
     assert (one.tokens, one.reason, one.nfe) == ([1], "max_nfe", 2)
 
@@ -474,7 +476,7 @@ def test_a_block_held_for_ever_ends_all_the_same():
 def test_remask_ends_with_a_model_that_doubts_everything():
     """Each step fills one position and doubts the other, until both have been masked again twice."""
     say = script([7, 7], ([0, 0, 1, 2], [0.1] * 4), max_tokens=2, remask_threshold=1.0)
-    (one,), _state = play(llada2(), say, block=2, pages=2, steps=40)
+    (one,), _state = play(LLADA2, say, block=2, pages=2, steps=40)
     assert one.trace == [[1, _], [_, 2], [1, _], [_, 2], [1, _], [1, 2]]
     assert (one.tokens, one.reason, one.remasked) == ([1, 2], "length", 4)
 
@@ -484,8 +486,8 @@ def test_rows_that_have_ended_stay_as_they_are():
     restless = [([0, 0, t, t], [0.95] * 4) for t in range(8)]
     slow = script([7, 7], ([0, 0, 1, 2], [0.1] * 4), max_tokens=2)
     quick = script([7, 7], *restless, max_tokens=2, edit_threshold=0.0, max_post_edit_steps=1)
-    (first, second), _state = play(llada2_edit(), quick, slow, block=2, pages=2, steps=8)
-    (alone,), _state = play(llada2_edit(), quick, block=2, pages=2, steps=8)
+    (first, second), _state = play(EDIT, quick, slow, block=2, pages=2, steps=8)
+    (alone,), _state = play(EDIT, quick, block=2, pages=2, steps=8)
     assert first == alone
     assert (first.tokens, first.nfe, first.revised) == ([1, 1], 2, 2)
     assert second.nfe > first.nfe
@@ -495,6 +497,6 @@ def test_a_batch_does_not_end_a_block_together():
     """DMax's own code waits for all rows; here a sure row spends one forward a block, next to one that takes two."""
     sure = script([7, 7], ([0, 0, 1, 2, 3, 4], [0.95] * 6), max_tokens=4)
     unsure = script([7, 7], ([0, 0, 1, 2, 3, 4], [0.6] * 6), max_tokens=4, accept_threshold=0.5)
-    (a, b), _state = play(dmax(), sure, unsure, block=2, pages=3, steps=8)
+    (a, b), _state = play(DMAX, sure, unsure, block=2, pages=3, steps=8)
     assert (a.tokens, a.nfe) == ([1, 2, 3, 4], 2)
     assert (b.tokens, b.nfe) == ([1, 2, 3, 4], 4)
