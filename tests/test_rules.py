@@ -500,3 +500,37 @@ def test_a_batch_does_not_end_a_block_together():
     (a, b), _state = play(DMAX, sure, unsure, block=2, pages=3, steps=8)
     assert (a.tokens, a.nfe) == ([1, 2, 3, 4], 2)
     assert (b.tokens, b.nfe) == ([1, 2, 3, 4], 4)
+
+
+# Look-ahead: a window of two blocks of two
+
+
+def ahead(probs: list[float], **settings) -> list[list[int | None]]:
+    """The window after each of three steps; positions 2..5 are generated, their predictions always the same."""
+    say = script([7, 7], ([0, 0, 1, 2, 3, 4], [0, 0, *probs]), max_tokens=4, **settings)
+    (one,), _state = play(LLADA2, say, block=2, pages=3, window=2, steps=3)
+    return one.trace
+
+
+def test_look_ahead_starts_when_the_block_has_come_far_enough():
+    """Sure of everything in the second block: it is filled the step after the first is half filled, or else after it is full."""
+    probs = [0.5, 0.4, 0.95, 0.95]
+    assert ahead(probs, add_block_threshold=0.5)[:2] == [[1, _, _, _], [1, 2, 3, 4]]
+    assert ahead(probs, add_block_threshold=0.6) == [[1, _, _, _], [1, 2, _, _], [3, 4, _, _]]
+
+
+def test_a_block_ahead_is_not_forced_before_its_predecessor_is_nearly_done():
+    """Sure of nothing: the first block, half filled, gets its second token; the next one a token only if half is enough."""
+    probs = [0.5, 0.4, 0.5, 0.4]
+    assert ahead(probs, add_block_threshold=0.5, semi_complete_threshold=0.5) == [[1, _, _, _], [1, 2, 3, _], [3, 4, _, _]]
+    assert ahead(probs, add_block_threshold=0.5, semi_complete_threshold=0.6) == [[1, _, _, _], [1, 2, _, _], [3, _, _, _]]
+
+
+@pytest.mark.parametrize(("stability", "want"), [(0.5, [5, 2, 3, 4]), (0.6, [5, 2, _, _])])
+def test_look_ahead_waits_for_a_block_whose_tokens_still_change(stability, want):
+    """The second step fills the first block and changes one of its two tokens."""
+    unsure, sure = [0, 0, 0.5, 0.4, 0.95, 0.95], [0, 0, 0.6, 0.5, 0.95, 0.95]
+    steps = ([0, 0, 1, 2, 3, 4], unsure), ([0, 0, 5, 2, 3, 4], sure)
+    say = script([7, 7], *steps, max_tokens=4, edit_threshold=0.55, add_block_threshold=1.0, token_stability_threshold=stability)
+    (one,), _state = play(EDIT, say, block=2, pages=3, window=2, steps=3)
+    assert one.trace == [[1, _, _, _], [5, 2, _, _], want]
