@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from diffulex_jax import Engine, Output, SamplingParams
 from diffulex_jax.models import checkpoint, llada2
-from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.training import data, evaluate, export, losses, tasks, tokenizer, train
 from pallas_kernels import grouped_matmul
 
@@ -19,7 +19,8 @@ TINY = dataclasses.replace(
     train.CONFIG,
     hidden_size=32,
     intermediate_size=32,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
     num_attention_heads=2,
     num_key_value_heads=1,
     head_dim=16,
@@ -29,12 +30,11 @@ TINY = dataclasses.replace(
     topk_group=1,
     moe_intermediate_size=16,
 )
-ONE_LAYER = dataclasses.replace(TINY, num_hidden_layers=1, first_k_dense_replace=0)
 
 
 @pytest.fixture(scope="module")
-def params():
-    return llada2.init(TINY, jax.random.key(0), scale=0.1)
+def embedded():
+    return Engine.from_pretrained("embedded", strategy="dmax", max_slots=evaluate.SLOTS, max_model_len=data.CANVAS)
 
 
 # Problems.
@@ -121,21 +121,23 @@ def test_the_response_is_scored_up_to_32_end_of_sequence_tokens():
     assert np.flatnonzero(losses.scored(batch)[0]).tolist() == list(range(5, 9 + 32))
 
 
-def test_the_noisy_half_sees_what_a_decoder_sees(params):
-    clean = jax.random.randint(jax.random.key(1), (2, 96), 0, 500)
-    noisy = jnp.full_like(clean, TINY.mask_token_id)
-    trained = jax.nn.softmax(losses.predict(params, TINY, noisy, clean)).max(-1)
-    for block in range(3):
-        canvas = jnp.where(jnp.arange(96) < 32 * block, clean, noisy)
-        _, p = evaluate._guess(params, TINY, llada2.embed(params, canvas), jnp.arange(96)[None] // 32)
-        here = slice(32 * block, 32 * block + 32)
-        np.testing.assert_allclose(trained[:, here], p[:, here], rtol=1e-4)
+def test_the_noisy_half_sees_what_the_engine_sees(embedded):
+    config, params = checkpoint.load(checkpoint.EMBEDDED, embedded.mesh)
+    problem = evaluate.held_out(1)[0]
+    clean = data.encode([tokenizer.chat(problem.question)], [problem.answer]).tokens[0].astype(np.int32)
+    for length in (20, 32, 70):  # prompts that end inside the first block, after it, and inside the third
+        fill_all = SamplingParams(max_tokens=data.CANVAS - length, accept_threshold=0.0, max_nfe=1, ignore_eos=True)
+        (output,) = embedded.generate([clean[:length].tolist()], fill_all)
+        noisy = np.where(np.arange(data.CANVAS) < length, clean, config.mask_token_id)
+        expected = losses.predict(params, config, noisy[None], clean[None])[0].argmax(-1)
+        assert output.token_ids == expected[length : (length // 32 + 1) * 32].tolist()
 
 
-def test_dense_experts_agree_with_the_kernel_and_balance_changes_only_gradients(params):
-    x = jax.random.normal(jax.random.key(2), (6, 32))
-    ids, weights = llada2.route(x, params["moe"]["router"][0], params["moe"]["router_bias"][0], TINY)
-    stack = (params["moe"]["experts_gate_up"], params["moe"]["experts_down"])
+def test_dense_experts_agree_with_the_kernel_and_balance_changes_only_gradients():
+    rng = np.random.default_rng(2)
+    x, router, gate_up, down = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((6, 32), (32, 4), (1, 4, 32, 32), (1, 4, 16, 32)))
+    ids, weights = llada2.route(x, router / 10, jnp.zeros(4), TINY)
+    stack = (gate_up / 10, down / 10)
     reference = grouped_matmul.expert_mlp(x, ids, weights, *stack, layer=0, backend="dense")
 
     def total(weights, balance):
@@ -147,17 +149,55 @@ def test_dense_experts_agree_with_the_kernel_and_balance_changes_only_gradients(
     np.testing.assert_allclose(added, 4 * (load[np.asarray(ids)] - 1 / 4) / 6, rtol=1e-3, atol=1e-6)
 
 
-def test_a_few_steps_lower_both_losses():
-    recipe = train.Recipe(steps=100, rows=4, examples=64, warmup=1, learning_rate=1e-2)
-    problems = tasks.generate("train", 64, seed=0)
-    examples = losses.Batch(*data.encode([p.question for p in problems], [p.answer for p in problems]))
-    index, state = train.order(recipe, len(examples.start)), train.init(ONE_LAYER, recipe)
-    state, first = train.run_steps(state, examples, index[:5], config=ONE_LAYER, recipe=recipe)
-    state, _ = train.run_steps(state, examples, index[5:10], config=ONE_LAYER, recipe=recipe)
-    state, last = train.run_steps(state, examples, index[10:15], config=ONE_LAYER, recipe=recipe)
-    assert int(state.step) == 15
+# Evaluation and export.
+
+
+class Canned:
+    """Stands in for an engine: gives prepared outputs, and keeps what it was asked."""
+
+    def __init__(self, *outputs):
+        self.outputs = list(outputs)
+
+    def generate(self, prompts, params):
+        self.asked = list(zip(prompts, params, strict=True))
+        return self.outputs[: len(prompts)]
+
+
+def test_figures_by_hand():
+    problems = [tasks.Problem("What is 12 + 30?", "We find 12 + 30 = 42. So the answer is 42.", 42, "add 12 30")] * 3
+    answers = ("I see 12 + 30 = 42. Thus the answer is 42.", "I see 12 + 31 = 42. Thus the answer is 42.", "the answer is 41.")
+    spent, revised = (4, 5, 1), (3, 0, 2)
+    engine = Canned(*(Output(a, [0] * 20, "stop", n, r, 0, [], 1.0) for a, n, r in zip(answers, spent, revised, strict=True)))
+    figures = evaluate.measure(engine, problems, [p.question for p in problems], SamplingParams.speed())
+    speed = figures.pop("tokens_per_second")
+    expected = {"exact": 2 / 3, "worked": 1 / 3, "tokens": 60, "forwards": 10, "revised": 5, "tokens_per_forward": 6}
+    assert figures == pytest.approx(expected)
+    assert speed > 0
+    prompt, params = engine.asked[0]
+    assert len(prompt) + params.max_tokens == data.CANVAS
+    assert (params.accept_threshold, params.edit_threshold) == (0.5, 0.0)
+
+
+def test_a_small_run_lowers_both_losses_and_is_exported_and_evaluated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "CONFIG", TINY)
+    monkeypatch.setattr(train, "CHUNK", 5)
+    monkeypatch.setattr(data, "SHARD", 64)
+    monkeypatch.setattr(evaluate, "SETTINGS", {"dmax": {"short": SamplingParams(accept_threshold=0.0, max_nfe=2)}})
+    options = "--steps 15 --warmup 1 --learning-rate 1e-2 --rows 4 --examples 64 --workers 1 --problems 2"
+    monkeypatch.setattr("sys.argv", ["train", *options.split(), "--out", str(tmp_path)])
+    train.main()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    history, held_out = metrics["training"]["history"], metrics["held_out"]
+    assert metrics["training"]["recipe"]["warmup"] == 1
+    assert [entry["step"] for entry in history] == [5, 10, 15]
     for name in ("masked", "on_policy"):
-        assert last[name] < first[name] - 1
+        assert history[-1][name] < history[0][name] - 1
+    assert held_out["problems"] == 2
+    assert held_out["raw"]["dmax short"]["forwards"] == held_out["chat"]["dmax short"]["forwards"] == 2 * 2
+    table = evaluate.report(held_out)
+    assert table in capsys.readouterr().out
+    assert table in (tmp_path / "README.md").read_text()
+    assert checkpoint.load_config(tmp_path) == TINY
 
 
 # The embedded model.
@@ -165,10 +205,15 @@ def test_a_few_steps_lower_both_losses():
 
 def test_the_embedded_model_is_small_and_its_metrics_hold_the_claims():
     assert (checkpoint.EMBEDDED / "model.safetensors").stat().st_size <= export.LARGEST_BYTES
-    for table in json.loads((checkpoint.EMBEDDED / "metrics.json").read_text())["held_out"].values():
-        assert table["llada2 0.95"]["exact"] >= 0.95
-        assert table["dmax 0.5"]["exact"] >= table["llada2 0.95"]["exact"] - 0.01
-        assert table["dmax 0.5"]["tpf"] >= 2 * table["llada2 0.95"]["tpf"]
+    held_out = json.loads((checkpoint.EMBEDDED / "metrics.json").read_text())["held_out"]
+    assert held_out["problems"] == 1000
+    assert evaluate.report(held_out) in (checkpoint.EMBEDDED / "README.md").read_text()
+    for form in ("raw", "chat"):
+        assert list(held_out[form]) == [f"{strategy} {name}" for strategy, names in evaluate.SETTINGS.items() for name in names]
+        slow, fast = held_out[form]["llada2 0.95"], held_out[form]["dmax 0.5"]
+        assert slow["exact"] >= 0.95
+        assert fast["exact"] >= slow["exact"] - 0.01
+        assert fast["tokens_per_forward"] >= 2 * slow["tokens_per_forward"]
 
 
 def test_the_embedded_tokenizer_is_the_one_that_is_built():
@@ -176,8 +221,9 @@ def test_the_embedded_tokenizer_is_the_one_that_is_built():
 
 
 @pytest.mark.parametrize("form", ["raw", "chat"])
-def test_the_embedded_model_answers_held_out_problems(form):
-    config, params = checkpoint.load(checkpoint.EMBEDDED, make_mesh())
-    problems = [p for p in tasks.generate("test", 40, seed=7, unique=True) if len(tasks.equations(p.answer)) <= 2][:6]
-    metrics = evaluate.evaluate(params, config, problems, rules={"dmax": evaluate.RULES["dmax 0.5"]}, form=form)
-    assert metrics["dmax"]["exact"] == 1
+def test_the_embedded_model_answers_held_out_problems(embedded, form):
+    problems = [p for p in evaluate.held_out(60, seed=7) if len(tasks.equations(p.answer)) <= 2][:8]
+    prompts = [evaluate.PROMPTS[form](p.question) for p in problems]
+    figures = evaluate.measure(embedded, problems, prompts, SamplingParams(accept_threshold=0.5))
+    assert figures["exact"] == 1
+    assert figures["tokens_per_forward"] > 5

@@ -1,220 +1,128 @@
-"""Exact match and tokens per forward on held-out problems, by a small decoder that recomputes the canvas at every step.
-
-It exists to watch training and to state the metrics of the model card; the library's engine is the one to serve with. Rows
-are independent: each is at its own block. Blocks after the current one are all masks and invisible under block-causal
-attention, so a forward over the whole canvas equals one over a cache of finished blocks.
+"""Accuracy and speed of a trained model on held-out problems, decoded by the engine with every strategy.
 
     python -m diffulex_jax.training.evaluate --model embedded
+
+prints a table for bare questions and one for chat turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
+import itertools
 import json
-import pathlib
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from tqdm import tqdm
 
-from diffulex_jax.config import ModelConfig
-from diffulex_jax.models import checkpoint, llada2
-from diffulex_jax.parallel.mesh import make_mesh
-from diffulex_jax.training import data, losses, tasks, tokenizer
+from diffulex_jax import Engine, SamplingParams
+from diffulex_jax.training import data, tasks, tokenizer
 
 
-BLOCK = losses.BLOCK
-Format = Literal["raw", "chat"]
+PROBLEMS, SEED = 1000, 1  # how many held-out problems, and which
+SLOTS = 16  # decoded together
 
+PROMPTS: dict[str, Callable[[str], str]] = {"raw": str, "chat": tokenizer.chat}
+"""What is made of a question."""
 
-class Rule(NamedTuple):
-    """A decoding rule.
-
-    kind: ``llada2`` fills masks surer than ``accept`` (or the surest one); ``edit`` also revises filled tokens surer than ``revise``;
-      ``dmax`` fills the run of sure masks from the left, re-predicts every filled token, and feeds back mixed embeddings.
-    """
-
-    kind: Literal["llada2", "edit", "dmax"]
-    accept: float
-    revise: float = 0.0
-
-
-RULES = {
-    "llada2 0.95": Rule("llada2", 0.95),
-    "dmax 0.5": Rule("dmax", 0.5),
-    "dmax 0.3": Rule("dmax", 0.3),
-    "dmax 0.0": Rule("dmax", 0.0),
-    "edit 0.7/0.5": Rule("edit", 0.7, 0.5),
-    "edit 0.5/0.0": Rule("edit", 0.5, 0.0),
+SETTINGS: dict[str, dict[str, SamplingParams]] = {
+    "llada2": {"0.95": SamplingParams(accept_threshold=0.95)},
+    "llada2_edit": {"S": SamplingParams.speed(), "Q": SamplingParams.quality()},
+    "dmax": {"0.5": SamplingParams(accept_threshold=0.5), "0.0": SamplingParams(accept_threshold=0.0)},
 }
-MOST_STEPS = {"dmax": 32, "edit": 16}  # forwards a block may spend: on all of it, or after its last mask
-STOP = 0.9  # of `dmax`: a block whose every confidence reaches this is done
+"""Strategy -> name -> settings, named by what is accepted or by LLaDA2.1's mode."""
 
 
-class Rows(NamedTuple):
-    """Rows in the middle of decoding.
-
-    tokens: ``[R, L]`` int32, meaningless where masked; masked, free: ``[R, L]`` bool, still a mask / not part of the prompt;
-    soft: ``[R, L, D]`` input embeddings; block, spent, forwards: ``[R]`` int32, ``spent`` as in
-    :data:`MOST_STEPS`; done: ``[R]`` bool.
-    """
-
-    tokens: jax.Array
-    masked: jax.Array
-    free: jax.Array
-    soft: jax.Array
-    block: jax.Array
-    spent: jax.Array
-    forwards: jax.Array
-    done: jax.Array
+def held_out(count: int, *, seed: int = SEED) -> list[tasks.Problem]:
+    """``count`` different problems of the test split."""
+    return tasks.generate("test", count, seed=seed, unique=True)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rule"))
-def decode(params: llada2.Params, config: ModelConfig, tokens: jax.Array, start: jax.Array, *, rule: Rule) -> tuple[jax.Array, jax.Array]:
-    """Answers prompts.
+def evaluate(model: str, problems: Sequence[tasks.Problem], *, dtype: str = "float32") -> dict[str, Any]:
+    """Decodes every problem with all of :data:`SETTINGS`, as a bare question and as a chat turn.
 
     Args:
-      params: of the model.
-      config: of the model.
-      tokens: ``[R, L]`` canvases whose first ``start`` tokens are the prompt.
-      start: ``[R]`` prompt lengths.
-      rule: how to decode.
+      model: a directory, or ``"embedded"``.
+      problems: what to ask.
+      dtype: of the engine.
 
     Returns:
-      ``(tokens [R, L], forwards [R])``.
+      Plain data: ``problems``, ``machine``, and for ``raw`` and ``chat`` the figures of :func:`measure` under ``"strategy name"``.
     """
-    length = tokens.shape[1]
-    at = jnp.arange(length)[None]
-    free = at >= start[:, None]
-    zeros = jnp.zeros(len(tokens), jnp.int32)
-    tokens = jnp.where(free, config.mask_token_id, tokens)
-    rows = Rows(tokens, free, free, llada2.embed(params, tokens), start // BLOCK, zeros, zeros, zeros > 0)
-
-    def step(rows: Rows) -> Rows:
-        new = _step(params, config, rows, rule, at // BLOCK)
-        return jax.tree.map(lambda a, b: jnp.where(rows.done.reshape(-1, *[1] * (a.ndim - 1)), a, b), rows, new)
-
-    rows = jax.lax.while_loop(lambda rows: ~rows.done.all(), step, rows)
-    return rows.tokens, rows.forwards
+    results: dict[str, Any] = {"problems": len(problems), "machine": _machine(dtype), **{form: {} for form in PROMPTS}}
+    with tqdm(total=len(PROMPTS) * sum(map(len, SETTINGS.values())), unit="run") as bar:
+        for strategy, modes in SETTINGS.items():
+            bar.set_description(f"{strategy}: compiling")
+            engine = Engine.from_pretrained(model, strategy=strategy, dtype=dtype, max_slots=SLOTS, max_model_len=data.CANVAS)
+            for (mode, params), (form, write) in itertools.product(modes.items(), PROMPTS.items()):
+                name = f"{strategy} {mode}"
+                bar.set_description(f"{name}, {form}")
+                results[form][name] = measure(engine, problems, [write(p.question) for p in problems], params)
+                bar.update()
+    return results
 
 
-def _step(params: llada2.Params, config: ModelConfig, rows: Rows, rule: Rule, blocks: jax.Array) -> Rows:
-    """One forward and one update of every row's current block."""
-    length = blocks.shape[1]
-    best, p = _guess(params, config, rows.soft, blocks)
-    here = (blocks == rows.block[:, None]) & rows.free
-    masked = rows.masked & here
-    filled = here & ~masked
-    surest = masked & (jnp.arange(length) == jnp.where(masked, p, -1).argmax(1)[:, None])
-    if rule.kind == "dmax":
-        unsure = jnp.cumsum(masked & (p < rule.accept), 1) > 0
-        leftmost = masked & (jnp.cumsum(masked, 1) == 1)
-        fill = jnp.where((masked & ~unsure).any(1, keepdims=True), masked & ~unsure, leftmost)
-        revise = filled
-    else:
-        fill = masked & (p > rule.accept)
-        fill = jnp.where(fill.any(1, keepdims=True), fill, surest)
-        revise = filled & (p > rule.revise) & (best != rows.tokens) & (rule.kind == "edit")
-    changed = (fill | revise) & (best != rows.tokens)
-    tokens = jnp.where(fill | revise, best, rows.tokens)
-    left = rows.masked & ~fill
-    complete = ~masked.any(1)
-    spent = rows.spent + (complete | (rule.kind == "dmax"))
-    if rule.kind == "dmax":
-        finished = ~(here & (p < STOP)).any(1) | ~changed.any(1) | (spent >= MOST_STEPS["dmax"])
-    elif rule.kind == "edit":
-        finished = complete & (~revise.any(1) | (spent >= MOST_STEPS["edit"]))
-    else:
-        finished = ~(left & here).any(1)
-    soft = llada2.embed(params, jnp.where(left, config.mask_token_id, tokens))
-    if rule.kind == "dmax":
-        mixed = _mix(params, config, best, p).astype(soft.dtype)
-        soft = jnp.where((here & ~left & ~finished[:, None])[..., None], mixed, soft)
-    ended = (here & (tokens == config.eos_token_id)).any(1)
-    block = rows.block + finished
-    done = finished & (ended | (block * BLOCK >= length))
-    return Rows(tokens, left, rows.free, soft, block, jnp.where(finished, 0, spent), rows.forwards + 1, done)
+def measure(engine: Engine, problems: Sequence[tasks.Problem], prompts: Sequence[str], params: SamplingParams) -> dict[str, float]:
+    """Decodes ``prompts`` up to the end of the canvas, and marks the answers.
 
-
-def _guess(params: llada2.Params, config: ModelConfig, x: jax.Array, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Most likely token and its probability ``[R, L]`` at every position of ``x [R, L, D]``; the mask is never one."""
-    mask = blocks[0][:, None] >= blocks[0][None]
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-
-    def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[()]]:
-        del layer
-        return losses.attention(q, k, v, mask), ()
-
-    h, _ = llada2.hidden(params, config, x, positions, attend, experts=losses.dense_experts)
-    z = llada2.logits(params, h).at[..., config.mask_token_id].set(-jnp.inf)
-    return z.argmax(-1).astype(jnp.int32), jnp.exp(z.max(-1) - jax.nn.logsumexp(z, -1))
-
-
-def _mix(params: llada2.Params, config: ModelConfig, token: jax.Array, p: jax.Array) -> jax.Array:
-    """DMax's hybrid embedding: ``p e(token) + (1 - p) e(mask)``, rescaled to the same mix of their norms (float32)."""
-    e, m = llada2.embed(params, token).astype(jnp.float32), params["embed"][config.mask_token_id].astype(jnp.float32)
-    p = p[..., None]
-    mix = p * e + (1 - p) * m
-    norm = functools.partial(jnp.linalg.norm, axis=-1, keepdims=True)
-    return mix * (p * norm(e) + (1 - p) * norm(m)) / (norm(mix) + 1e-6)
-
-
-def evaluate(
-    params: llada2.Params, config: ModelConfig, problems: Sequence[tasks.Problem], *, rules: dict[str, Rule], form: Format
-) -> dict[str, Any]:
-    """Metrics per rule.
-
-    ``exact`` is the share of problems whose final number is right; ``worked`` the share whose equations are all right, too;
-    ``tpf`` is all generated tokens (before the end of sequence) over all forwards, none of them a prefill.
+    Returns:
+      ``exact``: share of answers whose final number is right; ``worked``: share whose equations are all the reference's;
+      ``tokens`` (before the end of sequence), ``forwards`` (a request's own, prefill not counted) and ``revised`` (filled tokens
+      changed): totals; ``tokens_per_forward``; ``tokens_per_second`` of wall-clock time, compilation not counted.
     """
-    texts = [p.question if form == "raw" else tokenizer.chat(p.question) for p in problems]
-    examples = data.encode(texts, [p.answer for p in problems])
-    if len(examples.tokens) < len(problems):
-        raise ValueError(f"only {len(examples.tokens)} of {len(problems)} problems fit the canvas of {data.CANVAS} tokens")
-    coder, metrics = tokenizer.build(), {}
-    for name, rule in rules.items():
-        tokens, forwards = jax.device_get(decode(params, config, examples.tokens.astype(np.int32), examples.start, rule=rule))
-        answers = [row[at:] for row, at in zip(tokens, examples.start, strict=True)]
-        answers = [a[: np.argmax(a == config.eos_token_id)] if (a == config.eos_token_id).any() else a for a in answers]
-        said = coder.decode_batch([a.tolist() for a in answers])
-        counts = np.array([len(a) for a in answers])
-        metrics[name] = {
-            "exact": float(np.mean([tasks.is_correct(p, s) for p, s in zip(problems, said, strict=True)])),
-            "worked": float(np.mean([tasks.equations(p.answer) == tasks.equations(s) for p, s in zip(problems, said, strict=True)])),
-            "tpf": float(counts.sum() / forwards.sum()),
-            "tokens": float(counts.mean()),
-            "forwards": float(forwards.mean()),
-        }
-    return metrics
+    ids = [encoding.ids for encoding in tokenizer.build().encode_batch(list(prompts))]
+    params_of = [dataclasses.replace(params, max_tokens=data.CANVAS - len(prompt)) for prompt in ids]
+    engine.generate(ids[:1], params_of[:1])  # loads the engine's tokenizer
+    began = time.perf_counter()
+    outputs = engine.generate(ids, params_of)
+    seconds = time.perf_counter() - began
+    answers = [output.text or "" for output in outputs]
+    tokens, forwards = sum(len(o.token_ids) for o in outputs), sum(o.nfe for o in outputs)
+    return {
+        "exact": sum(map(tasks.is_correct, problems, answers)) / len(problems),
+        "worked": sum(tasks.equations(p.answer) == tasks.equations(a) for p, a in zip(problems, answers, strict=True)) / len(problems),
+        "tokens": tokens,
+        "forwards": forwards,
+        "revised": sum(o.revised_tokens for o in outputs),
+        "tokens_per_forward": tokens / forwards,
+        "tokens_per_second": tokens / seconds,
+    }
 
 
-def report(metrics: dict[str, Any]) -> str:
-    """Metrics of :func:`evaluate` as a table."""
-    lines = [f"{'rule':14} {'exact':>7} {'worked':>7} {'TPF':>6} {'tokens':>7} {'forwards':>8}"]
-    for name, m in metrics.items():
-        lines.append(f"{name:14} {m['exact']:7.2%} {m['worked']:7.2%} {m['tpf']:6.2f} {m['tokens']:7.1f} {m['forwards']:8.2f}")
+def report(results: dict[str, Any]) -> str:
+    """Results of :func:`evaluate` as a table for each form of prompt."""
+    lines = [f"{results['problems']} problems, {results['machine']}"]
+    for form in PROMPTS:
+        lines += ["", f"{form + ' prompts':15} {'exact':>7} {'worked':>7} {'tokens/forward':>14} {'revised':>8} {'tokens/s':>8}"]
+        for name, m in results[form].items():
+            accuracy = f"{m['exact']:7.1%} {m['worked']:7.1%}"
+            lines.append(f"{name:15} {accuracy} {m['tokens_per_forward']:14.2f} {m['revised']:8} {m['tokens_per_second']:8.0f}")
     return "\n".join(lines)
 
 
+def _machine(dtype: str) -> str:
+    device = jax.devices()[0]
+    name = f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else device.device_kind
+    return f"{name}, {dtype}, Python {platform.python_version()}, JAX {jax.__version__}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Exact match and tokens per forward of a trained model on held-out problems.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="embedded", help="directory of the model, or 'embedded'")
-    parser.add_argument("--problems", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=1, help="of the held-out problems")
+    parser.add_argument("--problems", type=int, default=PROBLEMS)
+    parser.add_argument("--seed", type=int, default=SEED, help="of the held-out problems")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--json", help="also write the metrics to this file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     args = parser.parse_args()
-    path = checkpoint.resolve(args.model)
-    config, params = checkpoint.load(path, make_mesh(), dtype=args.dtype)
-    problems = tasks.generate("test", args.problems, seed=args.seed, unique=True)
-    metrics = {form: evaluate(params, config, problems, rules=RULES, form=form) for form in get_args(Format)}
-    for form, table in metrics.items():
-        print(f"{form} prompts, {args.problems} problems, {args.dtype}\n{report(table)}")
-    if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(metrics, indent=2) + "\n")
+    if args.problems < 1:
+        parser.error("--problems must be at least 1")
+    results = evaluate(args.model, held_out(args.problems, seed=args.seed), dtype=args.dtype)
+    print(json.dumps(results, indent=1) if args.json else report(results))
 
 
 if __name__ == "__main__":

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any, get_args
-
-import jax
-import jax.numpy as jnp
+from typing import Any
 
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import checkpoint, llada2
-from diffulex_jax.training import data, evaluate, tasks, tokenizer
+from diffulex_jax.training import data, evaluate, losses, tasks, tokenizer
 
 
 LARGEST_BYTES = 8_000_000  # of the weights, so that the package stays small
-HELD_OUT, HELD_OUT_SEED = 1000, 1
 
 
-def export(
-    path: str, config: ModelConfig, params: llada2.Params, *, recipe: dict[str, Any], history: list[dict[str, float]], seconds: float
-) -> None:
+def export(path: str | pathlib.Path, config: ModelConfig, params: llada2.Params, *, training: dict[str, Any], problems: int) -> None:
     """Writes weights (bfloat16), tokenizer, ``metrics.json`` and ``README.md`` to ``path``.
+
+    Args:
+      path: directory to write to.
+      config: of the model.
+      params: of the model.
+      training: how it was trained: ``recipe``, ``device``, ``seconds`` and ``history``.
+      problems: how many held-out problems the stored weights are evaluated on.
 
     Raises:
       ValueError: when the weights are larger than :data:`LARGEST_BYTES`.
@@ -32,29 +33,19 @@ def export(
     size = (out / "model.safetensors").stat().st_size
     if size > LARGEST_BYTES:
         raise ValueError(f"{out / 'model.safetensors'} has {size} bytes; the limit is {LARGEST_BYTES}")
-    stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
-    problems = tasks.generate("test", HELD_OUT, seed=HELD_OUT_SEED, unique=True)
-    tables = {form: evaluate.evaluate(stored, config, problems, rules=evaluate.RULES, form=form) for form in get_args(evaluate.Format)}
-    metrics = {
-        "recipe": recipe,
-        "device": jax.devices()[0].device_kind,
-        "seconds": round(seconds),
-        "bytes": size,
-        "held_out": tables,
-        "history": history[:: max(1, len(history) // 100)],
-    }
+    held_out = evaluate.evaluate(str(out), evaluate.held_out(problems))
+    metrics = {"bytes": size, "held_out": held_out, "training": training}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     (out / "README.md").write_text(card(config, metrics))
-    for form, table in tables.items():
-        print(f"{form}\n{evaluate.report(table)}")
+    print(evaluate.report(held_out))
 
 
 def card(config: ModelConfig, metrics: dict[str, Any]) -> str:
     """The model card: what the model is, how to rerun it, and what it scored."""
-    c, recipe = config, metrics["recipe"]
-    example = tasks.generate("test", 1, seed=HELD_OUT_SEED, unique=True)[0]
+    c, training = config, metrics["training"]
+    recipe = training["recipe"]
+    example = evaluate.held_out(1)[0]
     arguments = " ".join(f"--{name} {recipe[name]}" for name in ("steps", "rows", "examples", "seed"))
-    tables = "\n".join(f"{form} prompts\n{evaluate.report(table)}\n" for form, table in metrics["held_out"].items())
     return f"""---
 license: apache-2.0
 pipeline_tag: text-generation
@@ -65,19 +56,22 @@ tags: [diffusion, llada2, dmax]
 A LLaDA2-MoE small enough to ship inside a package: {metrics["bytes"]:,} bytes of bfloat16 weights, {c.num_hidden_layers} layers,
 width {c.hidden_size}, {c.num_experts} experts of which {c.num_experts_per_tok} work on a token, a vocabulary of {c.vocab_size}.
 It solves generated grade-school arithmetic and word problems in a few worked steps, from a bare question or a chat turn, and
-knows nothing else.
+knows nothing else. A test problem and its reference answer:
 
     {example.question}
     {example.answer}
 
 ## Recipe
 
-    python -m diffulex_jax.training.train --out DIR {arguments}
+In a checkout of the repository, on a GPU:
+
+    pip install ".[cuda,train]"
+    python -m diffulex_jax.training.train --out model {arguments}
 
 AdamW with a peak learning rate of {recipe["learning_rate"]:g}, {recipe["warmup"]} warm-up steps and a cosine to zero, in bfloat16 over
-float32 masters. Half of every batch learns block diffusion (each block of {evaluate.BLOCK} masked with its own ratio), half DMax's
-on-policy uniform training (repair the model's own drafts). It took {metrics["seconds"]} seconds on one {metrics["device"]},
-generating the examples and watching included. `metrics.json` holds the curve.
+float32 masters. Half of every batch learns block diffusion (each block of {losses.BLOCK} masked with its own ratio), half DMax's
+on-policy uniform training (repair the model's own drafts). It took {training["seconds"]} seconds on one {training["device"]},
+generating the examples included. `training` in `metrics.json` holds the recipe and the curve of that run.
 
 Data: `diffulex_jax/training/families.py`, {len(tasks.FAMILIES)} kinds of problems. A checksum of kind and operands decides between
 training and test, so no test problem was trained on in any phrasing. Filler words of the answers are random on purpose: no
@@ -85,12 +79,16 @@ decoder can know them, and one that waits until it is sure spends a forward on e
 
 ## Metrics
 
-{HELD_OUT} held-out problems, `python -m diffulex_jax.training.evaluate`. *exact*: the last "the answer is N" states the right number.
-*worked*: all equations are the reference's, too. *TPF*: all tokens before the end of sequence over all forwards, none of them
-a prefill. Rules are named by their thresholds: accept, and for `edit` revise.
+    python -m diffulex_jax.training.evaluate --model embedded
+
+decodes the held-out problems with the library's engine, {evaluate.SLOTS} at a time. *exact*: the last "the answer is N" states the right
+number. *worked*: all equations are the reference's, too. *tokens/forward*: all tokens before the end of sequence over all forwards,
+prompt prefill not counted. *revised*: how often a filled token was changed, in all. *tokens/s*: of wall-clock time on the machine
+named. `llada2` and `dmax` are named by their accept threshold, `llada2_edit` by LLaDA2.1's speed (S) and quality (Q) modes.
 
 ```
-{tables}```
+{evaluate.report(metrics["held_out"])}
+```
 
 ## Limits
 

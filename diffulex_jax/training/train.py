@@ -2,7 +2,8 @@
 
     python -m diffulex_jax.training.train --out DIR --steps 10500 --seed 0
 
-writes a Hugging Face directory and its metrics. Everything random follows from the seed: examples, initial weights, noise.
+writes a Hugging Face directory with metrics and a model card. Everything random follows from the seed: examples, initial
+weights, noise.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import optax
 from tqdm import tqdm
 
 from diffulex_jax.config import ModelConfig
-from diffulex_jax.models import checkpoint, llada2
-from diffulex_jax.training import data, evaluate, export, losses, tasks, tokenizer
+from diffulex_jax.models import llada2
+from diffulex_jax.training import data, evaluate, export, losses, tokenizer
 
 
 class Recipe(NamedTuple):
@@ -130,15 +131,13 @@ def order(recipe: Recipe, examples: int) -> np.ndarray:
     return np.concatenate(passes)[:need].reshape(recipe.steps, recipe.rows)
 
 
-def train(config: ModelConfig, recipe: Recipe, *, out: str, workers: int, watch: int) -> tuple[llada2.Params, list[dict[str, float]]]:
+def train(config: ModelConfig, recipe: Recipe, *, workers: int) -> tuple[llada2.Params, list[dict[str, float]]]:
     """Runs a recipe.
 
     Args:
       config: shape of the model.
       recipe: what to do.
-      out: directory that receives the weights so far at every evaluation.
       workers: processes that generate examples.
-      watch: steps between evaluations on 500 held-out problems; a multiple of :data:`CHUNK`, or 0 for none.
 
     Returns:
       ``(parameters in float32, history)``; the history holds the metrics of every chunk of steps.
@@ -146,8 +145,6 @@ def train(config: ModelConfig, recipe: Recipe, *, out: str, workers: int, watch:
     began = time.perf_counter()
     examples = losses.Batch(*jax.device_put(data.training_set(recipe.examples, seed=recipe.seed, workers=workers)))
     tqdm.write(f"{len(examples.start)} examples in {time.perf_counter() - began:.0f} s")
-    held_out = tasks.generate("test", 500, seed=recipe.seed + 1, unique=True)
-    rules = {name: evaluate.RULES[name] for name in ("llada2 0.95", "dmax 0.5")}
     indices, state, history = order(recipe, len(examples.start)), init(config, recipe), []
     with tqdm(total=recipe.steps, unit="step", mininterval=5) as bar:
         for at in range(0, recipe.steps, CHUNK):
@@ -155,10 +152,6 @@ def train(config: ModelConfig, recipe: Recipe, *, out: str, workers: int, watch:
             history.append({"step": int(state.step), **{k: round(float(v), 5) for k, v in metrics.items()}})
             bar.update(len(indices[at : at + CHUNK]))
             bar.set_postfix({k: f"{history[-1][k]:.3f}" for k in ("masked", "on_policy")})
-            if watch and int(state.step) % watch == 0:
-                checkpoint.save(out, config, state.params)
-                table = evaluate.evaluate(state.params, config, held_out, rules=rules, form="raw")
-                tqdm.write(f"step {int(state.step)}, {time.perf_counter() - began:.0f} s, {history[-1]}\n{evaluate.report(table)}")
     return state.params, history
 
 
@@ -169,12 +162,18 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=Recipe._field_defaults[name])
     parser.add_argument("--learning-rate", type=float, default=Recipe._field_defaults["learning_rate"])
     parser.add_argument("--workers", type=int, default=8, help="processes that generate examples")
-    parser.add_argument("--watch", type=int, default=3500, help="steps between evaluations; 0 for none")
+    parser.add_argument("--problems", type=int, default=evaluate.PROBLEMS, help="held-out problems of the evaluation at the end")
     args = vars(parser.parse_args())
     recipe = Recipe(**{name: args[name] for name in Recipe._fields if name in args})
     began = time.perf_counter()
-    params, history = train(CONFIG, recipe, out=args["out"], workers=args["workers"], watch=args["watch"])
-    export.export(args["out"], CONFIG, params, recipe=recipe._asdict(), history=history, seconds=time.perf_counter() - began)
+    params, history = train(CONFIG, recipe, workers=args["workers"])
+    training = {
+        "recipe": recipe._asdict(),
+        "device": jax.devices()[0].device_kind,
+        "seconds": round(time.perf_counter() - began),
+        "history": history[:: max(1, len(history) // 100)],
+    }
+    export.export(args["out"], CONFIG, params, training=training, problems=args["problems"])
 
 
 if __name__ == "__main__":
