@@ -117,7 +117,7 @@ def bench_decode(
     shape: Annotated[str | None, typer.Option(help=f"Random weights instead of a model: {', '.join(SHAPES)}.")] = None,
     strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {_STRATEGIES}. Default: all.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help=_PROMPTS)] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="How often every prompt is decoded.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="How often every prompt is decoded.")] = 5,
     as_json: _AsJson = False,
     **settings: Any,
 ) -> None:

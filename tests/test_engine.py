@@ -268,6 +268,12 @@ def test_a_seed_means_the_same_in_any_batch(engine):
     assert alone[0] != alone[1]
 
 
+def test_positions_draw_for_themselves(engine):
+    """So hot that all of 1023 tokens are about as likely: 60 draws hardly ever repeat one."""
+    ids = engine().generate([prompt(11)], full(60, temperature=1e4))[0].token_ids
+    assert len(set(ids)) > 50
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sampling_from_one_token_is_greedy(engine, strategy):
     prompts = [prompt(n) for n in (4, 17)]
