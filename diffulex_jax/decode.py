@@ -15,8 +15,8 @@ from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
 from diffulex_jax.request_state import given_blocks
 from diffulex_jax.rules.base import Rule
-from diffulex_jax.rules.blocks import activate
-from diffulex_jax.state import LENGTH, MAX_NFE, RUNNING, STOP, DecodeState, Dims, KVPool, Merge, Pending, Prediction, StepReport, Trace
+from diffulex_jax.rules.blocks import activate, stability
+from diffulex_jax.state import LENGTH, MAX_NFE, RUNNING, STOP, Canvas, DecodeState, Dims, KVPool, Merge, Pending, Prediction, StepReport, Trace
 from pallas_kernels import block_attention, remask, token_merge
 
 
@@ -26,7 +26,6 @@ class Program(NamedTuple):
     config: ModelConfig
     dims: Dims
     rule: Rule
-    eos_ids: tuple[int, ...]
 
     @property
     def block_budget(self) -> int:
@@ -39,18 +38,20 @@ def denoise(
     params: llada2.Params,
     pool: KVPool,
     state: DecodeState,
+    page_table: jax.Array,
     *,
     max_steps: jax.Array,
     stop_on_finish: jax.Array,
     trace_steps: int = 0,
 ) -> tuple[KVPool, DecodeState, StepReport, Trace]:
-    """Runs up to ``max_steps`` denoise steps on the device; ends early when no row runs.
+    """Runs up to ``max_steps`` denoise steps on the device; ends early when no row runs, or one needs a page.
 
     Args:
       program: the static part.
       params: model parameters.
       pool: the KV pool; donate it.
       state: the decode state; donate it.
+      page_table: ``[S, P]`` int32, page of each block of each slot; N (one past the pool) where none was given yet.
       max_steps: int32 scalar.
       stop_on_finish: bool scalar; True returns as soon as any row finishes, so that its slot can be used again.
       trace_steps: static; record this many steps at the most (``max_steps`` must not exceed it). 0 records nothing.
@@ -59,24 +60,29 @@ def denoise(
     Carry = tuple[jax.Array, KVPool, DecodeState, Trace]
 
     def go_on(carry: Carry) -> jax.Array:
-        i, _, state, _ = carry
+        i, pool, state, _ = carry
         finished = (live_before & ~state.live).any()
-        return (i < max_steps) & state.live.any() & ~(stop_on_finish & finished)
+        starved = (state.live & state.ready & (_page_of(state.start, page_table, state) >= pool.k.shape[1])).any()
+        return (i < max_steps) & state.live.any() & ~starved & ~(stop_on_finish & finished)
 
     def body(carry: Carry) -> Carry:
-        i, pool, before, trace = carry
-        pool, after = step(program, params, pool, before)
-        seen = _seen(before, after)
+        i, pool, state, trace = carry
+        before = _advance(program, state)
+        pool, after = step(program, params, pool, before, page_table)
         if trace_steps:
-            trace = jax.tree.map(lambda buffer, row: buffer.at[i].set(row), trace, seen)
-        changed = seen.revised | seen.remasked
-        return i + 1, pool, _advance(program, after, changed), trace
+            trace = jax.tree.map(lambda buffer, row: buffer.at[i].set(row), trace, _seen(before, after))
+        return i + 1, pool, after, trace
 
     rows = jax.eval_shape(_seen, state, state)
     trace = jax.tree.map(lambda row: jnp.zeros((trace_steps, *row.shape), row.dtype), rows)
     _, pool, state, trace = lax.while_loop(go_on, body, (jnp.int32(0), pool, state, trace))
     state = state.replace(sequence=_write_window(state))
     return pool, state, report(state), trace
+
+
+def _page_of(position: jax.Array, page_table: jax.Array, state: DecodeState) -> jax.Array:
+    """``[S]`` int32: the page of each row's block at ``position`` ``[S]``."""
+    return jnp.take_along_axis(page_table, jnp.maximum(position // state.tokens.shape[-1], 0)[:, None], 1)[:, 0]
 
 
 def prefill(
@@ -109,16 +115,25 @@ def prefill(
 
 def report(state: DecodeState) -> StepReport:
     """The few numbers the host reads."""
-    slots = state.tokens.shape[0]
-    open_ = (state.masked | ~state.active[..., None]).reshape(slots, -1)
-    position = state.positions.reshape(slots, -1)
-    decoded = jnp.where(open_, position, position[:, -1:] + 1).min(1)
-    return StepReport(state.status, state.nfe, state.revised, state.remasked, state.written_upto, decoded, state.length)
+    position, _, settled = _positions(state)
+    upto = jnp.where(settled | (position < state.prompt_len[:, None]), position[:, -1:] + 1, position).min(1)
+    return StepReport(
+        status=state.status,
+        nfe=state.nfe,
+        revised=state.revised,
+        remasked=state.remasked,
+        written_upto=state.written_upto,
+        start=state.start,
+        settled_upto=jnp.minimum(upto, state.limit),
+        length=state.length,
+    )
 
 
-def step(program: Program, params: llada2.Params, pool: KVPool, state: DecodeState) -> tuple[KVPool, DecodeState]:
+def step(
+    program: Program, params: llada2.Params, pool: KVPool, state: DecodeState, page_table: jax.Array
+) -> tuple[KVPool, DecodeState]:
     """One forward, and what the rules and the finish test make of it. The window has not moved on yet."""
-    prediction, pool, state = predict(program, params, pool, state)
+    prediction, pool, state = predict(program, params, pool, state, page_table)
     with jax.named_scope("rules"):
         before = state
         state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
@@ -126,10 +141,12 @@ def step(program: Program, params: llada2.Params, pool: KVPool, state: DecodeSta
         state = _end_overdue_blocks(program, prediction, state.replace(rule=rule_state))
         # Rules say what is masked; that masked positions read as the mask id is kept here, for every rule.
         state = state.replace(tokens=jnp.where(state.masked, program.config.mask_token_id, state.tokens))
-        return pool, _finish(program, _count(before, state))
+        return pool, _finish(_count(before, state))
 
 
-def predict(program: Program, params: llada2.Params, pool: KVPool, state: DecodeState) -> tuple[Prediction, KVPool, DecodeState]:
+def predict(
+    program: Program, params: llada2.Params, pool: KVPool, state: DecodeState, page_table: jax.Array
+) -> tuple[Prediction, KVPool, DecodeState]:
     """One forward over the window, which also writes the KV of the pending block where there is one.
 
     The forward is twice as wide (pending block and window) only in steps where some row has a pending block.
@@ -156,7 +173,7 @@ def predict(program: Program, params: llada2.Params, pool: KVPool, state: Decode
 
         def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
             out = block_attention.block_attention(
-                q, k, v, pool.k, pool.v, layer, state.page_table, state.written_upto, lanes, leading=leading
+                q, k, v, pool.k, pool.v, layer, page_table, state.written_upto, lanes, leading=leading
             )
             return out, (k[:, :block], v[:, :block])
 
@@ -165,8 +182,7 @@ def predict(program: Program, params: llada2.Params, pool: KVPool, state: Decode
 
     live = state.pending.live & state.live
     h, (k, v) = lax.cond(live.any(), lambda: forward(block), lambda: forward(0))
-    pages = jnp.take_along_axis(state.page_table, jnp.maximum(state.start // block - 1, 0)[:, None], 1)[:, 0]
-    pages = jnp.where(live, pages, pool.k.shape[1])
+    pages = jnp.where(live, _page_of(state.start - block, page_table, state), pool.k.shape[1])
     pool = KVPool(block_attention.write_blocks(pool.k, k, pages), block_attention.write_blocks(pool.v, v, pages))
     state = state.replace(
         written_upto=jnp.where(live, state.start, state.written_upto),
@@ -188,6 +204,7 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
     keys = jax.random.wrap_key_data(jnp.repeat(state.key, per_position, 0))
     draws = jax.vmap(jax.random.fold_in)(keys, state.positions.reshape(-1))
     draws = jax.vmap(jax.random.fold_in)(draws, rows(state.remasked))
+    early = (state.positions - state.prompt_len[:, None, None] < s.min_tokens[:, None, None]).reshape(-1)
     left = jnp.concatenate([jnp.full_like(state.tokens[..., :1], -1), state.tokens[..., :-1]], -1)
     best = remask.predict(
         llada2.logits(params, h.reshape(-1, h.shape[-1])),
@@ -196,6 +213,7 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
         sampling=remask.Sampling(draws, rows(s.temperature), rows(s.top_p), rows(s.top_k)),
         penalized=left.reshape(-1),
         penalty=rows(s.penalty_lambda),
+        banned=jnp.where(early[:, None], jnp.repeat(s.stop_ids, per_position, 0), -1),
         top_k=program.dims.merge_top_k,
     )
     return Prediction(
@@ -220,7 +238,17 @@ def _count(before: DecodeState, after: DecodeState) -> DecodeState:
     """Counts the forward, and what the rules did to tokens that were filled before it."""
     seen = _seen(before, after)
     revised, remasked = (a.sum((1, 2), dtype=jnp.int32) * after.live for a in (seen.revised, seen.remasked))
-    return after.replace(nfe=after.nfe + after.live, revised=after.revised + revised, remasked=after.remasked + remasked)
+    nfe = after.nfe + after.live
+    now = nfe[:, None, None]
+    accepted = after.editable & before.masked & ~after.masked
+    return after.replace(
+        nfe=nfe,
+        revised=after.revised + revised,
+        remasked=after.remasked + remasked,
+        first_step=jnp.where(accepted & (before.first_step == 0), now, before.first_step),
+        last_step=jnp.where(accepted | seen.revised, now, before.last_step),
+        stable=stability(after, seen.revised | seen.remasked),
+    )
 
 
 def _seen(before: DecodeState, after: DecodeState) -> Trace:
@@ -237,59 +265,69 @@ def _seen(before: DecodeState, after: DecodeState) -> Trace:
     )
 
 
-def _finish(program: Program, state: DecodeState) -> DecodeState:
-    """Ends rows whose output can no longer change: EOS with everything before it settled, all tokens settled, or NFE spent."""
-    slots = state.tokens.shape[0]
-    position = state.positions.reshape(slots, -1)
+def _positions(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``[S, K B]`` each: absolute positions of the window, which are undecoded, and which can no longer change."""
+    slots, _, block = state.tokens.shape
     masked = (state.masked | ~state.active[..., None]).reshape(slots, -1)
-    settled = ~masked & jnp.repeat(~state.hold, state.tokens.shape[-1], 1)
-    wanted = (position >= state.prompt_len[:, None]) & (position < state.limit[:, None])
-    eos = _is_in(state.tokens.reshape(slots, -1), program.eos_ids) & wanted & ~masked & ~state.settings.ignore_eos[:, None]
+    return state.positions.reshape(slots, -1), masked, ~masked & jnp.repeat(~state.hold, block, 1)
+
+
+def _finish(state: DecodeState) -> DecodeState:
+    """Ends rows whose output can no longer change, or whose NFE is spent; marks settled first blocks as ready to move.
+
+    A row ends at a stop token with everything before it settled, or with all its tokens settled.
+    """
+    position, masked, settled = _positions(state)
+    generated = position >= state.prompt_len[:, None]
+    wanted = generated & (position < state.limit[:, None])
+    tokens = state.tokens.reshape(position.shape)
+    given = state.frozen.reshape(position.shape)
+    stops = (tokens[..., None] == state.settings.stop_ids[:, None]).any(-1) & wanted & ~masked & ~given
     end = state.start + position.shape[1]
 
     def first(where: jax.Array) -> jax.Array:
         return jnp.where(where, position, jnp.minimum(end, state.limit)[:, None]).min(1)
 
-    first_open, first_eos = first(wanted & ~settled), first(eos)
-    stop = eos.any(1) & (first_eos < first_open)
+    first_open, first_stop = first(wanted & ~settled), first(stops)
+    stop = stops.any(1) & (first_stop < first_open)
     length = first_open >= state.limit
-    nfe = state.nfe >= state.settings.max_nfe
-    status = jnp.where(stop, STOP, jnp.where(length, LENGTH, jnp.where(nfe, MAX_NFE, RUNNING)))
-    status = jnp.where(state.live, status, state.status).astype(jnp.int32)
-    # A row cut off by its NFE budget returns the contiguous filled prefix, itself cut before an EOS.
-    cut = jnp.minimum(first(wanted & masked), first_eos)
-    upto = jnp.where(stop, first_eos, jnp.where(length, state.limit, cut))
+    spent = state.nfe >= state.settings.max_nfe
+    status = jnp.where(stop, STOP, jnp.where(length, LENGTH, jnp.where(spent, MAX_NFE, RUNNING)))
+    # A row cut off by its NFE budget returns the contiguous filled prefix, itself cut before a stop token.
+    upto = jnp.where(stop, first_stop, jnp.where(length, state.limit, jnp.minimum(first(wanted & masked), first_stop)))
     return state.replace(
-        status=status, live=state.live & (status == RUNNING), length=jnp.where(state.live, upto, state.length).astype(jnp.int32)
+        status=jnp.where(state.live, status, state.status).astype(jnp.int32),
+        length=jnp.where(state.live, upto, state.length).astype(jnp.int32),
+        live=state.live & (status == RUNNING),
+        ready=state.active[:, 0] & ~state.masked[:, 0].any(-1) & ~state.hold[:, 0],
     )
 
 
-def _advance(program: Program, state: DecodeState, changed: jax.Array) -> DecodeState:
-    """Moves rows whose first block is settled one block on, and starts look-ahead blocks.
+def _advance(program: Program, state: DecodeState) -> DecodeState:
+    """Moves rows whose first block is ready one block on, and starts look-ahead blocks.
 
-    The settled block becomes pending, a new one enters at the window's end. ``changed`` ``[S, K, B]``: filled tokens that
-    this step changed.
+    The block that leaves becomes pending; a new one enters at the window's end.
     """
     dims, mask_id = program.dims, program.config.mask_token_id
-    done = state.live & state.active[:, 0] & ~state.masked[:, 0].any(-1) & ~state.hold[:, 0]
-
-    def moved(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: jnp.where(done.reshape(-1, *[1] * (o.ndim - 1)), n, o), new, old)
-
+    go = state.live & state.ready
     start = state.start + dims.block
-    entering = given_blocks(state.sequence, state.given, start + (dims.window - 1) * dims.block, 1, dims.block, mask_id)
+    tokens, masked, frozen = given_blocks(state, start + (dims.window - 1) * dims.block, 1, dims.block, mask_id)
 
     def rolled(array: jax.Array, last: Any) -> jax.Array:
         return jnp.concatenate([array[:, 1:], jnp.broadcast_to(last, array[:, :1].shape).astype(array.dtype)], 1)
 
     fresh = program.rule.init(dims)
     shifted = state.replace(
-        tokens=rolled(state.tokens, entering[0]),
-        masked=rolled(state.masked, entering[1]),
-        frozen=rolled(state.frozen, ~entering[1]),
+        tokens=rolled(state.tokens, tokens),
+        masked=rolled(state.masked, masked),
+        frozen=rolled(state.frozen, frozen),
         confidence=rolled(state.confidence, 0.0),
+        first_step=rolled(state.first_step, 0),
+        last_step=rolled(state.last_step, 0),
         active=rolled(state.active, False),
         hold=rolled(state.hold, False),
+        stable=rolled(state.stable, True),
+        ready=jnp.zeros_like(state.ready),
         steps=rolled(state.steps, 0),
         merge=jax.tree.map(lambda a: rolled(a, 0), state.merge),
         rule=jax.tree.map(lambda a, f: rolled(a, f[:, :1]) if f.ndim > 1 else a, state.rule, fresh),
@@ -297,15 +335,12 @@ def _advance(program: Program, state: DecodeState, changed: jax.Array) -> Decode
         sequence=_write_window(state),
         start=start,
     )
-    return activate(moved(shifted, state), moved(rolled(changed, False), changed))
+    moved = jax.tree.map(lambda new, old: jnp.where(go.reshape(-1, *[1] * (old.ndim - 1)), new, old), shifted, state)
+    return activate(moved)
 
 
-def _write_window(state: DecodeState) -> jax.Array:
-    """``sequence`` with the window's tokens at their positions."""
+def _write_window(state: DecodeState) -> Canvas:
+    """``sequence`` with what the window knows at its positions."""
     slots = state.tokens.shape[0]
-    rows = jnp.arange(slots)[:, None]
-    return state.sequence.at[rows, state.positions.reshape(slots, -1)].set(state.tokens.reshape(slots, -1), mode="drop")
-
-
-def _is_in(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-    return (tokens[..., None] == jnp.array(ids, jnp.int32)).any(-1)
+    rows, at = jnp.arange(slots)[:, None], state.positions.reshape(slots, -1)
+    return jax.tree.map(lambda s, w: s.at[rows, at].set(w.reshape(slots, -1), mode="drop"), state.sequence, state.window)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,56 +12,83 @@ from flax import struct
 
 from diffulex_jax.rules.base import Rule
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.state import RUNNING, DecodeState, Dims, Merge, Pending, Settings
+from diffulex_jax.state import RUNNING, Canvas, DecodeState, Dims, Merge, Pending, Settings
 
 
-Array = jax.Array | np.ndarray
+MAX_STOP_IDS = 8
 
 
 class Request(struct.PyTreeNode):
     """What the host hands over to start a request; NumPy arrays.
 
     Attributes:
-      sequence: ``[T]`` int32, the prompt at its positions.
+      sequence: ``[T]`` int32, the prompt, pinned and initial tokens at their positions.
       given: ``[T]`` bool, positions of ``sequence`` that the caller fixed.
-      page_table: ``[P]`` int32, pages of its blocks in order; the number of pages in the pool where none.
+      initial: ``[T]`` bool, positions of ``sequence`` that the caller filled to start with.
       prompt_len, limit: int32, generated positions are ``[prompt_len, limit)``.
       seed: int32 of the request's random key.
-      settings: scalars.
+      settings: one row.
     """
 
     sequence: np.ndarray
     given: np.ndarray
-    page_table: np.ndarray
+    initial: np.ndarray
     prompt_len: np.ndarray
     limit: np.ndarray
     seed: np.ndarray
     settings: Settings
 
 
-def make_request(dims: Dims, *, no_page: int, prompt: np.ndarray, params: SamplingParams, pages: np.ndarray) -> Request:
+class Saved(struct.PyTreeNode):
+    """A request taken off the device between two steps; put back, it goes on exactly as it was.
+
+    Attributes:
+      row: its row of the decode state, without the slot axis.
+      k, v: ``[L, n, B, KV, H]``, the KV of its written blocks.
+    """
+
+    row: DecodeState
+    k: np.ndarray
+    v: np.ndarray
+
+
+def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_ids: Sequence[int]) -> Request:
     """Packs a validated request.
 
     Args:
       dims: the engine's sizes.
-      no_page: the page number that means none.
       prompt: ``[n]`` int32, 1 <= n < T.
       params: the request's settings.
-      pages: int32 pages of its blocks, in order.
+      eos_ids: the model's own stop tokens.
     """
+    n = len(prompt)
     sequence = np.zeros(dims.positions, np.int32)
-    sequence[: len(prompt)] = prompt
-    table = np.full(dims.pages_per_slot, no_page, np.int32)
-    table[: len(pages)] = pages
+    given, initial = np.arange(dims.positions) < n, np.zeros(dims.positions, bool)
+    sequence[:n] = prompt
+    for chosen, at in ((params.pinned, given), (params.init_tokens, initial)):
+        for offset, token in (chosen or {}).items():
+            sequence[n + offset], at[n + offset] = token, True
     return Request(
         sequence=sequence,
-        given=np.arange(dims.positions) < len(prompt),
-        page_table=table,
-        prompt_len=np.asarray(len(prompt), np.int32),
-        limit=np.asarray(len(prompt) + params.max_tokens, np.int32),
-        seed=np.asarray(params.seed, np.int32),
-        settings=_settings(params),
+        given=given,
+        initial=initial & ~given,
+        prompt_len=np.int32(n),
+        limit=np.int32(n + params.max_tokens),
+        seed=np.int32(params.seed),
+        settings=settings_row(params, eos_ids),
     )
+
+
+def settings_row(params: SamplingParams, eos_ids: Sequence[int]) -> Settings:
+    """The settings of one request as it stands in a row of the state."""
+    stop_ids = ([] if params.ignore_eos else list(eos_ids)) + list(params.stop_token_ids)
+    row = {"stop_ids": np.array(stop_ids + [-1] * (MAX_STOP_IDS - len(stop_ids)), np.int32)}
+    for name in Settings.__dataclass_fields__.keys() - row.keys():
+        value = getattr(params, name)
+        if value is None:  # max_nfe: no limit
+            value = np.iinfo(np.int32).max
+        row[name] = np.asarray(value, np.float32 if isinstance(value, float) else np.int32)
+    return Settings(**row)
 
 
 def admit(dims: Dims, rule: Rule, mask_id: int, state: DecodeState, slot: jax.Array, request: Request) -> DecodeState:
@@ -68,27 +96,34 @@ def admit(dims: Dims, rule: Rule, mask_id: int, state: DecodeState, slot: jax.Ar
 
     Its window starts at the last, partly filled block of the prompt; whole prompt blocks are expected in the pool.
     """
-    one = Dims(slots=1, window=dims.window, block=dims.block, pages_per_slot=dims.pages_per_slot, merge_top_k=dims.merge_top_k)
-    start = (request.prompt_len // dims.block * dims.block)[None]
-    sequence, given = request.sequence[None], request.given[None]
-    tokens, masked = given_blocks(sequence, given, start, dims.window, dims.block, mask_id)
-    row = empty_state(one, rule, mask_id=mask_id, no_page=0).replace(
-        tokens=tokens,
-        masked=masked,
-        frozen=~masked,
-        active=jnp.arange(dims.window)[None] < 1,
+    request = jax.tree.map(lambda a: jnp.asarray(a)[None], request)
+    start = request.prompt_len // dims.block * dims.block
+    row = empty_state(dataclasses.replace(dims, slots=1), rule, mask_id=mask_id)
+    row = row.replace(
+        sequence=row.sequence.replace(tokens=request.sequence),
+        given=request.given,
+        initial=request.initial,
+        active=row.active.at[:, 0].set(True),
         start=start,
         written_upto=start,
-        sequence=sequence,
-        given=given,
-        page_table=request.page_table[None],
-        prompt_len=request.prompt_len[None],
-        limit=request.limit[None],
+        prompt_len=request.prompt_len,
+        limit=request.limit,
         live=jnp.ones(1, bool),
-        key=jax.random.key_data(jax.random.key(request.seed))[None],
-        settings=jax.tree.map(lambda a: a[None], request.settings),
+        key=jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed)))(request.seed),
+        settings=request.settings,
     )
-    return jax.tree.map(lambda a, r: a.at[slot].set(r[0].astype(a.dtype)), state, row)
+    tokens, masked, frozen = given_blocks(row, start, dims.window, dims.block, mask_id)
+    return put(state, slot, jax.tree.map(lambda a: a[0], row.replace(tokens=tokens, masked=masked, frozen=frozen)))
+
+
+def take(state: DecodeState, slot: jax.Array) -> DecodeState:
+    """The row in slot ``slot``, without the slot axis."""
+    return jax.tree.map(lambda a: a[slot], state)
+
+
+def put(state: DecodeState, slot: jax.Array, row: DecodeState) -> DecodeState:
+    """``state`` with ``row`` (see :func:`take`) in slot ``slot``."""
+    return jax.tree.map(lambda a, r: a.at[slot].set(r.astype(a.dtype)), state, row)
 
 
 def release(state: DecodeState, slot: jax.Array) -> DecodeState:
@@ -96,18 +131,7 @@ def release(state: DecodeState, slot: jax.Array) -> DecodeState:
     return state.replace(live=state.live.at[slot].set(False))
 
 
-def _settings(params: SamplingParams) -> Settings:
-    def value(name: str) -> Any:
-        raw = getattr(params, name)
-        if raw is None:  # max_nfe: no limit
-            raw = np.iinfo(np.int32).max
-        kind = np.bool_ if isinstance(raw, bool) else np.float32 if isinstance(raw, float) else np.int32
-        return np.asarray(raw, kind)
-
-    return Settings(**{name: value(name) for name in Settings.__dataclass_fields__})
-
-
-def empty_state(dims: Dims, rule: Rule, *, mask_id: int, no_page: int) -> DecodeState:
+def empty_state(dims: Dims, rule: Rule, *, mask_id: int) -> DecodeState:
     """A state whose slots are all free."""
     s, k, b, m = dims.slots, dims.window, dims.block, dims.merge_top_k
 
@@ -117,21 +141,31 @@ def empty_state(dims: Dims, rule: Rule, *, mask_id: int, no_page: int) -> Decode
     def merge(*shape: int) -> Merge:
         return Merge(ids=zeros(jnp.int32, *shape, m), probs=zeros(jnp.float32, *shape, m), soft=zeros(jnp.bool_, *shape))
 
+    def canvas(*shape: int) -> Canvas:
+        tokens = jnp.full((s, *shape), mask_id, jnp.int32)
+        return Canvas(tokens, zeros(jnp.float32, *shape), zeros(jnp.int32, *shape), zeros(jnp.int32, *shape))
+
+    window = canvas(k, b)
+    defaults = settings_row(SamplingParams(), ())
     return DecodeState(
-        tokens=jnp.full((s, k, b), mask_id, jnp.int32),
+        tokens=window.tokens,
         masked=jnp.ones((s, k, b), bool),
         frozen=zeros(jnp.bool_, k, b),
-        confidence=zeros(jnp.float32, k, b),
+        confidence=window.confidence,
+        first_step=window.first_step,
+        last_step=window.last_step,
         active=zeros(jnp.bool_, k),
         hold=zeros(jnp.bool_, k),
+        stable=jnp.ones((s, k), bool),
+        ready=zeros(jnp.bool_),
         steps=zeros(jnp.int32, k),
         merge=merge(k, b),
         pending=Pending(tokens=zeros(jnp.int32, b), merge=merge(b), live=zeros(jnp.bool_)),
         start=zeros(jnp.int32),
         written_upto=zeros(jnp.int32),
-        sequence=jnp.full((s, dims.positions), mask_id, jnp.int32),
+        sequence=canvas(dims.positions),
         given=zeros(jnp.bool_, dims.positions),
-        page_table=jnp.full((s, dims.pages_per_slot), no_page, jnp.int32),
+        initial=zeros(jnp.bool_, dims.positions),
         prompt_len=zeros(jnp.int32),
         limit=zeros(jnp.int32),
         status=jnp.full((s,), RUNNING, jnp.int32),
@@ -141,23 +175,22 @@ def empty_state(dims: Dims, rule: Rule, *, mask_id: int, no_page: int) -> Decode
         revised=zeros(jnp.int32),
         remasked=zeros(jnp.int32),
         key=jnp.broadcast_to(jax.random.key_data(jax.random.key(0)), (s, 2)),
-        settings=jax.tree.map(lambda a: jnp.broadcast_to(a, (s,)), _settings(SamplingParams())),
+        settings=jax.tree.map(lambda a: jnp.broadcast_to(a, (s, *a.shape)), defaults),
         rule=rule.init(dims),
     )
 
 
-def given_blocks(
-    sequence: Array, given: Array, start: Array, count: int, block: int, mask_id: int
-) -> tuple[jax.Array, jax.Array]:
-    """The ``count`` blocks from ``start`` (``[S]``) on: what the caller fixed, masks elsewhere.
+def given_blocks(state: DecodeState, start: jax.Array, count: int, block: int, mask_id: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The ``count`` blocks from ``start`` (``[S]``) on, as a request begins them: what the caller gave, masks elsewhere.
 
     Returns:
-      ``(tokens [S, count, B] int32, masked [S, count, B] bool)``.
+      ``(tokens int32, masked bool, frozen bool)``, each ``[S, count, B]``.
     """
     at = start[:, None] + jnp.arange(count * block)
-    inside = at < sequence.shape[1]
-    at = jnp.minimum(at, sequence.shape[1] - 1)
-    known = jnp.take_along_axis(given, at, 1) & inside
-    tokens = jnp.where(known, jnp.take_along_axis(sequence, at, 1), mask_id)
-    shape = (len(sequence), count, block)
-    return tokens.reshape(shape), ~known.reshape(shape)
+    inside = at < state.given.shape[1]
+    at = jnp.minimum(at, state.given.shape[1] - 1)
+    frozen = jnp.take_along_axis(state.given, at, 1) & inside
+    known = frozen | (jnp.take_along_axis(state.initial, at, 1) & inside)
+    tokens = jnp.where(known, jnp.take_along_axis(state.sequence.tokens, at, 1), mask_id)
+    tokens, masked, frozen = (a.reshape(-1, count, block) for a in (tokens, ~known, frozen))
+    return tokens, masked, frozen

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import types
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -19,6 +21,15 @@ class SamplingParams:
       top_k: (temperature > 0) keep this many tokens; 0 keeps all.
       seed: of the request's own random key; the same seed gives the same tokens in any batch.
       ignore_eos: go on after EOS, to ``max_tokens``.
+      min_tokens: no stop token is predicted in that many first generated positions.
+      stop_token_ids: further tokens that end the output, as EOS does.
+      stop: texts that end the output, wherever they begin; they are left out of it.
+      max_repetition_run: most times a token may follow itself; the output is cut there. None: no limit.
+      pinned: ``{offset: token id}``, generated positions that are fixed (infilling); offset 0 follows the prompt.
+      init_tokens: ``{offset: token id}``, generated positions that start filled but may be revised (warm start).
+      logprobs: return the log probability each token had when it was accepted.
+      return_step_map: return the forward at which each token was first accepted and last revised.
+      n: outputs for the prompt; output i uses seed + i.
       max_nfe: most forwards to spend; the contiguous decoded prefix is returned then. None: no limit.
       accept_threshold: a mask is filled when its prediction is more probable than this; 1 or more never accepts by threshold, so
         ``num_to_transfer`` masks are filled a step.
@@ -41,6 +52,15 @@ class SamplingParams:
     top_k: int = 0
     seed: int = 0
     ignore_eos: bool = False
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    max_repetition_run: int | None = None
+    pinned: Mapping[int, int] | None = None
+    init_tokens: Mapping[int, int] | None = None
+    logprobs: bool = False
+    return_step_map: bool = False
+    n: int = 1
     max_nfe: int | None = None
     accept_threshold: float = 0.9
     num_to_transfer: int = 1
@@ -64,26 +84,54 @@ class SamplingParams:
         return cls(**{"accept_threshold": 0.7, "edit_threshold": 0.5} | settings)
 
     def __post_init__(self) -> None:
+        for name in ("stop_token_ids", "stop"):
+            object.__setattr__(self, name, _several(name, getattr(self, name), int if name == "stop_token_ids" else str))
+        for name in ("pinned", "init_tokens"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _tokens_by_offset(name, getattr(self, name), self.max_tokens))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "float":
                 if isinstance(value, bool) or not isinstance(value, numbers.Real):
                     raise ValueError(f"{field.name}={value!r} must be a number")
+                if not (math.isfinite(value) and value >= 0):
+                    raise ValueError(f"{field.name}={value} must be finite and at least 0")
                 object.__setattr__(self, field.name, float(value))
-            elif field.type == "bool":
-                if not isinstance(value, bool):
-                    raise ValueError(f"{field.name}={value!r} must be True or False")
-            elif not (value is None and "None" in field.type):
-                if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                    raise ValueError(f"{field.name}={value!r} must be an integer")
-                object.__setattr__(self, field.name, int(value))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "float" and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{field.name}={value} must be finite and at least 0")
+            elif field.type == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{field.name}={value!r} must be True or False")
+            elif field.type == "int" or (field.type == "int | None" and value is not None):
+                object.__setattr__(self, field.name, _integer(field.name, value, 1 if field.name in _AT_LEAST_ONE else 0))
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
-        for name, least in (("max_tokens", 1), ("top_k", 0), ("num_to_transfer", 1), ("max_post_edit_steps", 0), ("max_nfe", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and not least <= value < 2**31:
-                raise ValueError(f"{name}={value} must be at least {least} and below 2**31")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
+
+
+_AT_LEAST_ONE = ("max_tokens", "num_to_transfer", "max_nfe", "max_repetition_run", "n")
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name}={value!r} must be an integer")
+    if not least <= value < 2**31:
+        raise ValueError(f"{name}={value} must be at least {least} and below 2**31")
+    return int(value)
+
+
+def _several(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        value = (value,)
+    value = tuple(_integer(name, v, 0) if kind is int else v for v in value)
+    if kind is str and not all(isinstance(v, str) and v for v in value):
+        raise ValueError(f"{name}={value!r} must be non-empty texts")
+    return value
+
+
+def _tokens_by_offset(name: str, value: Any, max_tokens: Any) -> Mapping[int, int]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}={value!r} must map offsets to token ids")
+    pairs = {_integer(f"{name} offset", k, 0): _integer(f"{name}[{k}]", v, 0) for k, v in value.items()}
+    beyond = [k for k in pairs if isinstance(max_tokens, numbers.Integral) and k >= max_tokens]
+    if beyond:
+        raise ValueError(f"{name} offset {beyond[0]} is not below max_tokens={max_tokens}")
+    return types.MappingProxyType(pairs)

@@ -37,6 +37,10 @@ class Settings(struct.PyTreeNode):
     """Per-request settings, one row a slot, so that requests with different settings share a batch.
 
     Shapes ``[S]``; float32 thresholds, int32 counts. See ``SamplingParams`` for what each means.
+
+    Attributes:
+      stop_ids: ``[S, M]`` int32, tokens that end the request (EOS, stop tokens); -1 where unused.
+      min_tokens: ``[S]`` int32, none of ``stop_ids`` is predicted in that many first generated positions.
     """
 
     accept_threshold: jax.Array
@@ -50,10 +54,11 @@ class Settings(struct.PyTreeNode):
     num_to_transfer: jax.Array
     max_post_edit_steps: jax.Array
     max_nfe: jax.Array
+    min_tokens: jax.Array
+    stop_ids: jax.Array
     add_block_threshold: jax.Array
     semi_complete_threshold: jax.Array
     token_stability_threshold: jax.Array
-    ignore_eos: jax.Array
 
 
 class Merge(struct.PyTreeNode):
@@ -84,6 +89,22 @@ class Pending(struct.PyTreeNode):
     live: jax.Array
 
 
+class Canvas(struct.PyTreeNode):
+    """What is known of positions: of a window (``[S, K, B]``) or of whole sequences (``[S, T]``).
+
+    Attributes:
+      tokens: int32; the mask id where nothing was decoded yet.
+      confidence: float32, probability of the token when it was last written; 0 where masked or given.
+      first_step: int32, the request's forward (from 1) that first filled the position; 0 if none did.
+      last_step: int32, the forward that last wrote it.
+    """
+
+    tokens: jax.Array
+    confidence: jax.Array
+    first_step: jax.Array
+    last_step: jax.Array
+
+
 class DecodeState(struct.PyTreeNode):
     """One row per request slot.
 
@@ -91,17 +112,19 @@ class DecodeState(struct.PyTreeNode):
       tokens: ``[S, K, B]`` int32, the window; the mask id where ``masked``.
       masked: ``[S, K, B]`` bool, the only truth about what is still to be decoded (a token id never is).
       frozen: ``[S, K, B]`` bool, prompt and pinned positions: no rule may write them.
-      confidence: ``[S, K, B]`` float32, probability of the token when it was last written; 0 where masked.
+      confidence, first_step, last_step: ``[S, K, B]``, see :class:`Canvas`.
       active: ``[S, K]`` bool, blocks being denoised; the others are dummies.
       hold: ``[S, K]`` bool, set anew each step by rules: a filled token of this block may still change.
+      stable: ``[S, K]`` bool, enough of the block's filled tokens kept their value in the last step.
+      ready: ``[S]`` bool, the first block is settled and leaves the window before the next forward.
       steps: ``[S, K]`` int32, forwards spent on the block.
       merge: soft-token descriptors of the window, ``[S, K, B, M]``.
       pending: the finished block before the window.
       start: ``[S]`` int32, absolute position of the window's first token, a multiple of B.
       written_upto: ``[S]`` int32, positions below it have their KV in the pool. Only a step that wrote advances it.
-      sequence: ``[S, T]`` int32, prompt, pinned and committed tokens by absolute position.
-      given: ``[S, T]`` bool, positions of ``sequence`` fixed by the caller (prompt, pinned).
-      page_table: ``[S, P]`` int32, page of each block of the slot; N (one past the pool) where none.
+      sequence: ``[S, T]``, everything known by absolute position; the window's part is written back as it moves on.
+      given: ``[S, T]`` bool, positions fixed by the caller (prompt, pinned).
+      initial: ``[S, T]`` bool, positions the caller filled to start with; rules may change them.
       prompt_len, limit: ``[S]`` int32; generated positions are ``[prompt_len, limit)``.
       status: ``[S]`` int32, RUNNING or the reason the row ended.
       live: ``[S]`` bool, the slot holds a request that still runs.
@@ -116,16 +139,20 @@ class DecodeState(struct.PyTreeNode):
     masked: jax.Array
     frozen: jax.Array
     confidence: jax.Array
+    first_step: jax.Array
+    last_step: jax.Array
     active: jax.Array
     hold: jax.Array
+    stable: jax.Array
+    ready: jax.Array
     steps: jax.Array
     merge: Merge
     pending: Pending
     start: jax.Array
     written_upto: jax.Array
-    sequence: jax.Array
+    sequence: Canvas
     given: jax.Array
-    page_table: jax.Array
+    initial: jax.Array
     prompt_len: jax.Array
     limit: jax.Array
     status: jax.Array
@@ -139,9 +166,14 @@ class DecodeState(struct.PyTreeNode):
     rule: Any
 
     @property
+    def window(self) -> Canvas:
+        """The window's part of what ``sequence`` holds."""
+        return Canvas(self.tokens, self.confidence, self.first_step, self.last_step)
+
+    @property
     def editable(self) -> jax.Array:
-        """``[S, K, B]`` bool: positions a rule may write; none of a row that has ended."""
-        return (self.live[:, None] & self.active)[..., None] & ~self.frozen
+        """``[S, K, B]`` bool: positions a rule may write."""
+        return self.active[..., None] & ~self.frozen
 
     @property
     def positions(self) -> jax.Array:
@@ -185,7 +217,8 @@ class StepReport(struct.PyTreeNode):
       status: RUNNING or a finish reason.
       nfe, revised, remasked: counters since admission.
       written_upto: positions below it have their KV in the pool.
-      decoded_upto: positions below it are filled, contiguously from the prompt on.
+      start: absolute position of the window's first token.
+      settled_upto: positions below it can no longer change.
       length: one past the last token to return, once ``status`` is set.
     """
 
@@ -194,7 +227,8 @@ class StepReport(struct.PyTreeNode):
     revised: jax.Array
     remasked: jax.Array
     written_upto: jax.Array
-    decoded_upto: jax.Array
+    start: jax.Array
+    settled_upto: jax.Array
     length: jax.Array
 
 

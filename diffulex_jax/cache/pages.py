@@ -1,44 +1,101 @@
-"""Which page belongs to whom: a host allocator over NumPy arrays."""
+"""Which page belongs to whom, and which pages hold a known prefix: host bookkeeping of the KV pool.
+
+A page is free (contents mean nothing), held (reference count above 0), or cached (count 0, contents known by a digest, taken
+back least recently used first). Held pages may be known by a digest too; then others can share them.
+"""
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Sequence
+
 import numpy as np
+import xxhash
 
 
-class PageAllocator:
-    """Hands out pages of a pool. Invariant: every page is either free or held, never both, never twice."""
+def chain_digest(parent: bytes, tokens: np.ndarray) -> bytes:
+    """Digest of a block in its context: of everything before it (``parent``) and its own tokens (int32)."""
+    return xxhash.xxh3_128_digest(parent + np.ascontiguousarray(tokens, np.int32).tobytes())
 
-    def __init__(self, num_pages: int):
+
+class PagePool:
+    """Hands out pages of a pool with reference counts, and finds pages by digest."""
+
+    def __init__(self, num_pages: int, *, prefix_cache: bool = True):
         self.num_pages = num_pages
-        self._free = np.arange(num_pages, dtype=np.int32)
-        self._count = num_pages
-        self._held = np.zeros(num_pages, bool)
+        self.prefix_cache = prefix_cache
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._references = np.zeros(num_pages, np.int64)
+        self._digest_of: dict[int, bytes] = {}
+        self._page_of: dict[bytes, int] = {}
+        self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()  # cached pages, least recently used first
+        self.hits = self.queries = 0
 
     @property
-    def num_free(self) -> int:
-        return self._count
+    def num_available(self) -> int:
+        """Pages that :meth:`allocate` could hand out."""
+        return len(self._free) + len(self._idle)
 
-    def allocate(self, n: int) -> np.ndarray:
-        """``[n]`` int32 page ids.
+    @property
+    def num_held(self) -> int:
+        return self.num_pages - self.num_available
+
+    def allocate(self, n: int) -> list[int]:
+        """``n`` pages with count 1; cached pages are forgotten for it once no free ones are left.
 
         Raises:
-          ValueError: when fewer than ``n`` pages are free; nothing is taken then.
+          ValueError: when fewer are available; nothing is taken then.
         """
-        if n > self._count:
-            raise ValueError(f"{n} pages asked for, {self._count} of {self.num_pages} are free")
-        pages = self._free[self._count - n : self._count].copy()
-        self._count -= n
-        self._held[pages] = True
+        if n > self.num_available:
+            raise ValueError(f"{n} pages asked for, {self.num_available} of {self.num_pages} are available")
+        pages = []
+        for _ in range(n):
+            if not self._free:
+                page, _ = self._idle.popitem(last=False)
+                del self._page_of[self._digest_of.pop(page)]
+                self._free.append(page)
+            pages.append(self._free.pop())
+        self._references[pages] = 1
         return pages
 
-    def free(self, pages: np.ndarray) -> None:
-        """Gives pages back.
+    def match(self, digests: Sequence[bytes]) -> list[int]:
+        """The pages of the longest known prefix of ``digests``, each held once more."""
+        pages: list[int] = []
+        for digest in digests:
+            page = self._page_of.get(digest)
+            if page is None:
+                break
+            self._idle.pop(page, None)
+            self._references[page] += 1
+            pages.append(page)
+        self.queries += len(digests)
+        self.hits += len(pages)
+        return pages
+
+    def publish(self, page: int, digest: bytes) -> None:
+        """Makes a held page findable. Call it only after the step that wrote the page.
 
         Raises:
-          ValueError: when a page is not held (a double free).
+          ValueError: when nobody holds the page.
         """
-        if not self._held[pages].all() or len(np.unique(pages)) != len(pages):
-            raise ValueError(f"pages {pages[~self._held[pages]].tolist()} are not held")
-        self._held[pages] = False
-        self._free[self._count : self._count + len(pages)] = pages
-        self._count += len(pages)
+        if not self._references[page]:
+            raise ValueError(f"page {page} is not held")
+        if self.prefix_cache and digest not in self._page_of and page not in self._digest_of:
+            self._page_of[digest], self._digest_of[page] = page, digest
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Gives one reference of each page back.
+
+        Raises:
+          ValueError: when a page is not held; nothing is given back then.
+        """
+        unheld = [page for page, count in collections.Counter(pages).items() if self._references[page] < count]
+        if unheld:
+            raise ValueError(f"pages {unheld} are not held")
+        for page in reversed(pages):  # the end of a prefix is forgotten before its beginning
+            self._references[page] -= 1
+            if not self._references[page]:
+                if page in self._digest_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)

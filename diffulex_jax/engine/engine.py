@@ -1,12 +1,12 @@
-"""The engine: a thin host loop. The device decides every token; the host moves requests in and out of slots."""
+"""The engine: requests in, outputs out. The device decides every token; the host moves requests in and out of slots."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
+import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,44 +15,31 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from diffulex_jax import decode, request_state
-from diffulex_jax.cache.pages import PageAllocator
+from diffulex_jax import decode
+from diffulex_jax.cache.pages import PagePool, chain_digest
 from diffulex_jax.config import ModelConfig
-from diffulex_jax.engine.results import Output, TraceStep
+from diffulex_jax.engine import snapshot
+from diffulex_jax.engine.device import JaxDevice
+from diffulex_jax.engine.results import Output
+from diffulex_jax.engine.scheduler import Scheduler, Tracked
+from diffulex_jax.engine.stops import Cut, find_cut
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models import checkpoint, llada2
-from diffulex_jax.parallel.mesh import make_mesh, sharding
+from diffulex_jax.parallel.mesh import make_mesh
+from diffulex_jax.request_state import MAX_STOP_IDS
 from diffulex_jax.rules.base import Rule
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.state import FINISH_REASONS, POOL_AXES, STATE_AXES, DecodeState, Dims, KVPool, StepReport, Trace
+from diffulex_jax.state import FINISH_REASONS, Canvas, Dims
 from diffulex_jax.strategies import resolve
 
-
-_PREFILL_BLOCKS = (16, 4, 1)  # compiled prefill sizes, in blocks, largest first
-_STEPS_PER_DISPATCH = 16
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 Prompt = str | Sequence[int]
 
 
-@dataclasses.dataclass
-class _Running:
-    """A request in a slot."""
-
-    index: int
-    prompt: np.ndarray
-    params: SamplingParams
-    pages: np.ndarray
-    began: float
-    trace: list[TraceStep] | None
-
-
 class Engine:
     """Decodes requests on one mesh. Build it with :meth:`from_pretrained`."""
-
-    _pool: KVPool
-    _state: DecodeState
 
     def __init__(
         self,
@@ -60,37 +47,67 @@ class Engine:
         params: llada2.Params,
         *,
         tokenizer: Tokenizer | None = None,
+        eos_ids: tuple[int, ...] | None = None,
+        model_id: str = "",
         strategy: str | Rule = "llada2",
         dtype: str = "float32",
         block_size: int = 32,
         buffer_size: int = 1,
         max_slots: int = 8,
         max_model_len: int = 2048,
+        num_pages: int | None = None,
+        max_batched_tokens: int = 2048,
+        prefix_cache: bool = True,
         mesh: Mesh | None = None,
     ):
-        """Args are those of :meth:`from_pretrained`, with the parameters already on the mesh."""
-        for name, value in (("block_size", block_size), ("buffer_size", buffer_size), ("max_slots", max_slots), ("max_model_len", max_model_len)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        """Args are those of :meth:`from_pretrained`, with the parameters already on the mesh.
+
+        ``eos_ids`` defaults to the config's; ``model_id`` keeps cached prefixes and snapshots of different models apart.
+        """
+        sizes = {"block_size": block_size, "buffer_size": buffer_size, "max_slots": max_slots, "max_model_len": max_model_len}
+        for name, value in (sizes | {"max_batched_tokens": max_batched_tokens, "num_pages": num_pages}).items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive integer")
         if max_model_len > config.max_position_embeddings:
             raise ValueError(f"max_model_len={max_model_len} exceeds the model's max_position_embeddings={config.max_position_embeddings}")
         rule = resolve(strategy)
-        pages_per_slot = -(-max_model_len // block_size)
-        self.config, self.tokenizer = config, tokenizer
-        self.max_model_len = max_model_len
+        self.config, self.tokenizer, self.max_model_len = config, tokenizer, max_model_len
         self.mesh = make_mesh() if mesh is None else mesh
-        self._params = params
         self._dims = Dims(
             slots=max_slots,
             window=buffer_size,
             block=block_size,
-            pages_per_slot=pages_per_slot,
+            pages_per_slot=-(-max_model_len // block_size),
             merge_top_k=rule.merge.top_k if rule.merge is not None else 0,
         )
-        self._program = decode.Program(config, self._dims, rule, (config.eos_token_id,))
-        self._pages = PageAllocator(max_slots * pages_per_slot)
-        self._slots: list[_Running | None] = [None] * max_slots
-        self._build(_dtype(dtype))
+        if num_pages is None:
+            num_pages = max_slots * self._dims.pages_per_slot
+        # Soft inputs leave other KV than a prompt of the same tokens would: such pages must not be found by their tokens.
+        shareable = rule.merge is None or not rule.merge.commit_soft
+        self._pages = PagePool(num_pages, prefix_cache=prefix_cache and shareable)
+        device = JaxDevice(
+            decode.Program(config, self._dims, rule),
+            params,
+            mesh=self.mesh,
+            dtype=_dtype(dtype),
+            num_pages=num_pages,
+            eos_ids=(config.eos_token_id,) if eos_ids is None else eos_ids,
+        )
+        self._eos_ids = device.eos_ids
+        # Everything that must agree for KV or a snapshot to be carried over.
+        self._fingerprint = f"{model_id}|{config}|{dtype}|{block_size}|{buffer_size}|{self._dims.positions}|{self._dims.merge_top_k}"
+        self._scheduler = Scheduler(
+            device,
+            self._pages,
+            slots=max_slots,
+            block=block_size,
+            window=buffer_size,
+            max_batched_tokens=max_batched_tokens,
+            root=chain_digest(self._fingerprint.encode(), np.zeros(0, np.int32)),
+        )
+        self._device = device
+        self._requests: dict[int, Tracked] = {}
+        self._ids = itertools.count()
 
     @classmethod
     def from_pretrained(
@@ -103,6 +120,9 @@ class Engine:
         buffer_size: int = 1,
         max_slots: int = 8,
         max_model_len: int = 2048,
+        num_pages: int | None = None,
+        max_batched_tokens: int = 2048,
+        prefix_cache: bool = True,
         mesh: Mesh | None = None,
     ) -> Engine:
         """Loads a model and compiles everything it will run.
@@ -115,6 +135,10 @@ class Engine:
           buffer_size: blocks denoised together (multi-block diffusion); 1 finishes a block before it starts the next.
           max_slots: requests decoded together.
           max_model_len: most tokens of a prompt and its output.
+          num_pages: blocks of KV in the pool; default: enough for every slot at ``max_model_len``. With fewer, requests that no
+            longer fit are set aside and resumed.
+          max_batched_tokens: tokens of prompts and windows processed in one step, at the most.
+          prefix_cache: reuse the KV of blocks that begin a prompt as an earlier request did.
           mesh: where to run; default: the first device.
 
         Raises:
@@ -127,12 +151,17 @@ class Engine:
             config,
             params,
             tokenizer=Tokenizer.load(path),
+            eos_ids=checkpoint.load_eos_ids(path),
+            model_id=str(model),
             strategy=strategy,
             dtype=dtype,
             block_size=block_size,
             buffer_size=buffer_size,
             max_slots=max_slots,
             max_model_len=max_model_len,
+            num_pages=num_pages,
+            max_batched_tokens=max_batched_tokens,
+            prefix_cache=prefix_cache,
             mesh=mesh,
         )
 
@@ -148,7 +177,7 @@ class Engine:
 
         Args:
           prompts: texts or token id lists; a single text is one prompt.
-          params: one for all, or one a prompt.
+          params: one for all, or one a prompt. With ``n`` above 1 a prompt's n outputs follow each other.
           progress: show a progress bar with tokens per forward.
           trace: record what every step made of the window, in ``Output.trace``.
 
@@ -162,24 +191,22 @@ class Engine:
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} SamplingParams for {len(prompts)} prompts")
         checked = [self._check(f"prompt {i}", prompt, p) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
-
+        ids = [id_ for ids, p in zip(checked, params, strict=True) for id_ in self._enqueue(ids, p, trace)]
         outputs: dict[int, Output] = {}
-        waiting = collections.deque(enumerate(zip(checked, params, strict=True)))
-        with tqdm(total=len(prompts), disable=not progress, unit="request") as bar:
+        tokens = forwards = 0
+        with tqdm(total=len(ids), disable=not progress, unit="request") as bar:
             try:
-                while len(outputs) < len(prompts):
-                    while waiting and None in self._slots:
-                        index, (prompt, p) = waiting.popleft()
-                        self._admit(index, prompt, p, trace)
-                    for index, output in self._run(stop_on_finish=bool(waiting)):
-                        outputs[index] = output
+                while not outputs.keys() >= set(ids):
+                    for id_, output in self.step().items():
+                        outputs[id_] = output
+                        tokens, forwards = tokens + len(output.token_ids), forwards + output.nfe
                         bar.update()
-                        tokens, forwards = (sum(f(o) for o in outputs.values()) for f in (lambda o: len(o.token_ids), lambda o: o.nfe))
                         bar.set_postfix_str(f"{tokens / max(forwards, 1):.2f} tokens/forward")
-            except BaseException:
-                self._clear()
-                raise
-        return [outputs[i] for i in range(len(prompts))]
+            finally:  # an interrupted call leaves nothing behind
+                for id_ in ids:
+                    if id_ in self._requests:
+                        self.abort(id_)
+        return [outputs[id_] for id_ in ids]
 
     def chat(
         self,
@@ -204,6 +231,104 @@ class Engine:
             raise ValueError("this model has no tokenizer; pass token ids to generate()")
         return self.generate([self.tokenizer.apply_chat_template(messages)], params, progress=progress, trace=trace)[0]
 
+    def add(self, prompt: Prompt, params: SamplingParams | None = None, *, trace: bool = False) -> list[int]:
+        """Queues a request; :meth:`step` works on it. Returns its ids: one, or ``n``.
+
+        Raises:
+          ValueError: saying what is wrong with the prompt or the settings; nothing is queued then.
+        """
+        params = params or SamplingParams()
+        return self._enqueue(self._check("prompt", prompt, params), params, trace)
+
+    def step(self) -> dict[int, Output]:
+        """Works on what is queued: admits, prefills, and decodes up to a few steps. Returns what finished, by id."""
+        outputs = {}
+        for ended in self._scheduler.step():
+            request, row = ended.request, ended.report
+            cut = find_cut(request, self.tokenizer) or Cut(FINISH_REASONS[row["status"]], len(request.tokens))
+            outputs[request.id] = self._output(request, cut, row, ended.sequence)
+        for request in list(self._scheduler.running.values()):
+            if cut := find_cut(request, self.tokenizer):
+                outputs[request.id] = self._end_early(request, cut)
+        return outputs
+
+    def abort(self, id_: int) -> Output:
+        """Ends a request at once; its pages come back. The output holds the tokens that were final.
+
+        Raises:
+          KeyError: when no such request is queued or running.
+        """
+        request = self._requests[id_]
+        return self._end_early(request, Cut("abort", len(request.tokens)))
+
+    def snapshot(self, id_: int) -> snapshot.Snapshot:
+        """All a request is, between two steps. It goes on here undisturbed; elsewhere :meth:`restore` continues it to the same output.
+
+        Raises:
+          KeyError: when no such request is queued or running.
+        """
+        request = self._requests[id_]
+        saved = self._device.save(request) if request in self._scheduler.running.values() else request.saved
+        return snapshot.Snapshot(self._fingerprint, request.prompt, request.params, list(request.tokens), request.start, saved)
+
+    def restore(self, taken: snapshot.Snapshot) -> int:
+        """Queues a request from a snapshot, ahead of others; returns its id.
+
+        Raises:
+          ValueError: when the snapshot was taken with another model, dtype, or geometry.
+        """
+        if taken.fingerprint != self._fingerprint:
+            raise ValueError(f"the snapshot is of {taken.fingerprint!r}; this engine is {self._fingerprint!r}")
+        request = Tracked(id=next(self._ids), prompt=taken.prompt, params=taken.params, tokens=list(taken.tokens), start=taken.start)
+        if taken.saved is not None:
+            request.saved, request.written = taken.saved, taken.saved.k.shape[1]
+        self._requests[request.id] = request
+        self._scheduler.waiting.appendleft(request)
+        return request.id
+
+    @property
+    def saved_structure(self) -> Any:
+        """What ``Snapshot.load`` needs to know of this engine."""
+        return self._device.saved_structure
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters and gauges: requests, pages, prefix cache lookups in blocks, preemptions."""
+        scheduler, pages = self._scheduler, self._pages
+        return {
+            "waiting": len(scheduler.waiting),
+            "prefilling": len(scheduler.prefilling),
+            "running": len(scheduler.running),
+            "pages": pages.num_pages,
+            "pages_held": pages.num_held,
+            "prefix_cache_queries": pages.queries,
+            "prefix_cache_hits": pages.hits,
+            "preemptions": scheduler.preemptions,
+        }
+
+    def _enqueue(self, prompt: np.ndarray, params: SamplingParams, trace: bool) -> list[int]:
+        ids = []
+        for i in range(params.n):
+            request = Tracked(
+                id=next(self._ids),
+                prompt=prompt,
+                params=dataclasses.replace(params, n=1, seed=(params.seed + i) % 2**31),
+                trace=[] if trace else None,
+            )
+            self._requests[request.id] = request
+            self._scheduler.add(request)
+            ids.append(request.id)
+        return ids
+
+    def _end_early(self, request: Tracked, cut: Cut) -> Output:
+        """Ends a request that the device would go on with."""
+        row, sequence = {"nfe": 0, "revised": 0, "remasked": 0}, None
+        if request in self._scheduler.running.values() or request.saved is not None:
+            state = (request.saved or self._device.save(request)).row
+            row, sequence = {name: int(getattr(state, name)) for name in row}, state.sequence
+        self._scheduler.drop(request)
+        return self._output(request, cut, row, sequence)
+
     def _check(self, name: str, prompt: Prompt, params: SamplingParams) -> np.ndarray:
         """The prompt as int32 ids, or a ValueError that says what is wrong with it."""
         if isinstance(prompt, str):
@@ -222,136 +347,46 @@ class Engine:
         if masks.size:
             raise ValueError(f"{name} holds the mask token (id {self.config.mask_token_id}) at position {masks[0]}")
         if len(ids) + params.max_tokens > self.max_model_len:
-            raise ValueError(
-                f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} that exceeds max_model_len={self.max_model_len}"
-            )
+            raise ValueError(f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} that exceeds max_model_len={self.max_model_len}")
+        needed = -(-(len(ids) + params.max_tokens) // self._dims.block)
+        if needed > self._pages.num_pages:
+            raise ValueError(f"{name} needs {needed} pages with max_tokens={params.max_tokens}; the pool has {self._pages.num_pages}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"{name}: stop={params.stop!r} needs a tokenizer, and this model has none")
+        eos = 0 if params.ignore_eos else len(self._eos_ids)
+        if eos + len(params.stop_token_ids) > MAX_STOP_IDS:
+            raise ValueError(f"{name}: at most {MAX_STOP_IDS - eos} stop_token_ids beside {eos} EOS ids, got {len(params.stop_token_ids)}")
+        for field in ("pinned", "init_tokens"):
+            for offset, token in (getattr(params, field) or {}).items():
+                if token >= self.config.vocab_size or token == self.config.mask_token_id:
+                    raise ValueError(f"{name}: {field}[{offset}]={token} is not a token that can be given")
         return ids.astype(np.int32)
 
-    def _admit(self, index: int, prompt: np.ndarray, params: SamplingParams, trace: bool) -> None:
-        """Gives a request a slot and pages, writes its whole prompt blocks, and sets its row up."""
-        dims = self._dims
-        slot = self._slots.index(None)
-        pages = self._pages.allocate(-(-(len(prompt) + params.max_tokens) // dims.block))
-        self._slots[slot] = _Running(index, prompt, params, pages, time.perf_counter(), [] if trace else None)
-        request = request_state.make_request(dims, no_page=self._pages.num_pages, prompt=prompt, params=params, pages=pages)
-        blocks = prompt[: len(prompt) // dims.block * dims.block].reshape(-1, dims.block)
-        done = 0
-        while done < len(blocks):
-            size = next((n for n in self._prefill_sizes if n <= len(blocks) - done), self._prefill_sizes[-1])
-            chunk = np.zeros((size, dims.block), np.int32)
-            count = min(size, len(blocks) - done)
-            chunk[:count] = blocks[done : done + count]
-            self._prefill_chunk(chunk, count, done * dims.block, request.page_table)
-            done += count
-        with jax.set_mesh(self.mesh):
-            self._state = self._jit_admit(self._state, np.int32(slot), request)
-
-    def _record(self, trace: Trace) -> None:
-        """Appends the steps of a dispatch to the traces that were asked for."""
-        for slot, run in enumerate(self._slots):
-            if run is not None and run.trace is not None:
-                for i in np.flatnonzero(trace.live[:, slot]):
-                    arrays = {name: getattr(trace, name)[i, slot].reshape(-1) for name in TraceStep.__dataclass_fields__ if name != "start"}
-                    run.trace.append(TraceStep(start=int(trace.start[i, slot]), **arrays))
-
-    def _run(self, *, stop_on_finish: bool) -> list[tuple[int, Output]]:
-        """One dispatch; returns what finished."""
-        traced = any(run is not None and run.trace is not None for run in self._slots)
-        report, trace = self._dispatch(_STEPS_PER_DISPATCH, stop_on_finish, self._jit_traced if traced else self._jit_denoise)
-        if traced:
-            self._record(jax.device_get(trace))
-        finished = [s for s, r in enumerate(self._slots) if r is not None and report.status[s] in FINISH_REASONS]
-        if not finished:
-            return []
-        sequence = np.asarray(self._state.sequence)
-        return [self._take(slot, report, sequence[slot]) for slot in finished]
-
-    def _take(self, slot: int, report: StepReport, sequence: np.ndarray) -> tuple[int, Output]:
-        """The output of a finished slot, which becomes free."""
-        run = self._slots[slot]
-        assert run is not None
-        ids = sequence[len(run.prompt) : report.length[slot]].tolist()
-        self._pages.free(run.pages)
-        self._slots[slot] = None
-        return run.index, Output(
-            text=None if self.tokenizer is None else self.tokenizer.decode(ids),
+    def _output(self, request: Tracked, cut: Cut, row: dict[str, int], sequence: Canvas | None) -> Output:
+        del self._requests[request.id]
+        ids, made = request.tokens[: cut.length], slice(len(request.prompt), len(request.prompt) + cut.length)
+        text = cut.text
+        if text is None and self.tokenizer is not None:
+            text = self.tokenizer.decode(ids)
+        logprobs = step_map = None
+        if request.params.logprobs:
+            logprobs = [] if sequence is None else [math.log(p) if p > 0 else -math.inf for p in sequence.confidence[made].tolist()]
+        if request.params.return_step_map:
+            steps = (sequence.first_step[made].tolist(), sequence.last_step[made].tolist()) if sequence is not None else ([], [])
+            step_map = list(zip(*steps, strict=True))
+        return Output(
+            text=text,
             token_ids=ids,
-            finish_reason=FINISH_REASONS[int(report.status[slot])],
-            nfe=int(report.nfe[slot]),
-            revised_tokens=int(report.revised[slot]),
-            remasked_tokens=int(report.remasked[slot]),
-            prompt_token_ids=run.prompt.tolist(),
-            seconds=time.perf_counter() - run.began,
-            trace=run.trace,
+            finish_reason=cut.reason,
+            nfe=row["nfe"],
+            revised_tokens=row["revised"],
+            remasked_tokens=row["remasked"],
+            prompt_token_ids=request.prompt.tolist(),
+            seconds=time.perf_counter() - request.began if request.began else 0.0,
+            logprobs=logprobs,
+            step_map=step_map,
+            trace=request.trace,
         )
-
-    def _clear(self) -> None:
-        """Drops everything in flight, so that an interrupted call leaves the engine usable."""
-        for slot, run in enumerate(self._slots):
-            if run is not None:
-                self._pages.free(run.pages)
-                self._slots[slot] = None
-                self._state = self._jit_release(self._state, np.int32(slot))
-
-    # The device side: jitted functions, their buffers, and the shapes they are compiled for.
-
-    def _build(self, dtype: Any) -> None:
-        config, dims, program = self.config, self._dims, self._program
-        num_pages = self._pages.num_pages
-        pool_sharding = sharding(self.mesh, POOL_AXES)
-        state_sharding = sharding(self.mesh, STATE_AXES)
-        everywhere = sharding(self.mesh, ())
-        self._prefill_sizes = [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
-
-        def empty() -> tuple[KVPool, DecodeState]:
-            shape = (config.num_hidden_layers, num_pages, dims.block, config.num_key_value_heads, config.head_dim)
-            pool = KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-            return pool, request_state.empty_state(dims, program.rule, mask_id=config.mask_token_id, no_page=num_pages)
-
-        # The traced form is compiled when a trace is first asked for.
-        self._jit_denoise, self._jit_traced = (
-            jax.jit(
-                functools.partial(decode.denoise, program, trace_steps=steps),
-                donate_argnums=(1, 2),
-                out_shardings=(pool_sharding, state_sharding, everywhere, everywhere),
-            )
-            for steps in (0, _STEPS_PER_DISPATCH)
-        )
-        self._jit_prefill = jax.jit(functools.partial(decode.prefill, program), donate_argnums=(1,), out_shardings=pool_sharding)
-        self._jit_admit = jax.jit(
-            functools.partial(request_state.admit, dims, program.rule, config.mask_token_id),
-            donate_argnums=(0,),
-            out_shardings=state_sharding,
-        )
-        self._jit_release = jax.jit(request_state.release, donate_argnums=(0,), out_shardings=state_sharding)
-        with jax.set_mesh(self.mesh):
-            self._pool, self._state = jax.jit(empty, out_shardings=(pool_sharding, state_sharding))()
-        self._warm_up()
-
-    def _warm_up(self) -> None:
-        """Compiles every shape there will be, by running each once on nothing."""
-        dims = self._dims
-        table = np.full(dims.pages_per_slot, self._pages.num_pages, np.int32)
-        for size in self._prefill_sizes:
-            self._prefill_chunk(np.zeros((size, dims.block), np.int32), 0, 0, table)
-        request = request_state.make_request(
-            dims, no_page=self._pages.num_pages, prompt=np.zeros(1, np.int32), params=SamplingParams(), pages=table
-        )
-        with jax.set_mesh(self.mesh):
-            self._state = self._jit_admit(self._state, np.int32(0), request)
-            self._state = self._jit_release(self._state, np.int32(0))
-        self._dispatch(1, False, self._jit_denoise)
-
-    def _prefill_chunk(self, tokens: np.ndarray, count: int, start: int, table: np.ndarray) -> None:
-        with jax.set_mesh(self.mesh):
-            self._pool = self._jit_prefill(self._params, self._pool, tokens, np.int32(count), np.int32(start), table)
-
-    def _dispatch(self, max_steps: int, stop_on_finish: bool, denoise: Callable[..., Any]) -> tuple[StepReport, Trace]:
-        with jax.set_mesh(self.mesh):
-            self._pool, self._state, report, trace = denoise(
-                self._params, self._pool, self._state, max_steps=np.int32(max_steps), stop_on_finish=np.bool_(stop_on_finish)
-            )
-        return jax.device_get(report), trace
 
 
 def _dtype(name: str) -> Any:

@@ -35,11 +35,14 @@ class Output:
     Attributes:
       text: the tokens as text; None where the model has no tokenizer.
       token_ids: generated tokens, without the EOS that ended them; never a mask.
-      finish_reason: ``"stop"`` (EOS), ``"length"`` (max_tokens), ``"max_nfe"`` or ``"abort"``.
+      finish_reason: ``"stop"`` (EOS, a stop token or a stop text), ``"length"`` (max_tokens), ``"max_nfe"``, ``"repetition"`` or ``"abort"``.
       nfe: forwards this request took part in, prompt prefill not counted.
       revised_tokens: how often a filled token was changed.
       remasked_tokens: how often a filled token was masked again.
       prompt_token_ids: the prompt as the model saw it.
+      logprobs: log probability of each token when it was accepted (or last revised), where asked for.
+      step_map: for each token, the forward (from 1) that first accepted it and the one that last wrote it, where asked for;
+        ``(0, 0)`` for pinned tokens.
       seconds: from when the request entered a slot until it left.
       trace: the window after every step, where asked for.
     """
@@ -52,6 +55,8 @@ class Output:
     remasked_tokens: int
     prompt_token_ids: list[int]
     seconds: float
+    logprobs: list[float] | None = None
+    step_map: list[tuple[int, int]] | None = None
     trace: list[TraceStep] | None = None
 
     @property

@@ -50,6 +50,17 @@ def load_config(path: str | pathlib.Path) -> ModelConfig:
     return ModelConfig.from_hf(json.loads((pathlib.Path(path) / "config.json").read_text()))
 
 
+def load_eos_ids(path: str | pathlib.Path) -> tuple[int, ...]:
+    """The tokens that end an output: those of ``generation_config.json`` where there is one, and the config's."""
+    path = pathlib.Path(path)
+    ids = {load_config(path).eos_token_id}
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        more = json.loads(generation.read_text()).get("eos_token_id")
+        ids |= set(more if isinstance(more, list) else [] if more is None else [more])
+    return tuple(sorted(ids))
+
+
 def load(path: str | pathlib.Path, mesh: Mesh, *, dtype: Any = jnp.float32) -> tuple[ModelConfig, llada2.Params]:
     """Reads a model directory and places its parameters on ``mesh`` in ``dtype`` (the router bias stays float32).
 

@@ -23,19 +23,18 @@ def may_force(state: DecodeState) -> jax.Array:
     return jnp.concatenate([jnp.ones_like(state.active[:, :1]), before], 1)
 
 
-def activate(state: DecodeState, changed: jax.Array) -> DecodeState:
+def stability(state: DecodeState, changed: jax.Array) -> jax.Array:
+    """``[S, K]`` bool: enough of each block's filled tokens kept their value; ``changed`` ``[S, K, B]``: those that did not."""
+    filled = jnp.maximum((state.editable & ~state.masked).sum(-1), 1)
+    return 1.0 - changed.sum(-1) / filled >= state.settings.token_stability_threshold[:, None]
+
+
+def activate(state: DecodeState) -> DecodeState:
     """Starts the next look-ahead block of rows whose last active block has come far enough and is stable.
 
     The first block of a window is always active. No block starts at or past a row's limit.
-
-    Args:
-      state: after the window moved on.
-      changed: ``[S, K, B]`` bool, filled tokens that the last step changed or masked again.
     """
-    filled = jnp.maximum((state.editable & ~state.masked).sum(-1), 1)
-    stability = 1.0 - changed.sum(-1) / filled
-    ready = progress(state) >= state.settings.add_block_threshold[:, None]
-    ready &= stability >= state.settings.token_stability_threshold[:, None]
-    follows = jnp.concatenate([jnp.ones_like(state.active[:, :1]), (state.active & ready)[:, :-1]], 1)
+    ready = state.active & state.stable & (progress(state) >= state.settings.add_block_threshold[:, None])
+    follows = jnp.concatenate([jnp.ones_like(ready[:, :1]), ready[:, :-1]], 1)
     inside = state.positions[..., 0] < state.limit[:, None]
     return state.replace(active=state.active | (follows & inside & state.live[:, None]))

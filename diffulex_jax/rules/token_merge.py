@@ -30,7 +30,7 @@ def token_merge(
     Raises:
       ValueError: for a setting out of range, or one that the mode would not read.
     """
-    spec = MergeSpec(mode=mode, top_k=top_k, renormalize=renormalize, weight=weight)
+    spec = MergeSpec(mode=mode, top_k=top_k, renormalize=renormalize, weight=weight, commit_soft=commit_soft)
 
     def update(prediction: Prediction, state: DecodeState) -> DecodeState:
         soft = state.editable & ~state.masked

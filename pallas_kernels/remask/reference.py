@@ -43,6 +43,7 @@ def predict(
     sampling: Sampling,
     penalized: jax.Array | None = None,
     penalty: jax.Array | None = None,
+    banned: jax.Array | None = None,
     top_k: int = 0,
 ) -> Best:
     """Reduces each row of logits to the chosen token and the probabilities rules ask for.
@@ -57,6 +58,7 @@ def predict(
       sampling: rows with temperature above 0 draw from softmax(logits / temperature) cut to top-k, then top-p.
       penalized: ``[R]`` int32, a token whose logit is lowered by ``penalty`` (``[R]`` float32); negative: none.
       penalty: see ``penalized``.
+      banned: ``[R, M]`` int32, ids that are neither chosen nor counted in the softmax of their row; negative: none.
       top_k: how many best tokens to report.
 
     Returns:
@@ -67,6 +69,9 @@ def predict(
         assert penalty is not None, "penalized tokens need a penalty"
         logits = jnp.where(vocab == penalized[:, None], logits - penalty[:, None], logits)
     logits = jnp.where(vocab == forbidden_id, -jnp.inf, logits)
+    if banned is not None:
+        outside = jnp.where(banned < 0, logits.shape[1], banned)
+        logits = logits.at[jnp.arange(len(logits))[:, None], outside].set(-jnp.inf, mode="drop")
     peak = logits.max(-1)
     total = jnp.exp(logits - peak[:, None]).sum(-1)
     greedy = jnp.where(logits == peak[:, None], vocab, logits.shape[-1]).min(-1)

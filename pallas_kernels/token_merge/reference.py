@@ -16,6 +16,7 @@ class MergeSpec:
     top_k: int = 1
     renormalize: bool = True
     weight: float = 1.0
+    commit_soft: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("dmax_topk", "iter_smooth_topk"):

@@ -1,0 +1,158 @@
+"""The device side of the engine: buffers, the jitted functions that own them, and the shapes they are compiled for."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffulex_jax import decode, request_state
+from diffulex_jax.engine.results import TraceStep
+from diffulex_jax.engine.scheduler import STEPS_PER_DISPATCH, Tracked
+from diffulex_jax.models import llada2
+from diffulex_jax.parallel.mesh import sharding
+from diffulex_jax.sampling_params import SamplingParams
+from diffulex_jax.state import POOL_AXES, STATE_AXES, Canvas, DecodeState, KVPool, StepReport, Trace
+
+
+_PREFILL_BLOCKS = (16, 4, 1)  # compiled prefill sizes, in blocks, largest first
+
+
+class JaxDevice:
+    """Implements ``scheduler.Device`` on a mesh. Compiles everything when built, but for the traced loop."""
+
+    def __init__(
+        self, program: decode.Program, params: llada2.Params, *, mesh: Mesh, dtype: Any, num_pages: int, eos_ids: tuple[int, ...]
+    ):
+        self.program, self.mesh, self.num_pages = program, mesh, num_pages
+        self._params, self.eos_ids = params, eos_ids
+        config, dims = program.config, program.dims
+        on_pool, on_slots, everywhere = (sharding(mesh, axes) for axes in (POOL_AXES, STATE_AXES, ()))
+        self._prefill_sizes = [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
+        jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
+        self._jit_prefill = jax.jit(functools.partial(decode.prefill, program), donate_argnums=(1,), out_shardings=on_pool)
+        self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule, config.mask_token_id))
+        self._jit_put, self._jit_release = jit_state(request_state.put), jit_state(request_state.release)
+        self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
+        self._jit_read = jax.jit(_read_pages, out_shardings=everywhere)
+        self._jit_write = jax.jit(_write_pages, donate_argnums=(0,), out_shardings=on_pool)
+        # The traced form is compiled when a trace is first asked for.
+        self._jit_denoise, self._jit_traced = (
+            jax.jit(
+                functools.partial(decode.denoise, program, trace_steps=steps),
+                donate_argnums=(1, 2),
+                out_shardings=(on_pool, on_slots, everywhere, everywhere),
+            )
+            for steps in (0, STEPS_PER_DISPATCH)
+        )
+
+        def empty() -> tuple[KVPool, DecodeState]:
+            shape = (config.num_hidden_layers, num_pages, dims.block, config.num_key_value_heads, config.head_dim)
+            return KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), request_state.empty_state(
+                dims, program.rule, mask_id=config.mask_token_id
+            )
+
+        with jax.set_mesh(mesh):
+            self.pool, self.state = jax.jit(empty, out_shardings=(on_pool, on_slots))()
+        self._warm_up()
+
+    def prefill(self, request: Tracked, first: int, count: int) -> None:
+        block = self.program.dims.block
+        tokens = request.prompt[first * block : (first + count) * block].reshape(count, block)
+        table = self._table(request.pages)
+        while count:
+            size = next((n for n in self._prefill_sizes if n <= count), self._prefill_sizes[-1])
+            self._prefill(tokens[:size], size, first, table)
+            tokens, first, count = tokens[size:], first + size, count - size
+
+    def admit(self, request: Tracked) -> None:
+        packed = request_state.make_request(
+            self.program.dims, prompt=request.prompt, params=request.params, eos_ids=self.eos_ids
+        )
+        with jax.set_mesh(self.mesh):
+            self.state = self._jit_admit(self.state, np.int32(request.slot), packed)
+
+    def save(self, request: Tracked) -> request_state.Saved:
+        with jax.set_mesh(self.mesh):
+            row = self._jit_take(self.state, np.int32(request.slot))
+            kv = self._jit_read(self.pool, self._table(request.pages))
+        row, kv = jax.device_get((row, kv))
+        return request_state.Saved(row, kv.k[:, : request.written].copy(), kv.v[:, : request.written].copy())
+
+    def restore(self, request: Tracked) -> None:
+        saved, dims = request.saved, self.program.dims
+        padding = [(0, 0)] * 5
+        padding[1] = (0, dims.pages_per_slot - request.written)
+        kv = KVPool(np.pad(saved.k, padding), np.pad(saved.v, padding))
+        with jax.set_mesh(self.mesh):
+            self.pool = self._jit_write(self.pool, kv, self._table(request.pages[: request.written]))
+            self.state = self._jit_put(self.state, np.int32(request.slot), saved.row)
+
+    def release(self, slot: int) -> None:
+        with jax.set_mesh(self.mesh):
+            self.state = self._jit_release(self.state, np.int32(slot))
+
+    def run(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> tuple[StepReport, Canvas]:
+        dims = self.program.dims
+        tables = np.full((dims.slots, dims.pages_per_slot), self.num_pages, np.int32)
+        for slot, request in running.items():
+            tables[slot, : len(request.pages)] = request.pages
+        traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
+        report, trace = self._dispatch(tables, max_steps, stop_on_finish, traced=bool(traced))
+        if traced:
+            seen = jax.device_get(trace)
+            for slot, steps in traced:
+                steps += _trace_steps(seen, slot)
+        return report, jax.tree.map(np.asarray, self.state.sequence)
+
+    def _dispatch(self, tables: np.ndarray, max_steps: int, stop_on_finish: bool, *, traced: bool) -> tuple[StepReport, Trace]:
+        with jax.set_mesh(self.mesh):
+            self.pool, self.state, report, trace = (self._jit_traced if traced else self._jit_denoise)(
+                self._params, self.pool, self.state, tables, max_steps=np.int32(max_steps), stop_on_finish=np.bool_(stop_on_finish)
+            )
+        return jax.device_get(report), trace
+
+    def _table(self, pages: list[int]) -> np.ndarray:
+        table = np.full(self.program.dims.pages_per_slot, self.num_pages, np.int32)
+        table[: len(pages)] = pages
+        return table
+
+    def _prefill(self, tokens: np.ndarray, count: int, first: int, table: np.ndarray) -> None:
+        with jax.set_mesh(self.mesh):
+            self.pool = self._jit_prefill(
+                self._params, self.pool, tokens, np.int32(count), np.int32(first * self.program.dims.block), table
+            )
+
+    def _warm_up(self) -> None:
+        """Compiles every shape there will be, by running each once on nothing."""
+        dims = self.program.dims
+        for size in self._prefill_sizes:
+            self._prefill(np.zeros((size, dims.block), np.int32), 0, 0, self._table([]))
+        probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(), slot=0)
+        self.admit(probe)
+        probe.saved = self.saved_structure = self.save(probe)
+        self.restore(probe)
+        self.release(0)
+        self._dispatch(np.full((dims.slots, dims.pages_per_slot), self.num_pages, np.int32), 1, False, traced=False)
+
+
+def _read_pages(pool: KVPool, pages: jax.Array) -> KVPool:
+    """``[L, P, B, KV, H]``: the pages of ``pages`` ``[P]``; entries past the pool read anything."""
+    return jax.tree.map(lambda p: p[:, jnp.minimum(pages, p.shape[1] - 1)], pool)
+
+
+def _write_pages(pool: KVPool, kv: KVPool, pages: jax.Array) -> KVPool:
+    """``pool`` with ``kv`` ``[L, P, B, KV, H]`` in ``pages`` ``[P]``; entries past the pool write nothing."""
+    return jax.tree.map(lambda p, new: p.at[:, pages].set(new.astype(p.dtype), mode="drop"), pool, kv)
+
+
+def _trace_steps(trace: Trace, slot: int) -> list[TraceStep]:
+    names = [name for name in TraceStep.__dataclass_fields__ if name != "start"]
+    return [
+        TraceStep(start=int(trace.start[i, slot]), **{name: getattr(trace, name)[i, slot].reshape(-1) for name in names})
+        for i in np.flatnonzero(trace.live[:, slot])
+    ]

@@ -1,0 +1,255 @@
+"""Which request runs where and when: host logic only. The device is behind a small interface, so tests can put a model of it there."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from typing import Any, Protocol
+
+import numpy as np
+
+from diffulex_jax.cache.pages import PagePool, chain_digest
+from diffulex_jax.engine.results import TraceStep
+from diffulex_jax.sampling_params import SamplingParams
+from diffulex_jax.state import RUNNING, Canvas, StepReport
+
+
+STEPS_PER_DISPATCH = 16
+_STEPS_BETWEEN_PREFILLS = 2
+_MOST_PASSED_OVER = 64  # so often may later requests overtake one that waits for pages
+
+
+@dataclasses.dataclass(eq=False)
+class Tracked:
+    """A request the scheduler knows.
+
+    Attributes:
+      id: the engine's number of the request.
+      prompt: ``[n]`` int32.
+      params: its settings.
+      trace: steps recorded so far; None where not asked for.
+      slot: where it runs or is being prefilled; None while it waits.
+      pages: the pages it holds, in order of position.
+      written: blocks whose KV is in those pages.
+      digests: digests of the blocks published or matched so far.
+      start: absolute position of its window.
+      tokens: generated tokens that can no longer change.
+      saved: its row and KV while preempted.
+      checked, run: how far stops were looked for, and the length of the run of equal tokens there.
+    """
+
+    id: int
+    prompt: np.ndarray
+    params: SamplingParams
+    trace: list[TraceStep] | None = None
+    slot: int | None = None
+    pages: list[int] = dataclasses.field(default_factory=list)
+    written: int = 0
+    digests: list[bytes] = dataclasses.field(default_factory=list)
+    start: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    saved: Any = None
+    checked: int = 0
+    run: int = 0
+    passed_over: int = 0
+    order: int = 0
+    began: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A request that left its slot by itself: ``report`` row by field name, and what it knew of its positions (``[T]`` each)."""
+
+    request: Tracked
+    report: dict[str, int]
+    sequence: Canvas
+
+
+class Device(Protocol):
+    """What the scheduler asks of the device. Calls take effect in order."""
+
+    def prefill(self, request: Tracked, first: int, count: int) -> None:
+        """Writes the KV of ``count`` prompt blocks from block ``first`` on into the request's pages."""
+
+    def admit(self, request: Tracked) -> None:
+        """Sets up the request's row in its slot."""
+
+    def save(self, request: Tracked) -> Any:
+        """The request's row and the KV of its written blocks."""
+
+    def restore(self, request: Tracked) -> None:
+        """Puts what :meth:`save` gave (``request.saved``) into the request's slot and pages."""
+
+    def release(self, slot: int) -> None:
+        """Stops the row in ``slot``."""
+
+    def run(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> tuple[StepReport, Canvas]:
+        """Denoises; gives the report and all sequences (``[S, T]``)."""
+
+
+class Scheduler:
+    """First come, first served, over slots and pages; nobody waits behind one who waits for more pages than there are."""
+
+    def __init__(self, device: Device, pages: PagePool, *, slots: int, block: int, window: int, max_batched_tokens: int, root: bytes):
+        self.device, self.pages = device, pages
+        self.block, self.window, self.max_batched_tokens = block, window, max_batched_tokens
+        self.waiting: collections.deque[Tracked] = collections.deque()
+        self.prefilling: collections.deque[Tracked] = collections.deque()
+        self.running: dict[int, Tracked] = {}
+        self.preemptions = 0
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._root = root
+        self._admitted = 0
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.prefilling) + len(self.running)
+
+    def add(self, request: Tracked) -> None:
+        self.waiting.append(request)
+
+    def step(self) -> list[Ended]:
+        """Admits, prefills under the token budget, decodes one dispatch; returns what ended."""
+        self._admit()
+        self._prefill()
+        for request in sorted(self.running.values(), key=lambda r: r.order):
+            if request.slot is not None:
+                self._provide_page(request)
+        if not self.running:
+            return []
+        busy = bool(self.prefilling)
+        report, sequence = self.device.run(
+            self.running,
+            max_steps=_STEPS_BETWEEN_PREFILLS if busy else STEPS_PER_DISPATCH,
+            stop_on_finish=busy or bool(self.waiting),
+        )
+        return self._collect(report, sequence)
+
+    def drop(self, request: Tracked) -> None:
+        """Takes a request out, wherever it is; its pages and slot come back."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+            return
+        if request in self.prefilling:
+            self.prefilling.remove(request)
+        else:
+            assert request.slot is not None
+            del self.running[request.slot]
+            self.device.release(request.slot)
+        self._vacate(request)
+
+    def preempt(self, request: Tracked) -> None:
+        """Moves a request from its slot back to the head of the queue, with all it needs to go on exactly as it was."""
+        assert request.slot is not None
+        self.preemptions += 1
+        if request in self.prefilling:
+            self.prefilling.remove(request)
+            request.written = 0
+        else:
+            request.saved = self.device.save(request)
+            del self.running[request.slot]
+            self.device.release(request.slot)
+        self._vacate(request)
+        self.waiting.appendleft(request)
+
+    def _vacate(self, request: Tracked) -> None:
+        assert request.slot is not None
+        self._free_slots.append(request.slot)
+        request.slot = None
+        self.pages.release(request.pages)
+        request.pages = []
+
+    def _admit(self) -> None:
+        for request in list(self.waiting):
+            if not self._free_slots:
+                return
+            if not self._take_pages(request):
+                request.passed_over += 1
+                if request.passed_over > _MOST_PASSED_OVER:
+                    return
+                continue
+            self.waiting.remove(request)
+            request.slot = self._free_slots.pop()
+            self._admitted += 1
+            request.order = self._admitted
+            request.began = request.began or time.perf_counter()
+            if request.saved is not None:
+                self.device.restore(request)
+                request.saved = None
+                self.running[request.slot] = request
+            else:
+                self.prefilling.append(request)
+
+    def _take_pages(self, request: Tracked) -> bool:
+        """Pages to go on with: those of written or whole prompt blocks, and one for the first block of the window."""
+        if request.saved is not None:
+            if self.pages.num_available <= request.written:
+                return False
+            request.pages = self.pages.allocate(request.written + 1)
+            return True
+        whole = request.prompt[: len(request.prompt) // self.block * self.block].reshape(-1, self.block)
+        request.digests = []
+        for tokens in whole:
+            request.digests.append(chain_digest(request.digests[-1] if request.digests else self._root, tokens))
+        shared = self.pages.match(request.digests)
+        if self.pages.num_available < len(whole) - len(shared) + 1:
+            self.pages.release(shared)
+            return False
+        request.pages = shared + self.pages.allocate(len(whole) - len(shared) + 1)
+        request.written, request.start = len(shared), len(whole) * self.block
+        return True
+
+    def _prefill(self) -> None:
+        """Prompt blocks within the budget that decoding leaves, a chunk a request in turn; at least one chunk a step."""
+        budget = self.max_batched_tokens - len(self.running) * self.window * self.block
+        first = True
+        while self.prefilling and (first or budget >= self.block):
+            request = self.prefilling.popleft()
+            left = request.start // self.block - request.written
+            count = min(left, max(budget // self.block, 1), 16)
+            if count:
+                self.device.prefill(request, request.written, count)
+                for i in range(request.written, request.written + count):
+                    self.pages.publish(request.pages[i], request.digests[i])
+                request.written += count
+                budget -= count * self.block
+                first = False
+            if count < left:
+                self.prefilling.append(request)
+            else:
+                assert request.slot is not None
+                self.device.admit(request)
+                self.running[request.slot] = request
+
+    def _provide_page(self, request: Tracked) -> None:
+        """Makes sure the window's first block can be committed; the youngest others give way when pages run out."""
+        missing = request.start // self.block + 1 - len(request.pages)
+        while missing > 0 and self.pages.num_available < missing:
+            youngest = max([*self.running.values(), *self.prefilling], key=lambda r: r.order)
+            self.preempt(youngest)
+            if youngest is request:
+                return
+        if missing > 0:
+            request.pages += self.pages.allocate(missing)
+
+    def _collect(self, report: StepReport, sequence: Canvas) -> list[Ended]:
+        ended = []
+        for slot, request in list(self.running.items()):
+            row = {name: int(getattr(report, name)[slot]) for name in StepReport.__dataclass_fields__}
+            request.start = row["start"]
+            self._publish(request, row["written_upto"] // self.block, sequence.tokens[slot])
+            settled = row["length"] if row["status"] != RUNNING else row["settled_upto"]
+            request.tokens += sequence.tokens[slot, len(request.prompt) + len(request.tokens) : settled].tolist()
+            if row["status"] != RUNNING:
+                del self.running[slot]
+                self._vacate(request)
+                ended.append(Ended(request, row, Canvas(*(getattr(sequence, f)[slot] for f in Canvas.__dataclass_fields__))))
+        return ended
+
+    def _publish(self, request: Tracked, written: int, tokens: np.ndarray) -> None:
+        """Blocks whose KV a step has written become findable; only the step's own report says so."""
+        for i in range(request.written, written):
+            parent = request.digests[-1] if request.digests else self._root
+            request.digests.append(chain_digest(parent, tokens[i * self.block : (i + 1) * self.block]))
+            self.pages.publish(request.pages[i], request.digests[-1])
+        request.written = written
