@@ -1,0 +1,159 @@
+"""A device that computes nothing and remembers everything: which page holds the KV of which block of which prefix.
+
+It follows the interface in ``engine.scheduler.Device``, moves rows as the decode step does, and fails on the first read of
+a page that was never written, or that holds something else than the reader's own prefix.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+
+import numpy as np
+
+from diffulex_jax.cache.pages import PagePool
+from diffulex_jax.engine.scheduler import Ended, Scheduler, Tracked
+from diffulex_jax.sampling_params import SamplingParams
+from diffulex_jax.state import LENGTH, RUNNING, Canvas, StepReport
+
+
+BLOCK, POSITIONS = 4, 64
+
+
+class StaleRead(AssertionError):
+    pass
+
+
+@dataclasses.dataclass
+class Row:
+    tokens: list[int]
+    limit: int
+    start: int
+    written: int
+    pending: bool = False
+    ready: bool = False
+    nfe: int = 0
+
+
+class ShadowDevice:
+    """See the module; blocks finish by the roll of a die."""
+
+    def __init__(self, *, slots: int, seed: int):
+        self.slots, self.random = slots, random.Random(seed)
+        self.content: dict[int, tuple[int, ...]] = {}
+        self.rows: dict[int, Row] = {}
+        self.reads = 0
+
+    def check(self, pages: list[int], tokens: list[int], blocks: int) -> None:
+        for i in range(blocks):
+            self.reads += 1
+            if self.content.get(pages[i]) != tuple(tokens[: (i + 1) * BLOCK]):
+                raise StaleRead(f"block {i} in page {pages[i]}: {self.content.get(pages[i])}, wanted {tokens[: (i + 1) * BLOCK]}")
+
+    def write(self, page: int, tokens: list[int], block: int) -> None:
+        self.content[page] = tuple(tokens[: (block + 1) * BLOCK])
+
+    def prefill(self, request: Tracked, first: int, count: int) -> None:
+        prompt = request.prompt.tolist()
+        self.check(request.pages, prompt, first)
+        for i in range(first, first + count):
+            self.write(request.pages[i], prompt, i)
+
+    def admit(self, request: Tracked) -> None:
+        start, prompt = len(request.prompt) // BLOCK * BLOCK, request.prompt.tolist()
+        limit = len(prompt) + request.params.max_tokens
+        fill = random.Random(request.params.seed)  # the tokens a request decodes are its own, whatever happens around it
+        tokens = prompt + [fill.randrange(100, 999) for _ in range(POSITIONS - len(prompt))]
+        self.rows[request.slot] = Row(tokens, limit, start, start)
+
+    def save(self, request: Tracked):
+        return copy.copy(self.rows[request.slot]), [self.content.get(page) for page in request.pages[: request.written]]
+
+    def restore(self, request: Tracked) -> None:
+        row, kv = request.saved
+        self.rows[request.slot] = copy.copy(row)
+        self.content.update(zip(request.pages, kv, strict=False))
+
+    def release(self, slot: int) -> None:
+        del self.rows[slot]
+
+    def run(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> tuple[StepReport, Canvas]:
+        report = {name: np.zeros(self.slots, np.int64) for name in StepReport.__dataclass_fields__}
+        tokens = np.zeros((self.slots, POSITIONS), np.int64)
+        assert running.keys() == self.rows.keys()
+        live = set(running)
+        for _ in range(max_steps):
+            starved = any(self.rows[s].ready and len(running[s].pages) <= self.rows[s].start // BLOCK for s in live)
+            if not live or starved or (stop_on_finish and len(live) < len(running)):
+                break
+            for slot in sorted(live):
+                if self.forward(self.rows[slot], running[slot].pages):
+                    live.discard(slot)
+        for slot, row in list(self.rows.items()):
+            report["start"][slot], report["written_upto"][slot], report["nfe"][slot] = row.start, row.written, row.nfe
+            report["settled_upto"][slot] = min(row.limit, row.start + BLOCK * row.ready)
+            tokens[slot] = row.tokens
+            if slot not in live:
+                report["status"][slot], report["length"][slot] = LENGTH, row.limit
+                del self.rows[slot]
+        assert RUNNING == 0
+        return StepReport(**report), Canvas(*[tokens] * 4)
+
+    def forward(self, row: Row, pages: list[int]) -> bool:
+        """One step of a row; True when it ended."""
+        if row.ready:
+            row.start, row.pending, row.ready = row.start + BLOCK, True, False
+        self.check(pages, row.tokens, row.written // BLOCK)
+        if row.pending:
+            self.write(pages[row.start // BLOCK - 1], row.tokens, row.start // BLOCK - 1)
+            row.written, row.pending = row.start, False
+        row.nfe += 1
+        row.ready = self.random.random() < 0.4
+        return row.ready and row.start + BLOCK >= row.limit
+
+
+class World:
+    """A scheduler over a shadow device, and what a random user does to it."""
+
+    def __init__(self, *, pool: float, seed: int, device: type[ShadowDevice] = ShadowDevice):
+        self.random = random.Random(seed)
+        slots, longest = 4, POSITIONS // BLOCK
+        self.pages = PagePool(max(longest, int(pool * longest)))
+        self.device = device(slots=slots, seed=seed)
+        self.scheduler = Scheduler(self.device, self.pages, slots=slots, block=BLOCK, window=1, max_batched_tokens=24, root=b"")
+        self.requests: dict[int, Tracked] = {}
+        self.ended: list[Ended] = []
+        self.count = 0
+
+    def add(self) -> None:
+        shared = [1] * self.random.randrange(0, 20)  # common beginnings, so that prefixes are found
+        prompt = shared + [self.random.randrange(2, 5) for _ in range(self.random.randrange(1, 12))]
+        params = SamplingParams(max_tokens=self.random.randrange(1, POSITIONS - len(prompt) + 1), seed=self.count)
+        request = Tracked(id=self.count, prompt=np.array(prompt, np.int32), params=params)
+        self.count += 1
+        self.requests[request.id] = request
+        self.scheduler.add(request)
+
+    def step(self) -> None:
+        for ended in self.scheduler.step():
+            request = self.requests.pop(ended.request.id)
+            assert len(request.tokens) == request.params.max_tokens
+            self.ended.append(ended)
+
+    def abort(self) -> None:
+        if self.requests:
+            self.scheduler.drop(self.requests.pop(self.random.choice(sorted(self.requests))))
+
+    def preempt(self) -> None:
+        placed = [r for r in self.requests.values() if r.slot is not None]
+        if placed:
+            self.scheduler.preempt(self.random.choice(placed))
+
+    def finish(self) -> None:
+        """Nothing is left waiting for ever, and an idle pool is free."""
+        for _ in range(10_000):
+            if not len(self.scheduler):
+                break
+            self.step()
+        assert not self.requests and self.pages.num_held == 0

@@ -1,0 +1,120 @@
+"""Requests in and out at any moment: no stale read, no lost page, nobody left behind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.strategies import integers, sampled_from
+from shadow import BLOCK, ShadowDevice, StaleRead, World
+
+from diffulex_jax.cache.pages import PagePool
+from diffulex_jax.engine.scheduler import Tracked
+from diffulex_jax.sampling_params import SamplingParams
+
+
+ACTIONS = ["add", "add", "step", "step", "step", "step", "abort", "preempt"]
+POOLS = [4.0, 1.2, 1.0]  # times what one longest request needs
+
+
+def episode(*, pool: float, seed: int, device: type[ShadowDevice] = ShadowDevice) -> World:
+    world = World(pool=pool, seed=seed, device=device)
+    for _ in range(40):
+        getattr(world, world.random.choice(ACTIONS))()
+    world.finish()
+    return world
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_thousand_episodes_read_nothing_stale(pool):
+    worlds = [episode(pool=pool, seed=seed) for seed in range(1000)]
+    assert sum(world.device.reads for world in worlds) > 50_000
+    assert sum(world.pages.hits for world in worlds) > 1000
+    if pool < 2:
+        assert sum(world.scheduler.preemptions for world in worlds) > 1000
+
+
+class InferredDevice(ShadowDevice):
+    """Upstream's rule: a resumed request's finished block counts as cached, whether or not any step wrote it."""
+
+    def restore(self, request: Tracked) -> None:
+        super().restore(request)
+        row = self.rows[request.slot]
+        if row.ready:
+            row.start, row.ready = row.start + BLOCK, False
+            row.written = row.start
+            request.pages += [request.pages[-1]] * (row.start // BLOCK - len(request.pages))
+
+
+def test_inferring_what_is_cached_reads_stale_pages():
+    """The oracle sees the defect it is there for."""
+    with pytest.raises(StaleRead):
+        for seed in range(200):
+            episode(pool=1.0, seed=seed, device=InferredDevice)
+
+
+def test_publishing_before_the_write_reads_stale_pages(monkeypatch):
+    allocate = PagePool.allocate
+
+    def publish_at_once(self, n):
+        pages = allocate(self, n)
+        for page in pages:
+            self.publish(page, bytes([page % 7]))
+        return pages
+
+    monkeypatch.setattr(PagePool, "allocate", publish_at_once)
+    monkeypatch.setattr("diffulex_jax.engine.scheduler.chain_digest", lambda parent, tokens: bytes([int(np.sum(tokens)) % 7]))
+    with pytest.raises(StaleRead):
+        for seed in range(50):
+            episode(pool=4.0, seed=seed)
+
+
+class Machine(RuleBasedStateMachine):
+    @initialize(pool=sampled_from(POOLS), seed=integers(0, 2**32))
+    def begin(self, pool, seed):
+        self.world = World(pool=pool, seed=seed)
+
+    @rule(action=sampled_from(ACTIONS))
+    def act(self, action):
+        getattr(self.world, action)()
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            self.world.finish()
+
+
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMachine = Machine.TestCase
+
+
+def test_a_request_that_waits_for_pages_does_not_hold_up_small_ones():
+    world = World(pool=1.0, seed=0)
+    big = Tracked(id=0, prompt=np.ones(50, np.int32), params=SamplingParams(max_tokens=14))
+    small = [Tracked(id=i, prompt=np.full(2, i, np.int32), params=SamplingParams(max_tokens=2)) for i in (1, 2, 3)]
+    first = Tracked(id=4, prompt=np.full(30, 4, np.int32), params=SamplingParams(max_tokens=30))
+    for request in [first, big, *small]:
+        world.requests[request.id] = request
+        world.scheduler.add(request)
+    order = []
+    while len(world.scheduler):
+        world.step()
+        order += [ended.request.id for ended in world.ended if ended.request.id not in order]
+    assert set(order[:3]) == {1, 2, 3} and order[-1] == 0
+
+
+def test_prompts_share_the_token_budget_in_turn():
+    world = World(pool=4.0, seed=0)
+    chunks = []
+    prefill = world.device.prefill
+    world.device.prefill = lambda request, first, count: (chunks.append((request.id, count)), prefill(request, first, count))
+    for i, length in enumerate((60, 9)):
+        request = Tracked(id=i, prompt=np.full(length, i, np.int32), params=SamplingParams(max_tokens=1))
+        world.requests[i] = request
+        world.scheduler.add(request)
+    world.step()
+    assert chunks == [(0, 6)]  # 24 tokens a step, blocks of 4
+    world.step()
+    assert chunks[1] == (1, 2)  # the short prompt is not behind the long one
+    world.finish()
+    assert sum(count for id_, count in chunks if id_ == 0) == 15
