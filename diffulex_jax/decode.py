@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -104,7 +105,9 @@ def prefill(
     positions = start + jnp.arange(blocks * block, dtype=jnp.int32)
 
     def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        out = block_attention.block_attention(q, k, v, pool.k, pool.v, layer, page_table[None], start[None], lanes[None])
+        out = block_attention.block_attention(
+            q, k, v, pool_k=pool.k, pool_v=pool.v, layer=layer, page_table=page_table[None], prefix_len=start[None], lanes=lanes[None]
+        )
         return out, tuple(a[0].reshape(blocks, block, *a.shape[2:]) for a in (k, v))
 
     x = llada2.embed(params, tokens.reshape(1, -1))
@@ -149,7 +152,8 @@ def predict(
 ) -> tuple[Prediction, KVPool, DecodeState]:
     """One forward over the window, which also writes the KV of the pending block where there is one.
 
-    The forward is twice as wide (pending block and window) only in steps where some row has a pending block.
+    The forward is wider (pending block and window) only in steps where some row has a pending block. What it says about the
+    window does not depend on that, to the bit: see ``llada2.hidden`` and ``block_attention``.
     """
     config = program.config
     slots, window, block = state.tokens.shape
@@ -162,26 +166,31 @@ def predict(
             params["embed"], tokens, config.mask_token_id, merge.ids, merge.probs, merge.soft, spec=program.rule.merge
         )
 
-    def forward(leading: int) -> tuple[jax.Array, Any]:
-        x = embed(state.tokens, state.merge).reshape(slots, width, -1)
-        lanes, start = state.active, state.start
-        if leading:
-            x = jnp.concatenate([embed(state.pending.tokens, state.pending.merge), x], 1)
-            lanes, start = jnp.concatenate([state.pending.live[:, None], lanes], 1), start - leading
-        lanes &= state.live[:, None]
-        positions = start[:, None] + jnp.arange(leading + width, dtype=jnp.int32)
+    live, active = state.pending.live & state.live, state.active & state.live[:, None]
+    x = embed(state.tokens, state.merge).reshape(slots, width, -1)
+    positions = state.positions.reshape(slots, width)
+    valid = jnp.repeat(active, block, 1)
+    attention = functools.partial(block_attention.block_attention, pool_k=pool.k, pool_v=pool.v, page_table=page_table)
 
+    def with_pending() -> tuple[jax.Array, Any]:
+        def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, before: Any = None) -> tuple[jax.Array, Any]:
+            lanes, before = (live[:, None], None) if before is None else (active, (*before, live))
+            return attention(q, k, v, layer=layer, prefix_len=state.written_upto, lanes=lanes, before=before), (k, v)
+
+        both = jnp.concatenate([embed(state.pending.tokens, state.pending.merge), x], 1)
+        at = jnp.concatenate([positions[:, :1] - block + jnp.arange(block), positions], 1)
+        mask = jnp.concatenate([jnp.repeat(live[:, None], block, 1), valid], 1)
+        h, fresh = llada2.hidden(params, config, both, at, attend, leading=block, valid=mask)
+        return h[:, block:], fresh
+
+    def window_only() -> tuple[jax.Array, Any]:
         def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            out = block_attention.block_attention(
-                q, k, v, pool.k, pool.v, layer, page_table, state.written_upto, lanes, leading=leading
-            )
-            return out, (k[:, :block], v[:, :block])
+            out = attention(q, k, v, layer=layer, prefix_len=state.written_upto, lanes=active)
+            return out, (jnp.zeros_like(k[:, :block]), jnp.zeros_like(v[:, :block]))
 
-        h, fresh = llada2.hidden(params, config, x, positions, attend, valid=jnp.repeat(lanes, block, 1))
-        return h[:, leading:], fresh if leading else jax.tree.map(jnp.zeros_like, fresh)
+        return llada2.hidden(params, config, x, positions, attend, valid=valid)
 
-    live = state.pending.live & state.live
-    h, (k, v) = lax.cond(live.any(), lambda: forward(block), lambda: forward(0))
+    h, (k, v) = lax.cond(live.any(), with_pending, window_only)
     pages = jnp.where(live, _page_of(state.start - block, page_table, state), pool.k.shape[1])
     pool = KVPool(block_attention.write_blocks(pool.k, k, pages), block_attention.write_blocks(pool.v, v, pages))
     state = state.replace(

@@ -9,7 +9,7 @@ F expert hidden width, V vocabulary, L layers of one kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,10 @@ from pallas_kernels import grouped_matmul
 
 
 Params = dict[str, Any]
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Attend = Callable[..., tuple[jax.Array, Any]]
 """``attend(layer, q [R, T, KV, G, H], k [R, T, KV, H], v [R, T, KV, H]) -> (out [R, T, KV, G, H], aux)``: the attention
-policy of the caller. ``layer`` is the index over all layers; ``aux`` comes back stacked over layers."""
+policy of the caller. ``layer`` is the index over all layers; ``aux`` comes back stacked over layers. With leading tokens (see
+:func:`hidden`) it is called for them first, and then for the rest with ``before=(k, v)`` of theirs; the first call's aux counts."""
 Experts = Callable[..., jax.Array]
 """``experts(x [N, D], expert_ids [N, k], weights [N, k], gate_up [L, E, D, 2F], down [L, E, F, D], layer=i, valid=[N]) -> [N, D]``:
 layer i of the stacked experts. They get the whole stack, because slicing a layer of it out would copy what only a part of is read."""
@@ -112,6 +113,7 @@ def hidden(
     positions: jax.Array,
     attend: Attend,
     *,
+    leading: int = 0,
     valid: jax.Array | None = None,
     experts: Experts = grouped_matmul.expert_mlp,
 ) -> tuple[jax.Array, Any]:
@@ -123,56 +125,73 @@ def hidden(
       x: ``[R, T, D]`` input embeddings.
       positions: ``[R, T]`` int32 absolute positions, for RoPE.
       attend: the caller's attention policy.
+      leading: this many first tokens of every row go through matmuls and attention of their own. So the others' results do
+        not depend, to the bit, on whether there are any: a matmul's rounding may change with its shape.
       valid: ``[R, T]`` bool; False rows route to no expert (their output means nothing).
-      experts: how the routed experts are computed.
+      experts: how the routed experts are computed; a token's result must not depend on the others.
 
     Returns:
       ``(hidden [R, T, D], aux)``; ``aux`` has every leaf of the policy's aux stacked over all layers.
     """
-    cos_sin = rope_table(positions, config)
+    split = (lambda a: (a[:, :leading], a[:, leading:])) if leading else (lambda a: (a,))
+    tables = [rope_table(p, config) for p in split(positions)]
     valid = None if valid is None else valid.reshape(-1)
+    eps = config.rms_norm_eps
 
-    def dense(h: jax.Array, w: Params, layer: jax.Array) -> jax.Array:
-        return swiglu(h, w["mlp_gate_up"], w["mlp_down"])
+    def join(parts: Sequence[jax.Array]) -> jax.Array:
+        return jnp.concatenate(parts, 1) if leading else parts[0]
 
-    def moe(h: jax.Array, w: Params, layer: jax.Array) -> jax.Array:
-        stack, flat = params["moe"], h.reshape(-1, h.shape[-1])
-        ids, weights = route(flat, w["router"], w["router_bias"], config)
-        y = experts(flat, ids, weights, stack["experts_gate_up"], stack["experts_down"], layer=layer, valid=valid).reshape(h.shape)
-        return y + swiglu(h, w["shared_gate_up"], w["shared_down"]) if config.num_shared_experts else y
+    def attention(xs: Sequence[jax.Array], w: Params, layer: jax.Array) -> tuple[list[jax.Array], Any]:
+        heads = [project(rms_norm(x, w["attn_norm"], eps), w, config, table) for x, table in zip(xs, tables, strict=True)]
+        out, aux = attend(layer, *heads[0])
+        outs = [out] if len(heads) == 1 else [out, attend(layer, *heads[1], before=heads[0][1:])[0]]
+        return [x + jnp.einsum("rtkgh,kghd->rtd", o, w["out"]) for x, o in zip(xs, outs, strict=True)], aux
 
-    first, auxes = 0, []
+    def dense(hs: Sequence[jax.Array], w: Params, layer: jax.Array) -> list[jax.Array]:
+        return [swiglu(h, w["mlp_gate_up"], w["mlp_down"]) for h in hs]
+
+    def moe(hs: Sequence[jax.Array], w: Params, layer: jax.Array) -> list[jax.Array]:
+        routed = [[r.reshape(*h.shape[:2], -1) for r in route(h.reshape(-1, h.shape[-1]), w["router"], w["router_bias"], config)] for h in hs]
+        flat, ids, weights = (join(parts).reshape(-1, parts[0].shape[-1]) for parts in (hs, *zip(*routed, strict=True)))
+        stack = params["moe"]
+        y = experts(flat, ids, weights, stack["experts_gate_up"], stack["experts_down"], layer=layer, valid=valid)
+        ys = split(y.reshape(len(x), -1, y.shape[-1]))
+        if not config.num_shared_experts:
+            return list(ys)
+        return [y + swiglu(h, w["shared_gate_up"], w["shared_down"]) for y, h in zip(ys, hs, strict=True)]
+
+    first, auxes, xs = 0, [], list(split(x))
     for kind, mlp in (("dense", dense), ("moe", moe)):
         if kind not in params:
             continue
 
-        def block(x: jax.Array, scanned: tuple[jax.Array, Params], mlp: Any = mlp, first: int = first) -> tuple[jax.Array, Any]:
+        def block(xs: list[jax.Array], scanned: tuple[jax.Array, Params], mlp: Any = mlp, first: int = first) -> tuple[list[jax.Array], Any]:
             layer, w = scanned
             with jax.named_scope("attention"):
-                a, aux = attention(w, config, x, cos_sin, lambda q, k, v: attend(first + layer, q, k, v))
-                x = x + a
+                xs, aux = attention(xs, w, first + layer)
             with jax.named_scope("mlp"):
-                x = x + mlp(rms_norm(x, w["mlp_norm"], config.rms_norm_eps), w, layer)
-            return x, aux
+                ys = mlp([rms_norm(x, w["mlp_norm"], eps) for x in xs], w, layer)
+                return [x + y for x, y in zip(xs, ys, strict=True)], aux
 
         scanned = {name: w for name, w in params[kind].items() if not name.startswith("experts_")}
         count = len(scanned["attn_norm"])
-        x, aux = lax.scan(block, x, (jnp.arange(count, dtype=jnp.int32), scanned))
+        xs, aux = lax.scan(block, xs, (jnp.arange(count, dtype=jnp.int32), scanned))
         first += count
         auxes.append(aux)
     aux = auxes[0] if len(auxes) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
-    return rms_norm(x, params["norm"], config.rms_norm_eps), aux
+    return join([rms_norm(x, params["norm"], eps) for x in xs]), aux
 
 
-def attention(w: Params, config: ModelConfig, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], policy: Any) -> tuple[jax.Array, Any]:
-    """Pre-norm attention: per-head RMSNorm on queries and keys comes before RoPE."""
+def project(
+    x: jax.Array, w: Params, config: ModelConfig, table: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries ``[R, T, KV, G, H]``, keys and values ``[R, T, KV, H]``; per-head RMSNorm comes before RoPE."""
     eps, group = config.rms_norm_eps, config.queries_per_kv
-    qkv = jnp.einsum("rtd,dkgh->rtkgh", rms_norm(x, w["attn_norm"], eps), w["qkv"])
+    qkv = jnp.einsum("rtd,dkgh->rtkgh", x, w["qkv"])
     q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
-    q = rope(rms_norm(q, w["q_norm"], eps), *(t[:, :, None, None] for t in cos_sin))
-    k = rope(rms_norm(k, w["k_norm"], eps), *(t[:, :, None] for t in cos_sin))
-    out, aux = policy(q, k, v)
-    return jnp.einsum("rtkgh,kghd->rtd", out, w["out"]), aux
+    q = rope(rms_norm(q, w["q_norm"], eps), *(t[:, :, None, None] for t in table))
+    k = rope(rms_norm(k, w["k_norm"], eps), *(t[:, :, None] for t in table))
+    return q, k, v
 
 
 def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:

@@ -15,20 +15,20 @@ def block_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    *,
     pool_k: jax.Array,
     pool_v: jax.Array,
     layer: jax.Array,
     page_table: jax.Array,
     prefix_len: jax.Array,
     lanes: jax.Array,
-    *,
-    leading: int = 0,
+    before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Block-causal attention: queries see the cached prefix, the live blocks before theirs, and their own block.
 
-    The softmax is accumulated over the window first, then over its leading block, then over prefix chunks up to the
+    The softmax is accumulated over the window first, then over the block before it, then over prefix chunks up to the
     longest prefix in the batch. A part that a row does not see changes nothing of that row, to the bit, so a row depends
-    neither on the others nor on whether a leading block was there.
+    neither on the others nor on whether a block before it was passed.
 
     Args:
       q: ``[R, W, KV, G, H]`` queries of W = lanes x B window positions.
@@ -38,7 +38,8 @@ def block_attention(
       page_table: ``[R, P]`` int32, the pages of a row's positions; entries at or past N are not read into any result.
       prefix_len: ``[R]`` int32, how many positions from 0 on are cached, a multiple of B.
       lanes: ``[R, W / B]`` bool, blocks of the window that exist; no other block sees a lane that does not.
-      leading: how many of the W positions, from the first on, belong to the block that is being committed: 0 or B.
+      before: ``(k [R, C, KV, H], v [R, C, KV, H], live [R] bool)``: positions between prefix and window whose KV is not in the
+        pool yet; seen by all queries of rows where ``live``.
 
     Returns:
       ``[R, W, KV, G, H]`` in q's dtype; rows of lanes that do not exist mean nothing.
@@ -50,30 +51,34 @@ def block_attention(
     lane = jnp.arange(width) // block
     seen = (lane[None, :] <= lane[:, None]) & (lanes[:, lane][:, None, :] | (lane[None, :] == lane[:, None]))
 
-    def attend(carry: tuple[jax.Array, ...], k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
+    Carry = tuple[jax.Array, jax.Array, jax.Array]
+
+    def attend(carry: Carry, k: jax.Array, v: jax.Array, mask: jax.Array) -> Carry:
         """One online-softmax update; ``mask`` broadcasts against ``[R, KV, G, W, keys]``."""
         peak, total, out = carry
-        score = jnp.where(mask, jnp.einsum("rtkgh,rskh->rkgts", q32, k, preferred_element_type=jnp.float32), _NEVER)
+        k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+        score = jnp.where(mask, jnp.einsum("rtkgh,rskh->rkgts", q32, k), _NEVER)
         new = jnp.maximum(peak, score.max(-1))
         p = jnp.where(mask, jnp.exp(score - new[..., None]), 0.0)
         scale = jnp.exp(peak - new)
-        out = out * scale[..., None] + jnp.einsum("rkgts,rskh->rkgth", p, v, preferred_element_type=jnp.float32)
+        out = out * scale[..., None] + jnp.einsum("rkgts,rskh->rkgth", p, v)
         return new, total * scale + p.sum(-1), out
 
     shape = (rows, *q.shape[2:4], width)
-    carry: tuple[jax.Array, ...] = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, head)))
-    for part in (slice(leading, None), slice(0, leading)) if leading else (slice(None),):
-        carry = attend(carry, k[:, part].astype(jnp.float32), v[:, part].astype(jnp.float32), seen[:, None, None, :, part])
+    carry = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, head)))
+    carry = attend(carry, k, v, seen[:, None, None])
+    if before is not None:
+        carry = attend(carry, before[0], before[1], before[2][:, None, None, None, None])
 
     chunk = max(1, min(_PREFIX_TOKENS // block, page_table.shape[1]))
     chunks = -(-page_table.shape[1] // chunk)
     table = jnp.pad(page_table, ((0, 0), (0, chunks * chunk - page_table.shape[1])), constant_values=pages)
     flat_k, flat_v = (p.reshape(-1, *p.shape[2:]) for p in (pool_k, pool_v))
 
-    def prefix(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def prefix(i: jax.Array, carry: Carry) -> Carry:
         at = lax.dynamic_slice_in_dim(table, i * chunk, chunk, 1)
         at = layer * pages + jnp.minimum(at, pages - 1)
-        keys, values = (p[at].reshape(rows, chunk * block, *p.shape[2:]).astype(jnp.float32) for p in (flat_k, flat_v))
+        keys, values = (p[at].reshape(rows, chunk * block, *p.shape[2:]) for p in (flat_k, flat_v))
         cached = i * chunk * block + jnp.arange(chunk * block) < prefix_len[:, None]
         return attend(carry, keys, values, cached[:, None, None, None])
 
