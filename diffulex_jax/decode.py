@@ -249,7 +249,7 @@ def _count(before: DecodeState, after: DecodeState) -> DecodeState:
     revised, remasked = (a.sum((1, 2), dtype=jnp.int32) * after.live for a in (seen.revised, seen.remasked))
     nfe = after.nfe + after.live
     now = nfe[:, None, None]
-    accepted = after.editable & before.masked & ~after.masked
+    accepted = before.editable & before.masked & ~after.masked
     return after.replace(
         nfe=nfe,
         revised=after.revised + revised,

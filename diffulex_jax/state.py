@@ -172,8 +172,8 @@ class DecodeState(struct.PyTreeNode):
 
     @property
     def editable(self) -> jax.Array:
-        """``[S, K, B]`` bool: positions a rule may write."""
-        return self.active[..., None] & ~self.frozen
+        """``[S, K, B]`` bool: positions a rule may write; none of a row that has ended."""
+        return (self.live[:, None] & self.active)[..., None] & ~self.frozen
 
     @property
     def positions(self) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffulex_jax import Rule, SamplingParams, decode
 from diffulex_jax.config import ModelConfig
-from diffulex_jax.request_state import admit, empty_state, make_request
+from diffulex_jax.request_state import admit, empty_state, make_request, settings_row
 from diffulex_jax.state import FINISH_REASONS, DecodeState, Dims, KVPool, Prediction
 
 
@@ -42,19 +42,12 @@ def dims_of(rule: Rule, *, slots: int = 1, window: int = 1, block: int = 4, page
 
 
 def settings_of(**settings):
-    request = make_request(
-        Dims(slots=1, window=1, block=1, pages_per_slot=2),
-        no_page=0,
-        prompt=np.zeros(1, np.int32),
-        params=SamplingParams(**settings),
-        pages=np.zeros(0, np.int32),
-    )
-    return jax.tree.map(lambda a: jnp.asarray(a)[None], request.settings)
+    return jax.tree.map(lambda a: jnp.asarray(a)[None], settings_row(SamplingParams(**settings), (EOS,)))
 
 
 def block_of(rule: Rule, tokens: Sequence[int | None], *, frozen: int = 0, **settings) -> DecodeState:
     """One live row whose window is one block of ``tokens`` (None: masked), the first ``frozen`` of them prompt."""
-    state = empty_state(dims_of(rule, block=len(tokens)), rule, mask_id=MASK, no_page=4)
+    state = empty_state(dims_of(rule, block=len(tokens)), rule, mask_id=MASK)
     return state.replace(
         tokens=jnp.array([[[MASK if t is None else t for t in tokens]]], jnp.int32),
         masked=jnp.array([[[t is None for t in tokens]]]),
@@ -130,7 +123,9 @@ class Played:
     remasked_a_step: list[int]
 
 
-def predict(program: decode.Program, scripts: dict, pool: KVPool, state: DecodeState) -> tuple[Prediction, KVPool, DecodeState]:
+def predict(
+    program: decode.Program, scripts: dict, pool: KVPool, state: DecodeState, page_table: jax.Array
+) -> tuple[Prediction, KVPool, DecodeState]:
     """Stands in for ``decode.predict``; ``scripts`` holds ``[S, n, T]`` arrays."""
     slots, shape = jnp.arange(len(state.nfe)), state.tokens.shape
     forward = jnp.minimum(state.nfe, scripts["tokens"].shape[1] - 1)
@@ -161,9 +156,9 @@ _admit = functools.partial(jax.jit, static_argnums=(0, 1, 2))(admit)
 def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, window: int = 1) -> tuple[list[Played], DecodeState]:
     """Decodes one request a script, all together, for at most ``steps`` steps."""
     dims = dims_of(rule, slots=len(scripts), window=window, block=block, pages=pages)
-    state = empty_state(dims, rule, mask_id=MASK, no_page=pages)
+    state = empty_state(dims, rule, mask_id=MASK)
     for slot, s in enumerate(scripts):
-        request = make_request(dims, no_page=pages, prompt=np.array(s.prompt, np.int32), params=s.params, pages=np.arange(pages))
+        request = make_request(dims, prompt=np.array(s.prompt, np.int32), params=s.params, eos_ids=(EOS,))
         state = _admit(dims, rule, MASK, state, slot, request)
 
     def padded(array: np.ndarray) -> np.ndarray:
@@ -174,16 +169,19 @@ def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, windo
         "probs": np.stack([padded(s.probs) for s in scripts]),
         "current": np.stack([padded(1 - s.probs if s.current is None else s.current) for s in scripts]),
     }
-    pool = KVPool(jnp.zeros(1), jnp.zeros(1))
-    program = decode.Program(CONFIG, dims, rule, (EOS,))
+    pool = KVPool(jnp.zeros((1, pages)), jnp.zeros((1, pages)))
+    tables = np.tile(np.arange(pages, dtype=np.int32), (len(scripts), 1))
+    program = decode.Program(CONFIG, dims, rule)
     with mock.patch.object(decode, "predict", predict):
-        _, state, report, trace = _denoise(program, arrays, pool, state, max_steps=steps, stop_on_finish=False, trace_steps=steps)
+        _, state, report, trace = _denoise(
+            program, arrays, pool, state, tables, max_steps=steps, stop_on_finish=False, trace_steps=steps
+        )
     played, trace = [], jax.device_get(trace)
     for slot, s in enumerate(scripts):
         took_part = np.flatnonzero(trace.live[:, slot])
         played.append(
             Played(
-                tokens=state.sequence[slot, len(s.prompt) : report.length[slot]].tolist(),
+                tokens=state.sequence.tokens[slot, len(s.prompt) : report.length[slot]].tolist(),
                 reason=FINISH_REASONS.get(int(report.status[slot])),
                 nfe=int(report.nfe[slot]),
                 revised=int(report.revised[slot]),

@@ -19,28 +19,28 @@ from diffulex_jax.strategies import dmax
 
 
 BLOCK, PAGES = 4, 3
+TABLE = np.array([[2, 0, 1]], np.int32)  # the pages of the only slot
 REFERENCE, FAST = dmax(), dmax(mode="fast")
 PARAMS = llada2.init(CONFIG, jax.random.key(0), scale=0.5)
 
 
 def setup(rule: Rule, prompt: list[int], **settings) -> tuple[decode.Program, KVPool, DecodeState]:
-    """A program for one slot, an empty pool, and a state that holds one request. Its pages are 2, 0, 1, in this order."""
+    """A program for one slot, an empty pool, and a state that holds one request."""
     dims = dims_of(rule, block=BLOCK, pages=PAGES)
-    pages = np.array([2, 0, 1])
-    request = make_request(dims, no_page=PAGES, prompt=np.array(prompt, np.int32), params=SamplingParams(**settings), pages=pages)
-    state = admit(dims, rule, MASK, empty_state(dims, rule, mask_id=MASK, no_page=PAGES), 0, request)
+    request = make_request(dims, prompt=np.array(prompt, np.int32), params=SamplingParams(**settings), eos_ids=(CONFIG.eos_token_id,))
+    state = admit(dims, rule, MASK, empty_state(dims, rule, mask_id=MASK), 0, request)
     shape = (CONFIG.num_hidden_layers, PAGES, BLOCK, CONFIG.num_key_value_heads, CONFIG.head_dim)
-    return decode.Program(CONFIG, dims, rule, (CONFIG.eos_token_id,)), KVPool(jnp.zeros(shape), jnp.zeros(shape)), state
+    return decode.Program(CONFIG, dims, rule), KVPool(jnp.zeros(shape), jnp.zeros(shape)), state
 
 
 denoise = functools.partial(jax.jit, static_argnums=0)(decode.denoise)
 prefill = functools.partial(jax.jit, static_argnums=0)(decode.prefill)
 
 
-def prefilled(program: decode.Program, pool: KVPool, state: DecodeState, tokens: list[int]) -> KVPool:
+def prefilled(program: decode.Program, pool: KVPool, tokens: list[int]) -> KVPool:
     """The pool after a plain forward over whole blocks of ``tokens``."""
     blocks = np.array(tokens, np.int32).reshape(-1, BLOCK)
-    return prefill(program, PARAMS, pool, blocks, len(blocks), 0, state.page_table[0])
+    return prefill(program, PARAMS, pool, blocks, len(blocks), 0, TABLE[0])
 
 
 def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
@@ -49,9 +49,9 @@ def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
     pending = state.pending.replace(tokens=jnp.array([[1, 2, 3, 4]]), live=jnp.array([True]))
     before = state.replace(pending=pending, written_upto=jnp.array([0]))
     apart_pool, apart, _, _ = denoise(
-        program, PARAMS, prefilled(program, pool, state, [1, 2, 3, 4]), state, max_steps=1, stop_on_finish=False
+        program, PARAMS, prefilled(program, pool, [1, 2, 3, 4]), state, TABLE, max_steps=1, stop_on_finish=False
     )
-    pool, together, _, _ = denoise(program, PARAMS, pool, before, max_steps=1, stop_on_finish=False)
+    pool, together, _, _ = denoise(program, PARAMS, pool, before, TABLE, max_steps=1, stop_on_finish=False)
     assert together.tokens.tolist() == apart.tokens.tolist()
     assert not together.masked.any()
     np.testing.assert_allclose(together.confidence, apart.confidence, rtol=1e-5)
@@ -64,9 +64,9 @@ def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
 
 def test_a_prefill_in_chunks_equals_one():
     program, pool, state = setup(REFERENCE, [1, 2, 3, 4, 5, 6, 7, 8, 9])
-    one = prefilled(program, pool, state, [1, 2, 3, 4, 5, 6, 7, 8])
-    chunks = prefilled(program, pool, state, [1, 2, 3, 4])
-    chunks = prefill(program, PARAMS, chunks, np.array([[5, 6, 7, 8], [9, 9, 9, 9]], np.int32), 1, 4, state.page_table[0])
+    one = prefilled(program, pool, [1, 2, 3, 4, 5, 6, 7, 8])
+    chunks = prefilled(program, pool, [1, 2, 3, 4])
+    chunks = prefill(program, PARAMS, chunks, np.array([[5, 6, 7, 8], [9, 9, 9, 9]], np.int32), 1, 4, TABLE[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), chunks, one)
     assert np.abs(one.k[:, :1]).min() > 0
     assert not one.k[:, 1].any()
@@ -84,10 +84,10 @@ def test_a_prefill_in_chunks_equals_one():
 def test_kv_of_a_finished_dmax_block(rule, settings, hard):
     """The authors write it from the plain tokens; Diffulex's fast path from the last step's soft ones."""
     program, pool, state = setup(rule, [1, 2], max_tokens=9, ignore_eos=True, **settings)
-    pool_after, state, report, _ = denoise(program, PARAMS, pool, state, max_steps=40, stop_on_finish=True)
+    pool_after, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, max_steps=40, stop_on_finish=True)
     assert report.length.tolist() == [11]
     assert report.written_upto.tolist() == [8]
-    plain = prefilled(program, pool, state, state.sequence[0, :8].tolist())
+    plain = prefilled(program, pool, state.sequence.tokens[0, :8].tolist())
     np.testing.assert_allclose(pool_after.k[0, 2, :2], plain.k[0, 2, :2], atol=1e-5)  # the prompt's own positions are never soft
     error = np.abs(pool_after.k[:, [2, 0]] - plain.k[:, [2, 0]]).max()
     assert error < 1e-5 if hard else error > 1e-2
@@ -98,8 +98,8 @@ def test_written_upto_follows_the_forward_that_wrote():
     program, pool, state = setup(REFERENCE, [1, 2], max_tokens=10, accept_threshold=0.0, settle_threshold=0.0, ignore_eos=True)
     seen = []
     for _ in range(3):
-        pool, state, report, _ = denoise(program, PARAMS, pool, state, max_steps=1, stop_on_finish=True)
-        seen.append((int(report.written_upto[0]), int(report.decoded_upto[0])))
+        pool, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, max_steps=1, stop_on_finish=True)
+        seen.append((int(report.written_upto[0]), int(report.settled_upto[0])))
     assert seen == [(0, 4), (4, 8), (8, 12)]
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from scripted import EOS, Script, play
 
 from diffulex_jax import SamplingParams
-from diffulex_jax.cache.pages import PageAllocator
 from diffulex_jax.strategies import dmax, llada2, llada2_edit
 from pallas_kernels import block_attention, remask, token_merge
 
@@ -265,7 +264,17 @@ def attention_inputs(draw, block: int, pages_per_row: int, rows: int = 3, blocks
     return q, k, v, *pool, draw(st.integers(0, LAYERS - 1)), table, (prefix * block).astype(np.int32), lanes
 
 
-jit_attention = functools.partial(jax.jit, static_argnames="leading")(block_attention.block_attention)
+@functools.partial(jax.jit, static_argnames="leading")
+def jit_attention(q, k, v, pool_k, pool_v, layer, page_table, prefix_len, lanes, *, leading):
+    """All W queries, or the first block and the rest apart, as a forward with a pending block does it."""
+    attend = functools.partial(
+        block_attention.block_attention, pool_k=pool_k, pool_v=pool_v, layer=layer, page_table=page_table, prefix_len=prefix_len
+    )
+    if not leading:
+        return attend(q, k, v, lanes=lanes)
+    first, rest = (tuple(a[:, part] for a in (q, k, v)) for part in (slice(leading), slice(leading, None)))
+    pending, lanes = lanes[:, 0], lanes[:, 1:]
+    return jnp.concatenate([attend(*first, lanes=pending[:, None]), attend(*rest, lanes=lanes, before=(*first[1:], pending))], 1)
 
 
 def dense_attention(q, k, v, pool_k, pool_v, layer, table, prefix, lanes):
@@ -322,39 +331,3 @@ def test_write_blocks(seed):
         if page < 5:
             pool[:, page] = fresh[:, row]
     np.testing.assert_array_equal(got, pool)
-
-
-# The page allocator
-
-
-@settings(max_examples=100)
-@given(asks=st.lists(st.integers(-4, 6), max_size=30))
-def test_pages_are_never_handed_out_twice(asks):
-    """Positive: allocate that many. Negative: give the n-th oldest holding back."""
-    pages, holdings = PageAllocator(12), []
-    for n in asks:
-        if n < 0:
-            if holdings:
-                pages.free(holdings.pop(-n % len(holdings)))
-        elif n > pages.num_free:
-            before = pages.num_free
-            with pytest.raises(ValueError, match=f"{n} pages asked for, {before} of 12 are free"):
-                pages.allocate(n)
-            assert pages.num_free == before
-        else:
-            holdings.append(pages.allocate(n))
-            assert len(holdings[-1]) == n
-        held = [int(p) for holding in holdings for p in holding]
-        assert len(held) == len(set(held)) == 12 - pages.num_free
-        assert set(held) <= set(range(12))
-
-
-def test_a_page_is_not_given_back_twice():
-    pages = PageAllocator(4)
-    mine = pages.allocate(3)
-    pages.free(mine[:1])
-    with pytest.raises(ValueError, match=rf"pages \[{mine[0]}\] are not held"):
-        pages.free(mine)
-    with pytest.raises(ValueError, match="not held"):
-        pages.free(np.array([mine[1], mine[1]]))
-    assert pages.num_free == 2
