@@ -32,10 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def engine_of():
-    """``engine_of(checkpoint, strategy=..., ...)``: the engine of a golden checkpoint; one each for the whole session."""
+    """``engine_of(model, strategy=..., ...)``: the engine of a golden checkpoint or "embedded"; one each for the whole session."""
 
     @functools.cache
     def build(checkpoint: str, **settings) -> Engine:
-        return Engine.from_pretrained(str(GOLDEN / checkpoint), **settings)
+        return Engine.from_pretrained("embedded" if checkpoint == "embedded" else str(GOLDEN / checkpoint), **settings)
 
     return build

@@ -109,11 +109,20 @@ LIVE = {
     "add_block_threshold": ("dmax, 2 blocks", {"accept_threshold": 0.5}, 0.9),
     "semi_complete_threshold": ("dmax, 2 blocks", {"accept_threshold": 0.5}, 0.2),
     "token_stability_threshold": ("dmax, 2 blocks", {"accept_threshold": 0.5}, 1.0),
+    "min_tokens": ("llada2", {"accept_threshold": 0.3}, 40),
+    "stop_token_ids": ("llada2", {}, tuple(range(0, 200, 40))),
+    "max_repetition_run": ("llada2", {"accept_threshold": 0.1}, 1),
+    "pinned": ("llada2", {}, {0: 7, 9: 8}),
+    "init_tokens": ("llada2_edit", {}, {1: 7}),
+    "logprobs": ("llada2", {}, True),
+    "return_step_map": ("llada2", {}, True),
+    "n": ("llada2", {}, 2),
 }
 
 
 def test_every_setting_is_listed():
-    assert set(LIVE) == {field.name for field in dataclasses.fields(SamplingParams)}
+    """``stop`` needs a tokenizer; see ``test_requests``."""
+    assert set(LIVE) | {"stop"} == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 @pytest.mark.parametrize("name", LIVE)
@@ -125,8 +134,8 @@ def test_every_setting_changes_something(engine, name):
     prompts = [prompt(n) for n in (3, 9, 20, 30)]
 
     def run(**settings) -> list:
-        params = SamplingParams(**({"max_tokens": 40, "ignore_eos": name != "ignore_eos"} | base | settings))
-        return [(o.token_ids, o.nfe) for o in one.generate(prompts, params)]
+        params = SamplingParams(**({"max_tokens": 40, "ignore_eos": name not in ("ignore_eos", "min_tokens")} | base | settings))
+        return [(o.token_ids, o.nfe, o.logprobs, o.step_map) for o in one.generate(prompts, params)]
 
     assert run() != run(**{name: value})
 
@@ -156,7 +165,7 @@ def test_unknown_settings_are_errors():
         ({"temperature": "1"}, "temperature='1' must be a number"),
         ({"accept_threshold": float("inf")}, "accept_threshold=inf must be finite"),
         ({"accept_threshold": False}, "accept_threshold=False must be a number"),
-        ({"edit_threshold": -1}, "edit_threshold=-1.0 must be finite and at least 0"),
+        ({"edit_threshold": -1}, "edit_threshold=-1 must be finite and at least 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p=1.01 must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k=-1 must be at least 0"),
@@ -388,18 +397,18 @@ def test_an_interrupted_call_leaves_the_engine_usable(engine, monkeypatch):
     one = engine()
     house, params = [prompt(LONGEST - 60, i) for i in range(SLOTS)], full(60)
     before = [o.token_ids for o in one.generate(house, params)]
-    dispatch, calls = one._dispatch, []
+    run, calls = one._device.run, []
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return dispatch(*args)
+        return run(*args, **kwargs)
 
     for _ in range(3):
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(one, "_dispatch", interrupted)
+            patch.setattr(one._device, "run", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 one.generate(house, params)
         assert len(calls) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import POOL_AXES, STATE_AXES, Canvas, DecodeState, KVPool, StepReport, Trace
 
 
-_PREFILL_BLOCKS = (16, 4, 1)  # compiled prefill sizes, in blocks, largest first
+_PREFILL_BLOCKS = (8, 1)  # compiled prefill sizes, in blocks, largest first
 
 
 class JaxDevice:
@@ -34,7 +35,7 @@ class JaxDevice:
         on_pool, on_slots, everywhere = (sharding(mesh, axes) for axes in (POOL_AXES, STATE_AXES, ()))
         self._prefill_sizes = [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
-        self._jit_prefill = jax.jit(functools.partial(decode.prefill, program), donate_argnums=(1,), out_shardings=on_pool)
+        self._jit_prefill = jax.jit(_exact(functools.partial(decode.prefill, program), dtype), donate_argnums=(1,), out_shardings=on_pool)
         self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule, config.mask_token_id))
         self._jit_put, self._jit_release = jit_state(request_state.put), jit_state(request_state.release)
         self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
@@ -43,7 +44,7 @@ class JaxDevice:
         # The traced form is compiled when a trace is first asked for.
         self._jit_denoise, self._jit_traced = (
             jax.jit(
-                functools.partial(decode.denoise, program, trace_steps=steps),
+                _exact(functools.partial(decode.denoise, program, trace_steps=steps), dtype),
                 donate_argnums=(1, 2),
                 out_shardings=(on_pool, on_slots, everywhere, everywhere),
             )
@@ -138,6 +139,16 @@ class JaxDevice:
         self.restore(probe)
         self.release(0)
         self._dispatch(np.full((dims.slots, dims.pages_per_slot), self.num_pages, np.int32), 1, False, traced=False)
+
+
+def _exact(function: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+    """``function`` with matmuls as precise as ``dtype`` says: accelerators round float32 operands down unless told not to."""
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def _read_pages(pool: KVPool, pages: jax.Array) -> KVPool:

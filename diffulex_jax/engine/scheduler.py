@@ -17,6 +17,7 @@ from diffulex_jax.state import RUNNING, Canvas, StepReport
 
 STEPS_PER_DISPATCH = 16
 _STEPS_BETWEEN_PREFILLS = 2
+_MOST_PREFILL_BLOCKS = 16  # of one request in a row
 _MOST_PASSED_OVER = 64  # so often may later requests overtake one that waits for pages
 
 
@@ -206,7 +207,7 @@ class Scheduler:
         while self.prefilling and (first or budget >= self.block):
             request = self.prefilling.popleft()
             left = request.start // self.block - request.written
-            count = min(left, max(budget // self.block, 1), 16)
+            count = min(left, max(budget // self.block, 1), _MOST_PREFILL_BLOCKS)
             if count:
                 self.device.prefill(request, request.written, count)
                 for i in range(request.written, request.written + count):
