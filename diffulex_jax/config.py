@@ -38,7 +38,9 @@ class ModelConfig:
         _positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
         _divides(self, "num_key_value_heads", "num_attention_heads")
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
-            raise ValueError(f"first_k_dense_replace={self.first_k_dense_replace} must lie in [0, num_hidden_layers={self.num_hidden_layers}]")
+            raise ValueError(
+                f"first_k_dense_replace={self.first_k_dense_replace} must lie in [0, num_hidden_layers={self.num_hidden_layers}]"
+            )
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"partial_rotary_factor={self.partial_rotary_factor} gives {self.rotary_dim} rotary dimensions; "
@@ -50,7 +52,9 @@ class ModelConfig:
             if self.topk_group > self.n_group:
                 raise ValueError(f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
             if self.num_experts_per_tok > self.topk_group * (self.num_experts // self.n_group):
-                raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} exceeds the experts in topk_group={self.topk_group} groups")
+                raise ValueError(
+                    f"num_experts_per_tok={self.num_experts_per_tok} exceeds the experts in topk_group={self.topk_group} groups"
+                )
         if self.num_dense_layers:
             _positive(self, "intermediate_size")
         for name in ("mask_token_id", "eos_token_id"):
@@ -109,12 +113,16 @@ class ModelConfig:
     def to_hf(self, *, dtype: str = "bfloat16") -> dict[str, Any]:
         """The ``config.json`` mapping that :meth:`from_hf` reads back; ``dtype`` names the dtype of the stored weights."""
         fixed = {key: allowed[0] for key, allowed in _ONLY.items()}
-        return fixed | dataclasses.asdict(self) | {
-            "architectures": ["LLaDA2MoeModelLM"],
-            "pad_token_id": self.eos_token_id,
-            "rotary_dim": self.rotary_dim,
-            "torch_dtype": dtype,
-        }
+        return (
+            fixed
+            | dataclasses.asdict(self)
+            | {
+                "architectures": ["LLaDA2MoeModelLM"],
+                "pad_token_id": self.eos_token_id,
+                "rotary_dim": self.rotary_dim,
+                "torch_dtype": dtype,
+            }
+        )
 
 
 # Keys of config.json that change the computation, with the values implemented here (the first is the one written back).

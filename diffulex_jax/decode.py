@@ -17,7 +17,21 @@ from diffulex_jax.models import llada2
 from diffulex_jax.request_state import given_blocks
 from diffulex_jax.rules.base import Rule
 from diffulex_jax.rules.blocks import activate, stability
-from diffulex_jax.state import LENGTH, MAX_NFE, RUNNING, STOP, Canvas, DecodeState, Dims, KVPool, Merge, Pending, Prediction, StepReport, Trace
+from diffulex_jax.state import (
+    LENGTH,
+    MAX_NFE,
+    RUNNING,
+    STOP,
+    Canvas,
+    DecodeState,
+    Dims,
+    KVPool,
+    Merge,
+    Pending,
+    Prediction,
+    StepReport,
+    Trace,
+)
 from pallas_kernels import block_attention, remask, token_merge
 
 
@@ -132,9 +146,7 @@ def report(state: DecodeState) -> StepReport:
     )
 
 
-def step(
-    program: Program, params: llada2.Params, pool: KVPool, state: DecodeState, page_table: jax.Array
-) -> tuple[KVPool, DecodeState]:
+def step(program: Program, params: llada2.Params, pool: KVPool, state: DecodeState, page_table: jax.Array) -> tuple[KVPool, DecodeState]:
     """One forward, and what the rules and the finish test make of it. The window has not moved on yet."""
     prediction, pool, state = predict(program, params, pool, state, page_table)
     with jax.named_scope("rules"):
@@ -162,9 +174,7 @@ def predict(
     def embed(tokens: jax.Array, merge: Merge) -> jax.Array:
         if program.rule.merge is None:
             return llada2.embed(params, tokens)
-        return token_merge.merge(
-            params["embed"], tokens, config.mask_token_id, merge.ids, merge.probs, merge.soft, spec=program.rule.merge
-        )
+        return token_merge.merge(params["embed"], tokens, config.mask_token_id, merge.ids, merge.probs, merge.soft, spec=program.rule.merge)
 
     live, active = state.pending.live & state.live, state.active & state.live[:, None]
     x = embed(state.tokens, state.merge).reshape(slots, width, -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +73,9 @@ def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_
         sequence=sequence,
         given=given,
         initial=initial & ~given,
-        prompt_len=np.int32(n),
-        limit=np.int32(n + params.max_tokens),
-        seed=np.int32(params.seed),
+        prompt_len=np.asarray(n, np.int32),
+        limit=np.asarray(n + params.max_tokens, np.int32),
+        seed=np.asarray(params.seed, np.int32),
         settings=settings_row(params, eos_ids),
     )
 
@@ -82,7 +83,7 @@ def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_
 def settings_row(params: SamplingParams, eos_ids: Sequence[int]) -> Settings:
     """The settings of one request as it stands in a row of the state."""
     stop_ids = ([] if params.ignore_eos else list(eos_ids)) + list(params.stop_token_ids)
-    row = {"stop_ids": np.array(stop_ids + [-1] * (MAX_STOP_IDS - len(stop_ids)), np.int32)}
+    row: dict[str, Any] = {"stop_ids": np.array(stop_ids + [-1] * (MAX_STOP_IDS - len(stop_ids)), np.int32)}
     for name in Settings.__dataclass_fields__.keys() - row.keys():
         value = getattr(params, name)
         if value is None:  # max_nfe: no limit
@@ -97,7 +98,7 @@ def admit(dims: Dims, rule: Rule, mask_id: int, state: DecodeState, slot: jax.Ar
     Its window starts at the last, partly filled block of the prompt; whole prompt blocks are expected in the pool.
     """
     request = jax.tree.map(lambda a: jnp.asarray(a)[None], request)
-    start = request.prompt_len // dims.block * dims.block
+    start = jnp.asarray(request.prompt_len // dims.block * dims.block)
     row = empty_state(dataclasses.replace(dims, slots=1), rule, mask_id=mask_id)
     row = row.replace(
         sequence=row.sequence.replace(tokens=request.sequence),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class SamplingParams:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "float":
-                if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
                     raise ValueError(f"{field.name}={value!r} must be a number")
                 if not (math.isfinite(value) and value >= 0):
                     raise ValueError(f"{field.name}={value} must be finite and at least 0")
@@ -111,7 +112,7 @@ _AT_LEAST_ONE = ("max_tokens", "num_to_transfer", "max_nfe", "max_repetition_run
 
 
 def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ValueError(f"{name}={value!r} must be an integer")
     if not least <= value < 2**31:
         raise ValueError(f"{name}={value} must be at least {least} and below 2**31")
@@ -131,7 +132,7 @@ def _tokens_by_offset(name: str, value: Any, max_tokens: Any) -> Mapping[int, in
     if not isinstance(value, Mapping):
         raise ValueError(f"{name}={value!r} must map offsets to token ids")
     pairs = {_integer(f"{name} offset", k, 0): _integer(f"{name}[{k}]", v, 0) for k, v in value.items()}
-    beyond = [k for k in pairs if isinstance(max_tokens, numbers.Integral) and k >= max_tokens]
+    beyond = [k for k in pairs if isinstance(max_tokens, (int, np.integer)) and k >= max_tokens]
     if beyond:
         raise ValueError(f"{name} offset {beyond[0]} is not below max_tokens={max_tokens}")
     return types.MappingProxyType(pairs)

@@ -173,9 +173,7 @@ def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, windo
     tables = np.tile(np.arange(pages, dtype=np.int32), (len(scripts), 1))
     program = decode.Program(CONFIG, dims, rule)
     with mock.patch.object(decode, "predict", predict):
-        _, state, report, trace = _denoise(
-            program, arrays, pool, state, tables, max_steps=steps, stop_on_finish=False, trace_steps=steps
-        )
+        _, state, report, trace = _denoise(program, arrays, pool, state, tables, max_steps=steps, stop_on_finish=False, trace_steps=steps)
     played, trace = [], jax.device_get(trace)
     for slot, s in enumerate(scripts):
         took_part = np.flatnonzero(trace.live[:, slot])

@@ -57,7 +57,7 @@ def test_too_many_stop_tokens_are_refused(engine):
 
 
 def test_the_repetition_guard_keeps_the_allowed_run(engine):
-    pinned = {i: 7 for i in range(5, 12)}
+    pinned = dict.fromkeys(range(5, 12), 7)
     whole = engine.generate([PROMPT], SamplingParams(max_tokens=20, ignore_eos=True, pinned=pinned))[0].token_ids
     cut = engine.generate([PROMPT], SamplingParams(max_tokens=20, ignore_eos=True, pinned=pinned, max_repetition_run=3))[0]
     assert cut.finish_reason == "repetition"
@@ -132,7 +132,5 @@ def test_a_request_that_could_never_fit_is_refused(engine_of):
 def test_a_wider_window_spends_fewer_forwards(engine_of):
     params = SamplingParams(max_tokens=96, ignore_eos=True, accept_threshold=0.5)
     prompts = [PROMPT, PROMPT[:3], PROMPT * 3]
-    nfe = {
-        k: sum(o.nfe for o in engine_of(MODEL, strategy="llada2", buffer_size=k, **OPTIONS).generate(prompts, params)) for k in (1, 2)
-    }
+    nfe = {k: sum(o.nfe for o in engine_of(MODEL, strategy="llada2", buffer_size=k, **OPTIONS).generate(prompts, params)) for k in (1, 2)}
     assert nfe[2] < nfe[1]

@@ -163,12 +163,12 @@ def measure_step(
     whole = jax.jit(functools.partial(decode.denoise, program), donate_argnums=(1, 2))
     bare = jax.jit(functools.partial(_model_loop, config))
     steps = np.int32(max(1, block // 2))
-    spent = []
+    spent, tables = [], _page_tables(state, pool)
     with jax.set_mesh(make_mesh()):
         for _ in range(rounds + 1):
             own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             began = time.perf_counter()
-            pool, _, report, _ = jax.block_until_ready(whole(params, pool, own, max_steps=steps, stop_on_finish=np.bool_(False)))
+            pool, _, report, _ = jax.block_until_ready(whole(params, pool, own, tables, max_steps=steps, stop_on_finish=np.bool_(False)))
             middle = time.perf_counter()
             jax.block_until_ready(bare(params, pool, state, steps))
             spent.append((1e3 * (middle - began) / int(report.nfe.max()), 1e3 * (time.perf_counter() - middle) / int(steps)))
@@ -187,12 +187,17 @@ def _mid_request(
     merge_top_k = rule.merge.top_k if rule.merge is not None else 0
     dims = Dims(slots=slots, window=window, block=block, pages_per_slot=pages, merge_top_k=merge_top_k)
     pool = jnp.zeros((config.num_hidden_layers, slots * pages, block, config.num_key_value_heads, config.head_dim), params["embed"].dtype)
-    state = request_state.empty_state(dims, rule, mask_id=config.mask_token_id, no_page=slots * pages)
+    state = request_state.empty_state(dims, rule, mask_id=config.mask_token_id)
+    request = request_state.make_request(dims, prompt=prompt, params=sampling, eos_ids=())
     for slot in range(slots):
-        own = np.arange(slot * pages, (slot + 1) * pages, dtype=np.int32)
-        request = request_state.make_request(dims, no_page=slots * pages, prompt=prompt, params=sampling, pages=own)
         state = request_state.admit(dims, rule, config.mask_token_id, state, jnp.int32(slot), request)
-    return decode.Program(config, dims, rule, (config.eos_token_id,)), KVPool(pool, jnp.copy(pool)), state
+    return decode.Program(config, dims, rule), KVPool(pool, jnp.copy(pool)), state
+
+
+def _page_tables(state: DecodeState, pool: KVPool) -> jax.Array:
+    """``[S, P]``: every slot its own pages, in order."""
+    slots = len(state.live)
+    return jnp.arange(pool.k.shape[1], dtype=jnp.int32).reshape(slots, -1)
 
 
 def _model_loop(config: ModelConfig, params: llada2.Params, pool: KVPool, state: DecodeState, steps: jax.Array) -> jax.Array:
@@ -200,9 +205,16 @@ def _model_loop(config: ModelConfig, params: llada2.Params, pool: KVPool, state:
     slots, _, block = state.tokens.shape
     positions = state.positions.reshape(slots, -1)
     lanes = state.active & state.live[:, None]
+    attention = functools.partial(
+        block_attention.block_attention,
+        pool_k=pool.k,
+        pool_v=pool.v,
+        page_table=_page_tables(state, pool),
+        prefix_len=state.written_upto,
+    )
 
     def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        return block_attention.block_attention(q, k, v, pool.k, pool.v, layer, state.page_table, state.written_upto, lanes), ()
+        return attention(q, k, v, layer=layer, lanes=lanes), ()
 
     def forward(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens, _ = carry

@@ -26,9 +26,7 @@ _PREFILL_BLOCKS = (8, 1)  # compiled prefill sizes, in blocks, largest first
 class JaxDevice:
     """Implements ``scheduler.Device`` on a mesh. Compiles everything when built, but for the traced loop."""
 
-    def __init__(
-        self, program: decode.Program, params: llada2.Params, *, mesh: Mesh, dtype: Any, num_pages: int, eos_ids: tuple[int, ...]
-    ):
+    def __init__(self, program: decode.Program, params: llada2.Params, *, mesh: Mesh, dtype: Any, num_pages: int, eos_ids: tuple[int, ...]):
         self.program, self.mesh, self.num_pages = program, mesh, num_pages
         self._params, self.eos_ids = params, eos_ids
         config, dims = program.config, program.dims
@@ -71,15 +69,13 @@ class JaxDevice:
             tokens, first, count = tokens[size:], first + size, count - size
 
     def admit(self, request: Tracked) -> None:
-        packed = request_state.make_request(
-            self.program.dims, prompt=request.prompt, params=request.params, eos_ids=self.eos_ids
-        )
+        packed = request_state.make_request(self.program.dims, prompt=request.prompt, params=request.params, eos_ids=self.eos_ids)
         with jax.set_mesh(self.mesh):
-            self.state = self._jit_admit(self.state, np.int32(request.slot), packed)
+            self.state = self._jit_admit(self.state, _slot(request), packed)
 
     def save(self, request: Tracked) -> request_state.Saved:
         with jax.set_mesh(self.mesh):
-            row = self._jit_take(self.state, np.int32(request.slot))
+            row = self._jit_take(self.state, _slot(request))
             kv = self._jit_read(self.pool, self._table(request.pages))
         row, kv = jax.device_get((row, kv))
         return request_state.Saved(row, kv.k[:, : request.written].copy(), kv.v[:, : request.written].copy())
@@ -88,10 +84,10 @@ class JaxDevice:
         saved, dims = request.saved, self.program.dims
         padding = [(0, 0)] * 5
         padding[1] = (0, dims.pages_per_slot - request.written)
-        kv = KVPool(np.pad(saved.k, padding), np.pad(saved.v, padding))
+        kv = KVPool(*(jnp.asarray(np.pad(a, padding)) for a in (saved.k, saved.v)))
         with jax.set_mesh(self.mesh):
             self.pool = self._jit_write(self.pool, kv, self._table(request.pages[: request.written]))
-            self.state = self._jit_put(self.state, np.int32(request.slot), saved.row)
+            self.state = self._jit_put(self.state, _slot(request), saved.row)
 
     def release(self, slot: int) -> None:
         with jax.set_mesh(self.mesh):
@@ -139,6 +135,11 @@ class JaxDevice:
         self.restore(probe)
         self.release(0)
         self._dispatch(np.full((dims.slots, dims.pages_per_slot), self.num_pages, np.int32), 1, False, traced=False)
+
+
+def _slot(request: Tracked) -> np.int32:
+    assert request.slot is not None
+    return np.int32(request.slot)
 
 
 def _exact(function: Callable[..., Any], dtype: Any) -> Callable[..., Any]:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -18,10 +17,10 @@ from tqdm import tqdm
 from diffulex_jax import decode
 from diffulex_jax.cache.pages import PagePool, chain_digest
 from diffulex_jax.config import ModelConfig
-from diffulex_jax.engine import snapshot
 from diffulex_jax.engine.device import JaxDevice
 from diffulex_jax.engine.results import Output
 from diffulex_jax.engine.scheduler import Scheduler, Tracked
+from diffulex_jax.engine.snapshot import Snapshot
 from diffulex_jax.engine.stops import Cut, find_cut
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models import checkpoint, llada2
@@ -248,8 +247,8 @@ class Engine:
             cut = find_cut(request, self.tokenizer) or Cut(FINISH_REASONS[row["status"]], len(request.tokens))
             outputs[request.id] = self._output(request, cut, row, ended.sequence)
         for request in list(self._scheduler.running.values()):
-            if cut := find_cut(request, self.tokenizer):
-                outputs[request.id] = self._end_early(request, cut)
+            if found := find_cut(request, self.tokenizer):
+                outputs[request.id] = self._end_early(request, found)
         return outputs
 
     def abort(self, id_: int) -> Output:
@@ -261,7 +260,7 @@ class Engine:
         request = self._requests[id_]
         return self._end_early(request, Cut("abort", len(request.tokens)))
 
-    def snapshot(self, id_: int) -> snapshot.Snapshot:
+    def snapshot(self, id_: int) -> Snapshot:
         """All a request is, between two steps. It goes on here undisturbed; elsewhere :meth:`restore` continues it to the same output.
 
         Raises:
@@ -269,9 +268,9 @@ class Engine:
         """
         request = self._requests[id_]
         saved = self._device.save(request) if request in self._scheduler.running.values() else request.saved
-        return snapshot.Snapshot(self._fingerprint, request.prompt, request.params, list(request.tokens), request.start, saved)
+        return Snapshot(self._fingerprint, request.prompt, request.params, list(request.tokens), request.start, saved)
 
-    def restore(self, taken: snapshot.Snapshot) -> int:
+    def restore(self, taken: Snapshot) -> int:
         """Queues a request from a snapshot, ahead of others; returns its id.
 
         Raises:
@@ -347,7 +346,9 @@ class Engine:
         if masks.size:
             raise ValueError(f"{name} holds the mask token (id {self.config.mask_token_id}) at position {masks[0]}")
         if len(ids) + params.max_tokens > self.max_model_len:
-            raise ValueError(f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} that exceeds max_model_len={self.max_model_len}")
+            raise ValueError(
+                f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} that exceeds max_model_len={self.max_model_len}"
+            )
         needed = -(-(len(ids) + params.max_tokens) // self._dims.block)
         if needed > self._pages.num_pages:
             raise ValueError(f"{name} needs {needed} pages with max_tokens={params.max_tokens}; the pool has {self._pages.num_pages}")

@@ -35,7 +35,8 @@ class Output:
     Attributes:
       text: the tokens as text; None where the model has no tokenizer.
       token_ids: generated tokens, without the EOS that ended them; never a mask.
-      finish_reason: ``"stop"`` (EOS, a stop token or a stop text), ``"length"`` (max_tokens), ``"max_nfe"``, ``"repetition"`` or ``"abort"``.
+      finish_reason: ``"stop"`` (EOS, a stop token or a stop text), ``"length"`` (max_tokens), ``"max_nfe"``, ``"repetition"``
+        or ``"abort"``.
       nfe: forwards this request took part in, prompt prefill not counted.
       revised_tokens: how often a filled token was changed.
       remasked_tokens: how often a filled token was masked again.

@@ -238,7 +238,7 @@ class Scheduler:
         for slot, request in list(self.running.items()):
             row = {name: int(getattr(report, name)[slot]) for name in StepReport.__dataclass_fields__}
             request.start = row["start"]
-            self._publish(request, row["written_upto"] // self.block, sequence.tokens[slot])
+            self._publish(request, row["written_upto"] // self.block, np.asarray(sequence.tokens[slot]))
             settled = row["length"] if row["status"] != RUNNING else row["settled_upto"]
             request.tokens += sequence.tokens[slot, len(request.prompt) + len(request.tokens) : settled].tolist()
             if row["status"] != RUNNING:

@@ -79,9 +79,9 @@ class Snapshot:
             prompt = file.get_tensor("prompt")
         saved = None
         if meta["decoding"]:
-            treedef = jax.tree.structure(like)
-            if treedef.num_leaves != count:
-                raise ValueError(f"{path} holds {count} arrays; this engine's strategy keeps {treedef.num_leaves}")
+            expected, treedef = jax.tree.flatten(like)
+            if len(expected) != count:
+                raise ValueError(f"{path} holds {count} arrays; this engine's strategy keeps {len(expected)}")
             saved = jax.tree.unflatten(treedef, leaves)
         for name in ("pinned", "init_tokens"):
             if meta["params"][name] is not None:

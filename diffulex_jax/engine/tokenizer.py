@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+
 class Tokenizer:
     """A Hugging Face directory with a ``tokenizer.json``. ``transformers`` reads it on first use."""
 

@@ -39,7 +39,9 @@ def resolve(model: str) -> pathlib.Path:
         try:
             path = pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
         except (OSError, ValueError) as error:
-            raise ValueError(f"model {model!r} is neither a directory, nor 'embedded', nor a hub id that could be fetched: {error}") from error
+            raise ValueError(
+                f"model {model!r} is neither a directory, nor 'embedded', nor a hub id that could be fetched: {error}"
+            ) from error
     if not (path / "config.json").is_file():
         raise ValueError(f"model {model!r}: {path} holds no config.json")
     return path

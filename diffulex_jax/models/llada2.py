@@ -151,7 +151,9 @@ def hidden(
         return [swiglu(h, w["mlp_gate_up"], w["mlp_down"]) for h in hs]
 
     def moe(hs: Sequence[jax.Array], w: Params, layer: jax.Array) -> list[jax.Array]:
-        routed = [[r.reshape(*h.shape[:2], -1) for r in route(h.reshape(-1, h.shape[-1]), w["router"], w["router_bias"], config)] for h in hs]
+        routed = [
+            [r.reshape(*h.shape[:2], -1) for r in route(h.reshape(-1, h.shape[-1]), w["router"], w["router_bias"], config)] for h in hs
+        ]
         flat, ids, weights = (join(parts).reshape(-1, parts[0].shape[-1]) for parts in (hs, *zip(*routed, strict=True)))
         stack = params["moe"]
         y = experts(flat, ids, weights, stack["experts_gate_up"], stack["experts_down"], layer=layer, valid=valid)
@@ -165,7 +167,9 @@ def hidden(
         if kind not in params:
             continue
 
-        def block(xs: list[jax.Array], scanned: tuple[jax.Array, Params], mlp: Any = mlp, first: int = first) -> tuple[list[jax.Array], Any]:
+        def block(
+            xs: list[jax.Array], scanned: tuple[jax.Array, Params], mlp: Any = mlp, first: int = first
+        ) -> tuple[list[jax.Array], Any]:
             layer, w = scanned
             with jax.named_scope("attention"):
                 xs, aux = attention(xs, w, first + layer)
@@ -182,9 +186,7 @@ def hidden(
     return join([rms_norm(x, params["norm"], eps) for x in xs]), aux
 
 
-def project(
-    x: jax.Array, w: Params, config: ModelConfig, table: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project(x: jax.Array, w: Params, config: ModelConfig, table: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries ``[R, T, KV, G, H]``, keys and values ``[R, T, KV, H]``; per-head RMSNorm comes before RoPE."""
     eps, group = config.rms_norm_eps, config.queries_per_kv
     qkv = jnp.einsum("rtd,dkgh->rtkgh", x, w["qkv"])
