@@ -12,7 +12,7 @@ import json
 import re
 import time
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -30,15 +30,35 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
 app.add_typer(bench, name="bench")
 
 Command = Callable[..., None]
-_OPTION_TYPES = (str, int, float, bool, int | None)
+
+
+def _tokens_by_offset(text: str) -> dict[int, int]:
+    """``0:262,5:451`` as ``{0: 262, 5: 451}``."""
+    try:
+        return {int(offset): int(token) for offset, token in (pair.split(":") for pair in text.split(","))}
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not OFFSET:TOKEN_ID,...") from None
+
+
+# The types that become options, each with the type and the details of its option.
+_OPTION_TYPES: dict[Any, tuple[Any, dict[str, Any]]] = {
+    str: (str, {}),
+    int: (int, {}),
+    float: (float, {}),
+    bool: (bool, {}),
+    int | None: (int | None, {}),
+    tuple[int, ...]: (list[int], {}),
+    tuple[str, ...]: (list[str], {}),
+    Mapping[int, int] | None: (dict | None, {"parser": _tokens_by_offset, "metavar": "OFFSET:TOKEN_ID,..."}),
+}
 
 
 def settings_as_options(*sources: Callable[..., Any], leave_out: Collection[str] = (), **defaults: Any) -> Callable[[Command], Command]:
     """Replaces the ``**settings`` of a command by one option for each setting of ``sources``, so that none can be missing.
 
     Args:
-      *sources: functions or dataclasses; their keyword-only parameters of plain types become options. The help of an option is
-        the parameter's entry in the docstring.
+      *sources: functions or dataclasses; their keyword-only parameters of the types above become options. The help of an option
+        is the parameter's entry in the docstring.
       leave_out: settings that do not become options.
       **defaults: defaults that differ from those of the source.
     """
@@ -46,10 +66,14 @@ def settings_as_options(*sources: Callable[..., Any], leave_out: Collection[str]
     for source in sources:
         hints, docs = typing.get_type_hints(source), _entries(inspect.getdoc(source) or "")
         for name, parameter in inspect.signature(source).parameters.items():
-            if parameter.kind is parameter.KEYWORD_ONLY and hints[name] in _OPTION_TYPES and name not in leave_out:
-                option = typer.Option(f"--{name.replace('_', '-')}", help=docs[name], rich_help_panel=f"{source.__qualname__}")
-                annotation, default = Annotated[hints[name], option], defaults.get(name, parameter.default)
-                options.append(parameter.replace(annotation=annotation, default=default))
+            if parameter.kind is not parameter.KEYWORD_ONLY or hints[name] not in _OPTION_TYPES or name in leave_out:
+                continue
+            kind, details = _OPTION_TYPES[hints[name]]
+            default, flag = defaults.get(name, parameter.default), f"--{name.replace('_', '-')}"
+            if default is True:
+                flag += f"/--no{flag[1:]}"
+            option = typer.Option(flag, help=docs[name], rich_help_panel=source.__qualname__, **details)
+            options.append(parameter.replace(annotation=Annotated[kind, option], default=default))
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters.values()
@@ -93,24 +117,30 @@ def generate(
     as_json: _AsJson = False,
     **settings: Any,
 ) -> None:
-    """Decode one prompt."""
+    """Decode one prompt. With --n above 1 the JSON object is {"outputs": [...]}."""
     with _one_line_errors():
         request = _request(prompt, prompt_ids)
-        if chat and prompt is None:
+        if chat and not isinstance(request, str):
             raise ValueError("--chat takes a --prompt, not --prompt-ids")
         sampling, engine_settings = _split(settings)
         began = time.perf_counter()
-        engine = Engine.from_pretrained(model, strategy=strategy, max_slots=1, **engine_settings)
+        engine = Engine.from_pretrained(model, strategy=strategy, max_slots=sampling.n, **engine_settings)
         start_seconds = time.perf_counter() - began
-        if chat and prompt is not None:
-            output = engine.chat([{"role": "user", "content": prompt}], sampling)
-        else:
-            (output,) = engine.generate([request], sampling)
-    typer.echo(json.dumps(_plain(output)) if as_json else _readable(output, start_seconds))
+        if chat:
+            if engine.tokenizer is None:
+                raise ValueError("--chat needs a model with a tokenizer")
+            request = engine.tokenizer.apply_chat_template([{"role": "user", "content": str(request)}])
+        outputs = engine.generate([request], sampling)
+    if not as_json:
+        typer.echo("\n\n".join(_readable(output, start_seconds) for output in outputs))
+    elif sampling.n == 1:
+        typer.echo(json.dumps(_plain(outputs[0])))
+    else:
+        typer.echo(json.dumps({"outputs": [_plain(output) for output in outputs]}))
 
 
 @bench.command("decode")
-@settings_as_options(SamplingParams, Engine.from_pretrained, max_tokens=256, max_slots=1)
+@settings_as_options(SamplingParams, Engine.from_pretrained, leave_out=("pinned", "init_tokens"), max_tokens=256, max_slots=1)
 def bench_decode(
     *,
     model: Annotated[str | None, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")] = None,

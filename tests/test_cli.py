@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import inspect
 import json
 import pathlib
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from diffulex_jax import Output, SamplingParams, cli
+from diffulex_jax import Engine, Output, SamplingParams, cli
 from diffulex_jax.bench import decode, machine
 from diffulex_jax.bench.shapes import SHAPES
 from diffulex_jax.models import llada2
@@ -41,7 +42,14 @@ def asked(monkeypatch):
     """Replaces the engine by one that notes what it was asked and answers ``ANSWER``."""
     seen = {}
 
+    class Tokenizer:
+        def apply_chat_template(self, messages):
+            seen.update(messages=messages)
+            return [3, 4]
+
     class Engine:
+        tokenizer = Tokenizer()
+
         @classmethod
         def from_pretrained(cls, model, **settings):
             seen.update(model=model, engine=settings)
@@ -49,48 +57,65 @@ def asked(monkeypatch):
 
         def generate(self, prompts, params):
             seen.update(prompts=prompts, params=params)
-            return [ANSWER]
-
-        def chat(self, messages, params):
-            seen.update(messages=messages, params=params)
-            return ANSWER
+            return [ANSWER] * params.n
 
     monkeypatch.setattr(cli, "Engine", Engine)
     return seen
 
 
+# Types of settings -> arguments after the flag, and the value they mean.
+ARGUMENTS = {
+    "bool": ([], True),
+    "float": (["0.625"], 0.625),
+    "int": (["3"], 3),
+    "int | None": (["3"], 3),
+    "tuple[int, ...]": (["3"], (3,)),
+    "tuple[str, ...]": (["so, then"], ("so, then",)),
+    "Mapping[int, int] | None": (["0:7,5:8"], {0: 7, 5: 8}),
+}
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(SamplingParams), ids=lambda field: field.name)
 def test_every_sampling_setting_is_an_option(asked, field):
-    flag = f"--{field.name.replace('_', '-')}"
-    value = True if field.type == "bool" else 0.625 if field.type == "float" else 3
+    arguments, value = ARGUMENTS[field.type]
     assert value != field.default
-    result = run("generate", "--prompt", "hi", flag, *([] if value is True else [str(value)]))
+    result = run("generate", "--prompt", "hi", f"--{field.name.replace('_', '-')}", *arguments)
     assert result.exit_code == 0, result.output
     assert asked["params"] == SamplingParams(**{field.name: value})
 
 
-def test_engine_settings_are_options(asked):
-    options = ["--strategy", "dmax", "--dtype", "bfloat16", "--block-size", "8", "--max-model-len", "64"]
-    assert run("generate", "--prompt-ids", "5, 6", *options).exit_code == 0
+def test_settings_of_several_values_are_given_several_times(asked):
+    assert run("generate", "--prompt", "hi", "--stop", "a", "--stop", "b", "--stop-token-ids", "1", "--stop-token-ids", "2").exit_code == 0
+    assert (asked["params"].stop, asked["params"].stop_token_ids) == (("a", "b"), (1, 2))
+
+
+def test_every_engine_setting_is_an_option(asked):
+    parameters = inspect.signature(Engine.from_pretrained).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("mesh", "max_slots")}
+    wanted = {"strategy": "dmax", "dtype": "bfloat16"} | {
+        name: 5 for name, default in settings.items() if type(default) in (int, type(None))
+    }
+    arguments = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    wanted |= {name: not default for name, default in settings.items() if type(default) is bool}
+    assert wanted.keys() == settings.keys()
+    arguments += [f"--no-{name.replace('_', '-')}" for name, default in settings.items() if default is True]
+    assert run("generate", "--prompt-ids", "5, 6", *arguments).exit_code == 0
     assert asked["model"] == "embedded"
-    assert asked["engine"] == {
-        "strategy": "dmax", "dtype": "bfloat16", "block_size": 8, "buffer_size": 1, "max_slots": 1, "max_model_len": 64,
-    }  # fmt: skip
+    assert asked["engine"] == wanted | {"max_slots": 1}
     assert asked["prompts"] == [[5, 6]]
 
 
 def test_chat_goes_through_the_chat_template(asked):
     assert run("generate", "--chat", "--prompt", "hi").exit_code == 0
     assert asked["messages"] == [{"role": "user", "content": "hi"}]
+    assert asked["prompts"] == [[3, 4]]
 
 
 def test_json_is_one_object_with_the_fields_of_the_output(asked):
-    result = run("generate", "--prompt", "hi", "--json")
-    printed = json.loads(result.stdout)
-    assert printed == {
-        "text": "four", "token_ids": [7, 8, 9, 10], "finish_reason": "stop", "nfe": 2, "revised_tokens": 1, "remasked_tokens": 3,
-        "prompt_token_ids": [1, 2], "seconds": 0.5, "tokens_per_forward": 2.0,
-    }  # fmt: skip
+    expected = dataclasses.asdict(ANSWER) | {"tokens_per_forward": 2.0}
+    del expected["trace"]
+    assert json.loads(run("generate", "--prompt", "hi", "--json").stdout) == expected
+    assert json.loads(run("generate", "--prompt", "hi", "--n", "2", "--json").stdout) == {"outputs": [expected, expected]}
 
 
 def test_readable_output_names_tokens_forwards_and_edits(asked):

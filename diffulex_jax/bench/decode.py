@@ -164,7 +164,8 @@ def measure_step(
     bare = jax.jit(functools.partial(_model_loop, config))
     steps = np.int32(max(1, block // 2))
     spent, tables = [], _page_tables(state, pool)
-    with jax.set_mesh(make_mesh()):
+    precision = "highest" if params["embed"].dtype == jnp.float32 else "default"  # as the engine does
+    with jax.set_mesh(make_mesh()), jax.default_matmul_precision(precision):
         for _ in range(rounds + 1):
             own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             began = time.perf_counter()
