@@ -393,10 +393,12 @@ def test_progress_is_shown_only_where_asked_for(engine, capfd):
 
 
 def test_an_interrupted_call_leaves_the_engine_usable(engine, monkeypatch):
-    """Ctrl-C in the middle of a full house, more than once: no slot and no page stays taken."""
+    """Ctrl-C in the middle of a full house, more than once: no slot and no page stays taken, and no row writes on."""
     one = engine()
-    house, params = [prompt(LONGEST - 60, i) for i in range(SLOTS)], full(60)
+    house, params = [prompt(LONGEST - 160, i) for i in range(SLOTS)], full(160)
+    next_door = prompt(LONGEST - 60)
     before = [o.token_ids for o in one.generate(house, params)]
+    alone = one.generate([next_door], full(60))[0].token_ids
     run, calls = one._device.run, []
 
     def interrupted(*args, **kwargs):
@@ -412,6 +414,7 @@ def test_an_interrupted_call_leaves_the_engine_usable(engine, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 one.generate(house, params)
         assert len(calls) == 2
+        assert one.generate([next_door], full(60))[0].token_ids == alone
     assert [o.token_ids for o in one.generate(house, params)] == before
 
 

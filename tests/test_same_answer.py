@@ -23,7 +23,7 @@ PARAMS = [
     for i, t in enumerate([0.0, 0.7] * 8)
 ]
 OPTIONS = {"max_slots": 8, "max_model_len": 256}
-STRATEGIES = [("llada2", 1), ("llada2_edit", 2), ("dmax", 1)]
+STRATEGIES = [("llada2_edit", 2), ("dmax", 1)]
 
 
 @pytest.fixture(scope="module", params=STRATEGIES, ids=lambda p: f"{p[0]}-{p[1]}")
@@ -67,19 +67,19 @@ def test_with_a_pool_of_thirty_per_cent_and_no_prefix_cache(setup):
     assert engine.stats["preemptions"] > 0 and engine.stats["prefix_cache_hits"] == 0
 
 
-@pytest.mark.parametrize("every", [1, 2, 5])
+@pytest.mark.parametrize("every", [1, 3])
 def test_preempted_at_every_step(setup, every, monkeypatch):
     _, engine, alone = setup
     monkeypatch.setattr(scheduler, "STEPS_PER_DISPATCH", 1)
-    ids = [engine.add(prompt, params)[0] for prompt, params in zip(PROMPTS[:4], PARAMS[:4], strict=True)]
+    ids = [engine.add(prompt, params)[0] for prompt, params in zip(PROMPTS[:3], PARAMS[:3], strict=True)]
     outputs, steps = {}, 0
-    while len(outputs) < 4:
+    while len(outputs) < 3:
         outputs |= engine.step()
         steps += 1
         running = list(engine._scheduler.running.values())
         if running and steps % every == 0:
             engine._scheduler.preempt(running[steps % len(running)])
-    assert [outputs[id_].token_ids for id_ in ids] == alone[:4]
+    assert [outputs[id_].token_ids for id_ in ids] == alone[:3]
 
 
 RESTORE = """
