@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import subprocess
 import sys
@@ -29,7 +30,7 @@ STRATEGIES = [("llada2_edit", 2), ("dmax", 1)]
 @pytest.fixture(scope="module", params=STRATEGIES, ids=lambda p: f"{p[0]}-{p[1]}")
 def setup(request):
     strategy, window = request.param
-    build = lambda **more: Engine.from_pretrained(TRAINED, strategy=strategy, buffer_size=window, **OPTIONS | more)  # noqa: E731
+    build = functools.partial(Engine.from_pretrained, TRAINED, strategy=strategy, buffer_size=window, **OPTIONS)
     engine = build()
     alone = [engine.generate([prompt], params)[0].token_ids for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
     return build, engine, alone
