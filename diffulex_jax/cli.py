@@ -1,6 +1,6 @@
 """The command line: ``diffulex-jax generate``, ``bench decode`` and ``doctor``.
 
-Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``Engine.from_pretrained``.
+Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``EngineConfig``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import typer
 
 from diffulex_jax.bench import decode, machine
 from diffulex_jax.bench.shapes import SHAPES
+from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.engine import Engine
 from diffulex_jax.engine.results import Output
 from diffulex_jax.sampling_params import SamplingParams
@@ -106,7 +107,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 @app.command()
-@settings_as_options(SamplingParams, Engine.from_pretrained, leave_out=("max_slots",))
+@settings_as_options(SamplingParams, EngineConfig, leave_out=("max_slots",))
 def generate(
     *,
     model: Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")] = "embedded",
@@ -140,7 +141,7 @@ def generate(
 
 
 @bench.command("decode")
-@settings_as_options(SamplingParams, Engine.from_pretrained, leave_out=("pinned", "init_tokens"), max_tokens=256, max_slots=1)
+@settings_as_options(SamplingParams, EngineConfig, leave_out=("pinned", "init_tokens"), max_tokens=256, max_slots=1)
 def bench_decode(
     *,
     model: Annotated[str | None, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")] = None,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from diffulex_jax.request_state import given_blocks
 from diffulex_jax.rules.base import Rule
 from diffulex_jax.rules.blocks import activate, stability
 from diffulex_jax.state import (
+    ERROR,
     LENGTH,
     MAX_NFE,
     RUNNING,
@@ -32,7 +34,7 @@ from diffulex_jax.state import (
     StepReport,
     Trace,
 )
-from pallas_kernels import block_attention, remask, token_merge
+from pallas_kernels import Kernels, block_attention, grouped_matmul, remask, token_merge
 
 
 class Program(NamedTuple):
@@ -41,6 +43,7 @@ class Program(NamedTuple):
     config: ModelConfig
     dims: Dims
     rule: Rule
+    kernels: Kernels
 
     @property
     def block_budget(self) -> int:
@@ -54,10 +57,11 @@ def denoise(
     pool: KVPool,
     state: DecodeState,
     page_table: jax.Array,
+    known: jax.Array,
     *,
+    steps: int,
     max_steps: jax.Array,
     stop_on_finish: jax.Array,
-    trace_steps: int = 0,
 ) -> tuple[KVPool, DecodeState, StepReport, Trace]:
     """Runs up to ``max_steps`` denoise steps on the device; ends early when no row runs, or one needs a page.
 
@@ -67,9 +71,10 @@ def denoise(
       pool: the KV pool; donate it.
       state: the decode state; donate it.
       page_table: ``[S, P]`` int32, page of each block of each slot; N (one past the pool) where none was given yet.
-      max_steps: int32 scalar.
+      known: ``[S]`` int32, position up to which the host knows each row's tokens; the report goes on from there.
+      steps: static, the most steps there is room for in the trace and the report.
+      max_steps: int32 scalar, at most ``steps``.
       stop_on_finish: bool scalar; True returns as soon as any row finishes, so that its slot can be used again.
-      trace_steps: static; record this many steps at the most (``max_steps`` must not exceed it). 0 records nothing.
     """
     live_before = state.live
     Carry = tuple[jax.Array, KVPool, DecodeState, Trace]
@@ -84,15 +89,14 @@ def denoise(
         i, pool, state, trace = carry
         before = _advance(program, state)
         pool, after = step(program, params, pool, before, page_table)
-        if trace_steps:
-            trace = jax.tree.map(lambda buffer, row: buffer.at[i].set(row), trace, _seen(before, after))
+        trace = jax.tree.map(lambda buffer, row: buffer.at[i].set(row), trace, _seen(before, after))
         return i + 1, pool, after, trace
 
     rows = jax.eval_shape(_seen, state, state)
-    trace = jax.tree.map(lambda row: jnp.zeros((trace_steps, *row.shape), row.dtype), rows)
+    trace = jax.tree.map(lambda row: jnp.zeros((steps, *row.shape), row.dtype), rows)
     _, pool, state, trace = lax.while_loop(go_on, body, (jnp.int32(0), pool, state, trace))
     state = state.replace(sequence=_write_window(state))
-    return pool, state, report(state), trace
+    return pool, state, report(state, known, (steps + program.dims.window) * program.dims.block), trace
 
 
 def _page_of(position: jax.Array, page_table: jax.Array, state: DecodeState) -> jax.Array:
@@ -117,21 +121,36 @@ def prefill(
     blocks, block = tokens.shape
     lanes = jnp.arange(blocks) < count
     positions = start + jnp.arange(blocks * block, dtype=jnp.int32)
+    attention = _attention(program, pool, page_table[None])
 
     def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        out = block_attention.block_attention(
-            q, k, v, pool_k=pool.k, pool_v=pool.v, layer=layer, page_table=page_table[None], prefix_len=start[None], lanes=lanes[None]
-        )
+        out = attention(q, k, v, layer=layer, prefix_len=start[None], lanes=lanes[None])
         return out, tuple(a[0].reshape(blocks, block, *a.shape[2:]) for a in (k, v))
 
     x = llada2.embed(params, tokens.reshape(1, -1))
-    _, (k, v) = llada2.hidden(params, program.config, x, positions[None], attend, valid=jnp.repeat(lanes, block)[None])
+    _, (k, v) = _hidden(program, params)(x, positions[None], attend, valid=jnp.repeat(lanes, block)[None])
     pages = jnp.where(lanes, lax.dynamic_slice_in_dim(jnp.pad(page_table, (0, blocks)), start // block, blocks), pool.k.shape[1])
-    return KVPool(block_attention.write_blocks(pool.k, k, pages), block_attention.write_blocks(pool.v, v, pages))
+    return _write(program, pool, k, v, pages)
 
 
-def report(state: DecodeState) -> StepReport:
-    """The few numbers the host reads."""
+def _attention(program: Program, pool: KVPool, page_table: jax.Array) -> Callable[..., jax.Array]:
+    return functools.partial(
+        block_attention.block_attention, pool_k=pool.k, pool_v=pool.v, page_table=page_table, backend=program.kernels.block_attention
+    )
+
+
+def _hidden(program: Program, params: llada2.Params) -> Callable[..., tuple[jax.Array, Any]]:
+    experts = functools.partial(grouped_matmul.expert_mlp, backend=program.kernels.grouped_matmul)
+    return functools.partial(llada2.hidden, params, program.config, experts=experts)
+
+
+def _write(program: Program, pool: KVPool, k: jax.Array, v: jax.Array, pages: jax.Array) -> KVPool:
+    write = functools.partial(block_attention.write_blocks, backend=program.kernels.block_attention)
+    return KVPool(write(pool.k, k, pages), write(pool.v, v, pages))
+
+
+def report(state: DecodeState, known: jax.Array, count: int) -> StepReport:
+    """The few numbers the host reads, and the ``count`` tokens of each row from position ``known`` ``[S]`` on."""
     position, _, settled = _positions(state)
     upto = jnp.where(settled | (position < state.prompt_len[:, None]), position[:, -1:] + 1, position).min(1)
     return StepReport(
@@ -143,6 +162,7 @@ def report(state: DecodeState) -> StepReport:
         start=state.start,
         settled_upto=jnp.minimum(upto, state.limit),
         length=state.length,
+        tokens=jnp.take_along_axis(state.sequence.tokens, known[:, None] + jnp.arange(count), 1, mode="clip"),
     )
 
 
@@ -156,7 +176,9 @@ def step(program: Program, params: llada2.Params, pool: KVPool, state: DecodeSta
         state = _end_overdue_blocks(program, prediction, state.replace(rule=rule_state))
         # Rules say what is masked; that masked positions read as the mask id is kept here, for every rule.
         state = state.replace(tokens=jnp.where(state.masked, program.config.mask_token_id, state.tokens))
-        return pool, _finish(_count(before, state))
+        # A row whose prediction is not a number has nothing to go on with; the others never see it.
+        broken = (~jnp.isfinite(prediction.prob) & before.editable).any((1, 2))
+        return pool, _finish(_count(before, state), broken)
 
 
 def predict(
@@ -174,13 +196,23 @@ def predict(
     def embed(tokens: jax.Array, merge: Merge) -> jax.Array:
         if program.rule.merge is None:
             return llada2.embed(params, tokens)
-        return token_merge.merge(params["embed"], tokens, config.mask_token_id, merge.ids, merge.probs, merge.soft, spec=program.rule.merge)
+        return token_merge.merge(
+            params["embed"],
+            tokens,
+            config.mask_token_id,
+            merge.ids,
+            merge.probs,
+            merge.soft,
+            spec=program.rule.merge,
+            backend=program.kernels.token_merge,
+        )
 
     live, active = state.pending.live & state.live, state.active & state.live[:, None]
     x = embed(state.tokens, state.merge).reshape(slots, width, -1)
     positions = state.positions.reshape(slots, width)
     valid = jnp.repeat(active, block, 1)
-    attention = functools.partial(block_attention.block_attention, pool_k=pool.k, pool_v=pool.v, page_table=page_table)
+    hidden = _hidden(program, params)
+    attention = _attention(program, pool, page_table)
 
     def with_pending() -> tuple[jax.Array, Any]:
         def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, before: Any = None) -> tuple[jax.Array, Any]:
@@ -190,7 +222,7 @@ def predict(
         both = jnp.concatenate([embed(state.pending.tokens, state.pending.merge), x], 1)
         at = jnp.concatenate([positions[:, :1] - block + jnp.arange(block), positions], 1)
         mask = jnp.concatenate([jnp.repeat(live[:, None], block, 1), valid], 1)
-        h, fresh = llada2.hidden(params, config, both, at, attend, leading=block, valid=mask)
+        h, fresh = hidden(both, at, attend, leading=block, valid=mask)
         return h[:, block:], fresh
 
     def window_only() -> tuple[jax.Array, Any]:
@@ -198,11 +230,11 @@ def predict(
             out = attention(q, k, v, layer=layer, prefix_len=state.written_upto, lanes=active)
             return out, (jnp.zeros_like(k[:, :block]), jnp.zeros_like(v[:, :block]))
 
-        return llada2.hidden(params, config, x, positions, attend, valid=valid)
+        return hidden(x, positions, attend, valid=valid)
 
     h, (k, v) = lax.cond(live.any(), with_pending, window_only)
     pages = jnp.where(live, _page_of(state.start - block, page_table, state), pool.k.shape[1])
-    pool = KVPool(block_attention.write_blocks(pool.k, k, pages), block_attention.write_blocks(pool.v, v, pages))
+    pool = _write(program, pool, k, v, pages)
     state = state.replace(
         written_upto=jnp.where(live, state.start, state.written_upto),
         pending=state.pending.replace(live=jnp.zeros_like(live)),
@@ -225,8 +257,9 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
     draws = jax.vmap(jax.random.fold_in)(draws, rows(state.remasked))
     early = (state.positions - state.prompt_len[:, None, None] < s.min_tokens[:, None, None]).reshape(-1)
     left = jnp.concatenate([jnp.full_like(state.tokens[..., :1], -1), state.tokens[..., :-1]], -1)
-    best = remask.predict(
-        llada2.logits(params, h.reshape(-1, h.shape[-1])),
+    best = remask.predict_from_hidden(
+        h.reshape(-1, h.shape[-1]),
+        params["lm_head"],
         state.tokens.reshape(-1),
         forbidden_id=program.config.mask_token_id,
         sampling=remask.Sampling(draws, rows(s.temperature), rows(s.top_p), rows(s.top_k)),
@@ -234,6 +267,7 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
         penalty=rows(s.penalty_lambda),
         banned=jnp.where(early[:, None], jnp.repeat(s.stop_ids, per_position, 0), -1),
         top_k=program.dims.merge_top_k,
+        backend=program.kernels.remask,
     )
     return Prediction(
         token=best.token.reshape(shape),
@@ -291,10 +325,11 @@ def _positions(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
     return state.positions.reshape(slots, -1), masked, ~masked & jnp.repeat(~state.hold, block, 1)
 
 
-def _finish(state: DecodeState) -> DecodeState:
+def _finish(state: DecodeState, broken: jax.Array) -> DecodeState:
     """Ends rows whose output can no longer change, or whose NFE is spent; marks settled first blocks as ready to move.
 
-    A row ends at a stop token with everything before it settled, or with all its tokens settled.
+    A row ends at a stop token with everything before it settled, or with all its tokens settled; or because it is ``broken``
+    (``[S]`` bool), and then with what was settled before this window.
     """
     position, masked, settled = _positions(state)
     generated = position >= state.prompt_len[:, None]
@@ -311,9 +346,10 @@ def _finish(state: DecodeState) -> DecodeState:
     stop = stops.any(1) & (first_stop < first_open)
     length = first_open >= state.limit
     spent = state.nfe >= state.settings.max_nfe
-    status = jnp.where(stop, STOP, jnp.where(length, LENGTH, jnp.where(spent, MAX_NFE, RUNNING)))
+    status = jnp.select([broken, stop, length, spent], [ERROR, STOP, LENGTH, MAX_NFE], RUNNING)
     # A row cut off by its NFE budget returns the contiguous filled prefix, itself cut before a stop token.
-    upto = jnp.where(stop, first_stop, jnp.where(length, state.limit, jnp.minimum(first(wanted & masked), first_stop)))
+    cut = jnp.minimum(first(wanted & masked), first_stop)
+    upto = jnp.select([broken, stop, length], [jnp.clip(state.start, state.prompt_len, state.limit), first_stop, state.limit], cut)
     return state.replace(
         status=jnp.where(state.live, status, state.status).astype(jnp.int32),
         length=jnp.where(state.live, upto, state.length).astype(jnp.int32),

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 
 
-RUNNING, STOP, LENGTH, MAX_NFE = range(4)
-FINISH_REASONS = {STOP: "stop", LENGTH: "length", MAX_NFE: "max_nfe"}
+RUNNING, STOP, LENGTH, MAX_NFE, ERROR = range(5)
+FINISH_REASONS = {STOP: "stop", LENGTH: "length", MAX_NFE: "max_nfe", ERROR: "error"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ class Prediction(struct.PyTreeNode):
 
 
 class StepReport(struct.PyTreeNode):
-    """What the host reads after a dispatch; every field ``[S]`` int32. Only ``written_upto`` may advance what is cached.
+    """What the host reads after a dispatch; int32, ``[S]`` but for ``tokens``. Only ``written_upto`` may advance what is cached.
 
     Attributes:
       status: RUNNING or a finish reason.
@@ -220,6 +220,7 @@ class StepReport(struct.PyTreeNode):
       start: absolute position of the window's first token.
       settled_upto: positions below it can no longer change.
       length: one past the last token to return, once ``status`` is set.
+      tokens: ``[S, R]`` each row's tokens from where the host knows them, R as many as one dispatch can settle.
     """
 
     status: jax.Array
@@ -230,6 +231,7 @@ class StepReport(struct.PyTreeNode):
     start: jax.Array
     settled_upto: jax.Array
     length: jax.Array
+    tokens: jax.Array
 
 
 class Trace(struct.PyTreeNode):

@@ -15,9 +15,11 @@ from diffulex_jax import Rule, SamplingParams, decode
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.request_state import admit, empty_state, make_request, settings_row
 from diffulex_jax.state import FINISH_REASONS, DecodeState, Dims, KVPool, Prediction
+from pallas_kernels import choose
 
 
 MASK, EOS = 15, 14
+KERNELS = choose(jax.devices()[0])
 CONFIG = ModelConfig(
     vocab_size=16,
     hidden_size=8,
@@ -149,7 +151,7 @@ def predict(
     return prediction, pool, state
 
 
-_denoise = functools.partial(jax.jit, static_argnums=0, static_argnames="trace_steps")(decode.denoise)
+_denoise = functools.partial(jax.jit, static_argnums=0, static_argnames="steps")(decode.denoise)
 _admit = functools.partial(jax.jit, static_argnums=(0, 1, 2))(admit)
 
 
@@ -171,9 +173,10 @@ def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, windo
     }
     pool = KVPool(jnp.zeros((1, pages)), jnp.zeros((1, pages)))
     tables = np.tile(np.arange(pages, dtype=np.int32), (len(scripts), 1))
-    program = decode.Program(CONFIG, dims, rule)
+    program = decode.Program(CONFIG, dims, rule, KERNELS)
     with mock.patch.object(decode, "predict", predict):
-        _, state, report, trace = _denoise(program, arrays, pool, state, tables, max_steps=steps, stop_on_finish=False, trace_steps=steps)
+        known = np.zeros(len(scripts), np.int32)
+        _, state, report, trace = _denoise(program, arrays, pool, state, tables, known, steps=steps, max_steps=steps, stop_on_finish=False)
     played, trace = [], jax.device_get(trace)
     for slot, s in enumerate(scripts):
         took_part = np.flatnonzero(trace.live[:, slot])

@@ -76,10 +76,15 @@ class ShadowDevice:
         self.content.update(zip(request.pages, kv, strict=False))
 
     def release(self, slot: int) -> None:
-        del self.rows[slot]
+        self.rows.pop(slot, None)  # it may have ended in the dispatch under way
 
-    def run(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> tuple[StepReport, Canvas]:
-        report = {name: np.zeros(self.slots, np.int64) for name in StepReport.__dataclass_fields__}
+    def read(self, request: Tracked) -> Canvas:
+        tokens = np.array(self.rows[request.slot].tokens)
+        return Canvas(*[tokens] * 4)
+
+    def launch(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> StepReport:
+        counts = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
+        report = {name: np.zeros(self.slots, np.int64) for name in counts}
         tokens = np.zeros((self.slots, POSITIONS), np.int64)
         assert running.keys() == self.rows.keys()
         live = set(running)
@@ -93,12 +98,16 @@ class ShadowDevice:
         for slot, row in list(self.rows.items()):
             report["start"][slot], report["written_upto"][slot], report["nfe"][slot] = row.start, row.written, row.nfe
             report["settled_upto"][slot] = min(row.limit, row.start + BLOCK * row.ready)
-            tokens[slot] = row.tokens
+            known = running[slot].known
+            tokens[slot, : POSITIONS - known] = row.tokens[known:]
             if slot not in live:
                 report["status"][slot], report["length"][slot] = LENGTH, row.limit
                 del self.rows[slot]
         assert RUNNING == 0
-        return StepReport(**report), Canvas(*[tokens] * 4)
+        return StepReport(**report, tokens=tokens)
+
+    def collect(self, launched: StepReport) -> StepReport:
+        return launched
 
     def forward(self, row: Row, pages: list[int]) -> bool:
         """One step of a row; True when it ended."""
@@ -121,7 +130,8 @@ class World:
         slots, longest = 4, POSITIONS // BLOCK
         self.pages = PagePool(max(longest, int(pool * longest)))
         self.device = device(slots=slots, seed=seed)
-        self.scheduler = Scheduler(self.device, self.pages, slots=slots, block=BLOCK, window=1, max_batched_tokens=24, root=b"")
+        sizes = {"slots": slots, "block": BLOCK, "window": 1, "max_batched_tokens": 24, "steps_per_dispatch": 4}
+        self.scheduler = Scheduler(self.device, self.pages, **sizes, root=b"")
         self.requests: dict[int, Tracked] = {}
         self.ended: list[Ended] = []
         self.count = 0

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scripted import CONFIG, MASK, dims_of
+from scripted import CONFIG, KERNELS, MASK, dims_of
 
 from diffulex_jax import Rule, SamplingParams, decode
 from diffulex_jax.models import llada2
@@ -30,10 +30,11 @@ def setup(rule: Rule, prompt: list[int], **settings) -> tuple[decode.Program, KV
     request = make_request(dims, prompt=np.array(prompt, np.int32), params=SamplingParams(**settings), eos_ids=(CONFIG.eos_token_id,))
     state = admit(dims, rule, MASK, empty_state(dims, rule, mask_id=MASK), 0, request)
     shape = (CONFIG.num_hidden_layers, PAGES, BLOCK, CONFIG.num_key_value_heads, CONFIG.head_dim)
-    return decode.Program(CONFIG, dims, rule), KVPool(jnp.zeros(shape), jnp.zeros(shape)), state
+    return decode.Program(CONFIG, dims, rule, KERNELS), KVPool(jnp.zeros(shape), jnp.zeros(shape)), state
 
 
-denoise = functools.partial(jax.jit, static_argnums=0)(decode.denoise)
+denoise = functools.partial(jax.jit, static_argnums=0)(functools.partial(decode.denoise, steps=40))
+KNOWN = np.zeros(1, np.int32)
 prefill = functools.partial(jax.jit, static_argnums=0)(decode.prefill)
 
 
@@ -49,9 +50,9 @@ def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
     pending = state.pending.replace(tokens=jnp.array([[1, 2, 3, 4]]), live=jnp.array([True]))
     before = state.replace(pending=pending, written_upto=jnp.array([0]))
     apart_pool, apart, _, _ = denoise(
-        program, PARAMS, prefilled(program, pool, [1, 2, 3, 4]), state, TABLE, max_steps=1, stop_on_finish=False
+        program, PARAMS, prefilled(program, pool, [1, 2, 3, 4]), state, TABLE, KNOWN, max_steps=1, stop_on_finish=False
     )
-    pool, together, _, _ = denoise(program, PARAMS, pool, before, TABLE, max_steps=1, stop_on_finish=False)
+    pool, together, _, _ = denoise(program, PARAMS, pool, before, TABLE, KNOWN, max_steps=1, stop_on_finish=False)
     assert together.tokens.tolist() == apart.tokens.tolist()
     assert not together.masked.any()
     np.testing.assert_allclose(together.confidence, apart.confidence, rtol=1e-5)
@@ -84,7 +85,7 @@ def test_a_prefill_in_chunks_equals_one():
 def test_kv_of_a_finished_dmax_block(rule, settings, hard):
     """The authors write it from the plain tokens; Diffulex's fast path from the last step's soft ones."""
     program, pool, state = setup(rule, [1, 2], max_tokens=9, ignore_eos=True, **settings)
-    pool_after, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, max_steps=40, stop_on_finish=True)
+    pool_after, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, KNOWN, max_steps=40, stop_on_finish=True)
     assert report.length.tolist() == [11]
     assert report.written_upto.tolist() == [8]
     plain = prefilled(program, pool, state.sequence.tokens[0, :8].tolist())
@@ -98,7 +99,7 @@ def test_written_upto_follows_the_forward_that_wrote():
     program, pool, state = setup(REFERENCE, [1, 2], max_tokens=10, accept_threshold=0.0, settle_threshold=0.0, ignore_eos=True)
     seen = []
     for _ in range(3):
-        pool, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, max_steps=1, stop_on_finish=True)
+        pool, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, KNOWN, max_steps=1, stop_on_finish=True)
         seen.append((int(report.written_upto[0]), int(report.settled_upto[0])))
     assert seen == [(0, 4), (4, 8), (8, 12)]
 

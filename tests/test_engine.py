@@ -415,18 +415,18 @@ def test_an_interrupted_call_leaves_the_engine_usable(engine, monkeypatch):
     next_door = prompt(LONGEST - 60)
     before = [o.token_ids for o in one.generate(house, params)]
     alone = one.generate([next_door], full(60))[0].token_ids
-    run, calls = one._device.run, []
+    launch, calls = one._device.launch, []
 
     def interrupted(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return run(*args, **kwargs)
+        return launch(*args, **kwargs)
 
     for _ in range(3):
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(one._device, "run", interrupted)
+            patch.setattr(one._device, "launch", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 one.generate(house, params)
         assert len(calls) == 2

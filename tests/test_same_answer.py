@@ -12,7 +12,6 @@ import pytest
 from conftest import GOLDEN
 
 from diffulex_jax import Engine, SamplingParams
-from diffulex_jax.engine import scheduler
 from diffulex_jax.engine.snapshot import Snapshot
 
 
@@ -71,7 +70,7 @@ def test_with_a_pool_of_thirty_per_cent_and_no_prefix_cache(setup):
 @pytest.mark.parametrize("every", [1, 3])
 def test_preempted_at_every_step(setup, every, monkeypatch):
     _, engine, alone = setup
-    monkeypatch.setattr(scheduler, "STEPS_PER_DISPATCH", 1)
+    monkeypatch.setattr(engine._scheduler, "steps_per_dispatch", 1)
     ids = [engine.add(prompt, params)[0] for prompt, params in zip(PROMPTS[:3], PARAMS[:3], strict=True)]
     outputs, steps = {}, 0
     while len(outputs) < 3:
@@ -103,7 +102,7 @@ def test_restored_in_another_process(tmp_path, monkeypatch, request):
     options = {"model": TRAINED, "strategy": "dmax", **OPTIONS}
     engine = Engine.from_pretrained(**options)
     alone = engine.generate([PROMPTS[1]], PARAMS[1])[0].token_ids
-    monkeypatch.setattr(scheduler, "STEPS_PER_DISPATCH", 1)
+    monkeypatch.setattr(engine._scheduler, "steps_per_dispatch", 1)
     (id_,) = engine.add(PROMPTS[1], PARAMS[1])
     for _ in range(12):
         assert not engine.step()

@@ -16,7 +16,6 @@ from jax import lax
 from tqdm import tqdm
 
 from diffulex_jax import decode, request_state
-from diffulex_jax.bench import machine
 from diffulex_jax.bench.shapes import SHAPES
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.engine.engine import Engine
@@ -27,7 +26,7 @@ from diffulex_jax.rules import Rule
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import DecodeState, Dims, KVPool
 from diffulex_jax.strategies import resolve
-from pallas_kernels import block_attention
+from pallas_kernels import block_attention, choose
 
 
 QUESTIONS = (
@@ -95,7 +94,7 @@ def run(
     return {
         "device": f"{device.platform}: {device.device_kind}",
         "jax": jax.__version__,
-        "kernels": machine.kernels(device.platform),
+        "kernels": choose(device)._asdict(),
         "model": model or f"{shape}, random weights",
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "config": dataclasses.asdict(config),
@@ -160,16 +159,18 @@ def measure_step(
       ``step_ms``, ``model_ms`` and ``outside_model_share`` = 1 - model / step of each turn.
     """
     program, pool, state = _mid_request(config, params, rule, prompt_tokens=prompt_tokens, slots=slots, block=block, window=window)
-    whole = jax.jit(functools.partial(decode.denoise, program), donate_argnums=(1, 2))
+    whole = jax.jit(functools.partial(decode.denoise, program, steps=block), donate_argnums=(1, 2))
     bare = jax.jit(functools.partial(_model_loop, config))
     steps = np.int32(max(1, block // 2))
-    spent, tables = [], _page_tables(state, pool)
+    spent, tables, known = [], _page_tables(state, pool), np.zeros(slots, np.int32)
     precision = "highest" if params["embed"].dtype == jnp.float32 else "default"  # as the engine does
     with jax.set_mesh(make_mesh()), jax.default_matmul_precision(precision):
         for _ in range(rounds + 1):
             own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             began = time.perf_counter()
-            pool, _, report, _ = jax.block_until_ready(whole(params, pool, own, tables, max_steps=steps, stop_on_finish=np.bool_(False)))
+            pool, _, report, _ = jax.block_until_ready(
+                whole(params, pool, own, tables, known, max_steps=steps, stop_on_finish=np.bool_(False))
+            )
             middle = time.perf_counter()
             jax.block_until_ready(bare(params, pool, state, steps))
             spent.append((1e3 * (middle - began) / int(report.nfe.max()), 1e3 * (time.perf_counter() - middle) / int(steps)))
@@ -192,7 +193,7 @@ def _mid_request(
     request = request_state.make_request(dims, prompt=prompt, params=sampling, eos_ids=())
     for slot in range(slots):
         state = request_state.admit(dims, rule, config.mask_token_id, state, jnp.int32(slot), request)
-    return decode.Program(config, dims, rule), KVPool(pool, jnp.copy(pool)), state
+    return decode.Program(config, dims, rule, choose(jax.devices()[0])), KVPool(pool, jnp.copy(pool)), state
 
 
 def _page_tables(state: DecodeState, pool: KVPool) -> jax.Array:

@@ -9,10 +9,7 @@ from typing import Any
 import jax
 
 from diffulex_jax.models import checkpoint
-from pallas_kernels import block_attention, grouped_matmul, remask, token_merge
-
-
-_KERNELS = {"block_attention": block_attention, "grouped_matmul": grouped_matmul, "remask": remask, "token_merge": token_merge}
+from pallas_kernels import choose
 
 
 def describe() -> dict[str, Any]:
@@ -27,14 +24,9 @@ def describe() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in ("diffulex-jax", "jax", "jaxlib", "tokamax")},
         "platform": backend,
         "devices": [{"id": d.id, "kind": d.device_kind, "memory_gib": _memory_gib(d)} for d in jax.devices()],
-        "kernels": kernels(backend),
+        "kernels": choose(jax.devices()[0])._asdict(),
         "embedded_model": (checkpoint.EMBEDDED / "config.json").is_file(),
     }
-
-
-def kernels(backend: str) -> dict[str, str]:
-    """Operation -> what computes it on a JAX platform; ``"reference"`` is plain XLA."""
-    return {name: getattr(module, "choose_backend", lambda _: "reference")(backend) for name, module in _KERNELS.items()}
 
 
 def text(facts: dict[str, Any]) -> str:

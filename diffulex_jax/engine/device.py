@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from diffulex_jax import decode, request_state
 from diffulex_jax.engine.results import TraceStep
-from diffulex_jax.engine.scheduler import STEPS_PER_DISPATCH, Tracked
+from diffulex_jax.engine.scheduler import Tracked
 from diffulex_jax.models import llada2
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.sampling_params import SamplingParams
@@ -21,12 +21,31 @@ from diffulex_jax.state import POOL_AXES, STATE_AXES, Canvas, DecodeState, KVPoo
 
 
 _PREFILL_BLOCKS = (8, 1)  # compiled prefill sizes, in blocks, largest first
+_CACHED_PAGES = 8  # pages at the most, in times of what the slots need
+
+
+class Launched(NamedTuple):
+    """A dispatch under way: the packed report, the trace, and the slots whose trace is wanted with the lists it goes to."""
+
+    report: jax.Array
+    trace: Trace | None
+    traced: list[tuple[int, list[TraceStep]]]
 
 
 class JaxDevice:
-    """Implements ``scheduler.Device`` on a mesh. Compiles everything when built, but for the traced loop."""
+    """Implements ``scheduler.Device`` on a mesh. Compiles everything when built."""
 
-    def __init__(self, program: decode.Program, params: llada2.Params, *, mesh: Mesh, dtype: Any, num_pages: int, eos_ids: tuple[int, ...]):
+    def __init__(
+        self,
+        program: decode.Program,
+        params: llada2.Params,
+        *,
+        mesh: Mesh,
+        dtype: Any,
+        num_pages: int,
+        steps_per_dispatch: int,
+        eos_ids: tuple[int, ...],
+    ):
         self.program, self.mesh, self.num_pages = program, mesh, num_pages
         self._params, self.eos_ids = params, eos_ids
         config, dims = program.config, program.dims
@@ -39,14 +58,11 @@ class JaxDevice:
         self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
         self._jit_read = jax.jit(_read_pages, out_shardings=everywhere)
         self._jit_write = jax.jit(_write_pages, donate_argnums=(0,), out_shardings=on_pool)
-        # The traced form is compiled when a trace is first asked for.
-        self._jit_denoise, self._jit_traced = (
-            jax.jit(
-                _exact(functools.partial(decode.denoise, program, trace_steps=steps), dtype),
-                donate_argnums=(1, 2),
-                out_shardings=(on_pool, on_slots, everywhere, everywhere),
-            )
-            for steps in (0, STEPS_PER_DISPATCH)
+        self._jit_sequence = jax.jit(lambda state, slot: jax.tree.map(lambda a: a[slot], state.sequence), out_shardings=everywhere)
+        self._jit_denoise = jax.jit(
+            _exact(functools.partial(_denoise, program, steps_per_dispatch), dtype),
+            donate_argnums=(1, 2),
+            out_shardings=(on_pool, on_slots, everywhere, everywhere),
         )
 
         def empty() -> tuple[KVPool, DecodeState]:
@@ -93,25 +109,35 @@ class JaxDevice:
         with jax.set_mesh(self.mesh):
             self.state = self._jit_release(self.state, np.int32(slot))
 
-    def run(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> tuple[StepReport, Canvas]:
-        dims = self.program.dims
-        tables = np.full((dims.slots, dims.pages_per_slot), self.num_pages, np.int32)
-        for slot, request in running.items():
-            tables[slot, : len(request.pages)] = request.pages
-        traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
-        report, trace = self._dispatch(tables, max_steps, stop_on_finish, traced=bool(traced))
-        if traced:
-            seen = jax.device_get(trace)
-            for slot, steps in traced:
-                steps += _trace_steps(seen, slot)
-        return report, jax.tree.map(np.asarray, self.state.sequence)
-
-    def _dispatch(self, tables: np.ndarray, max_steps: int, stop_on_finish: bool, *, traced: bool) -> tuple[StepReport, Trace]:
+    def read(self, request: Tracked) -> Canvas:
         with jax.set_mesh(self.mesh):
-            self.pool, self.state, report, trace = (self._jit_traced if traced else self._jit_denoise)(
-                self._params, self.pool, self.state, tables, max_steps=np.int32(max_steps), stop_on_finish=np.bool_(stop_on_finish)
+            return jax.device_get(self._jit_sequence(self.state, _slot(request)))
+
+    def launch(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> Launched:
+        dims = self.program.dims
+        # One small array goes to the device: for each slot its pages, and up to where its tokens are known here.
+        plan = np.full((dims.slots, dims.pages_per_slot + 1), self.num_pages, np.int32)
+        for slot, request in running.items():
+            plan[slot, : len(request.pages)] = request.pages
+            plan[slot, -1] = request.known
+        report, trace = self._dispatch(plan, max_steps, stop_on_finish)
+        traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
+        report.copy_to_host_async()
+        return Launched(report, trace if traced else None, traced)
+
+    def collect(self, launched: Launched) -> StepReport:
+        if launched.traced:
+            seen = jax.device_get(launched.trace)
+            for slot, steps in launched.traced:
+                steps += _trace_steps(seen, slot)
+        return _unpack(np.asarray(launched.report))
+
+    def _dispatch(self, plan: np.ndarray, max_steps: int, stop_on_finish: bool) -> tuple[jax.Array, Trace]:
+        with jax.set_mesh(self.mesh):
+            self.pool, self.state, report, trace = self._jit_denoise(
+                self._params, self.pool, self.state, plan, np.int32(max_steps), np.bool_(stop_on_finish)
             )
-        return jax.device_get(report), trace
+        return report, trace
 
     def _table(self, pages: list[int]) -> np.ndarray:
         table = np.full(self.program.dims.pages_per_slot, self.num_pages, np.int32)
@@ -126,15 +152,60 @@ class JaxDevice:
 
     def _warm_up(self) -> None:
         """Compiles every shape there will be, by running each once on nothing."""
-        dims = self.program.dims
         for size in self._prefill_sizes:
-            self._prefill(np.zeros((size, dims.block), np.int32), 0, 0, self._table([]))
+            self._prefill(np.zeros((size, self.program.dims.block), np.int32), 0, 0, self._table([]))
         probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(), slot=0)
         self.admit(probe)
         probe.saved = self.saved_structure = self.save(probe)
         self.restore(probe)
+        self.read(probe)
         self.release(0)
-        self._dispatch(np.full((dims.slots, dims.pages_per_slot), self.num_pages, np.int32), 1, False, traced=False)
+        self.collect(self.launch({}, max_steps=1, stop_on_finish=False))
+
+
+_SCALARS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
+
+
+def _denoise(
+    program: decode.Program,
+    steps: int,
+    params: llada2.Params,
+    pool: KVPool,
+    state: DecodeState,
+    plan: jax.Array,
+    max_steps: jax.Array,
+    stop_on_finish: jax.Array,
+) -> tuple[KVPool, DecodeState, jax.Array, Trace]:
+    """``decode.denoise`` with the page tables and known positions, and the report, as one array each: one transfer each way."""
+    pool, state, report, trace = decode.denoise(
+        program, params, pool, state, plan[:, :-1], plan[:, -1], steps=steps, max_steps=max_steps, stop_on_finish=stop_on_finish
+    )
+    return pool, state, jnp.concatenate([*(getattr(report, name)[:, None] for name in _SCALARS), report.tokens], 1), trace
+
+
+def _unpack(packed: np.ndarray) -> StepReport:
+    fields: dict[str, Any] = {name: packed[:, i] for i, name in enumerate(_SCALARS)} | {"tokens": packed[:, len(_SCALARS) :]}
+    return StepReport(**fields)
+
+
+def default_num_pages(device: jax.Device, page_bytes: int, *, needed: int) -> int:
+    """How many pages of ``page_bytes`` to make, now that the parameters are on the device.
+
+    What accelerators have left, less a tenth of their memory for the step's temporaries, up to eight times ``needed``: beyond that
+    even a prefix cache gains nothing. A CPU shares its memory with everything else; there it is what all slots need.
+
+    Raises:
+      ValueError: when no page fits.
+    """
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return needed
+    free = int(0.9 * stats["bytes_limit"]) - stats["bytes_in_use"]
+    if free < page_bytes:
+        raise ValueError(
+            f"no KV page fits: {stats['bytes_in_use'] / 2**30:.1f} of {stats['bytes_limit'] / 2**30:.1f} GiB are taken on {device}"
+        )
+    return min(free // page_bytes, _CACHED_PAGES * needed)
 
 
 def _slot(request: Tracked) -> np.int32:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -17,8 +16,9 @@ from tqdm import tqdm
 from diffulex_jax import decode
 from diffulex_jax.cache.pages import PagePool, chain_digest
 from diffulex_jax.config import ModelConfig
-from diffulex_jax.engine.device import JaxDevice
-from diffulex_jax.engine.results import Output
+from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.device import JaxDevice, default_num_pages
+from diffulex_jax.engine.results import Output, Progress
 from diffulex_jax.engine.scheduler import Scheduler, Tracked
 from diffulex_jax.engine.snapshot import Snapshot
 from diffulex_jax.engine.stops import Cut, find_cut
@@ -30,9 +30,8 @@ from diffulex_jax.rules.base import Rule
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import FINISH_REASONS, Canvas, Dims
 from diffulex_jax.strategies import resolve
+from pallas_kernels import REFERENCE, choose
 
-
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 Prompt = str | Sequence[int]
 
@@ -45,123 +44,100 @@ class Engine:
         config: ModelConfig,
         params: llada2.Params,
         *,
+        strategy: str | Rule = "llada2",
         tokenizer: Tokenizer | None = None,
         eos_ids: tuple[int, ...] | None = None,
         model_id: str = "",
-        strategy: str | Rule = "llada2",
-        dtype: str = "float32",
-        block_size: int = 32,
-        buffer_size: int = 1,
-        max_slots: int = 8,
-        max_model_len: int = 2048,
-        num_pages: int | None = None,
-        max_batched_tokens: int = 2048,
-        prefix_cache: bool = True,
         mesh: Mesh | None = None,
+        **settings: Any,
     ):
-        """Args are those of :meth:`from_pretrained`, with the parameters already on the mesh.
+        """Compiles everything it will run.
 
-        ``eos_ids`` defaults to the config's; ``model_id`` keeps cached prefixes and snapshots of different models apart.
+        Args:
+          config: the model's shape.
+          params: its parameters, on the mesh.
+          strategy: a name from ``diffulex_jax.strategies``, or a rule of your own.
+          tokenizer: for prompts and outputs as text.
+          eos_ids: tokens that end an output; default: the config's.
+          model_id: keeps cached prefixes and snapshots of different models apart.
+          mesh: where to run; default: the first device.
+          **settings: see :class:`EngineConfig`.
+
+        Raises:
+          ValueError: for a setting that will not do, naming it.
         """
-        sizes = {"block_size": block_size, "buffer_size": buffer_size, "max_slots": max_slots, "max_model_len": max_model_len}
-        for name, value in (sizes | {"max_batched_tokens": max_batched_tokens, "num_pages": num_pages}).items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a positive integer")
-        if max_model_len > config.max_position_embeddings:
-            raise ValueError(f"max_model_len={max_model_len} exceeds the model's max_position_embeddings={config.max_position_embeddings}")
+        self.settings = s = EngineConfig(**settings)
+        if s.max_model_len > config.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={config.max_position_embeddings}"
+            )
         rule = resolve(strategy)
-        self.config, self.tokenizer, self.max_model_len = config, tokenizer, max_model_len
+        self.config, self.tokenizer = config, tokenizer
         self.mesh = make_mesh() if mesh is None else mesh
         self._dims = Dims(
-            slots=max_slots,
-            window=buffer_size,
-            block=block_size,
-            pages_per_slot=-(-max_model_len // block_size),
+            slots=s.max_slots,
+            window=s.buffer_size,
+            block=s.block_size,
+            pages_per_slot=s.pages_per_slot,
             merge_top_k=rule.merge.top_k if rule.merge is not None else 0,
         )
-        if num_pages is None:
-            num_pages = max_slots * self._dims.pages_per_slot
+        page_bytes = 2 * config.num_hidden_layers * s.block_size * config.num_key_value_heads * config.head_dim * s.jax_dtype.itemsize
+        num_pages = s.num_pages or default_num_pages(self.mesh.devices.flat[0], page_bytes, needed=s.max_slots * s.pages_per_slot)
         # Soft inputs leave other KV than a prompt of the same tokens would: such pages must not be found by their tokens.
         shareable = rule.merge is None or not rule.merge.commit_soft
-        self._pages = PagePool(num_pages, prefix_cache=prefix_cache and shareable)
-        device = JaxDevice(
-            decode.Program(config, self._dims, rule),
+        self._pages = PagePool(num_pages, prefix_cache=s.prefix_cache and shareable)
+        kernels = choose(self.mesh.devices.flat[0]) if s.kernels == "auto" else REFERENCE
+        self._device = JaxDevice(
+            decode.Program(config, self._dims, rule, kernels),
             params,
             mesh=self.mesh,
-            dtype=_dtype(dtype),
+            dtype=s.jax_dtype,
             num_pages=num_pages,
+            steps_per_dispatch=s.steps_per_dispatch,
             eos_ids=(config.eos_token_id,) if eos_ids is None else eos_ids,
         )
-        self._eos_ids = device.eos_ids
+        self._eos_ids = self._device.eos_ids
         # Everything that must agree for KV or a snapshot to be carried over.
-        self._fingerprint = f"{model_id}|{config}|{dtype}|{block_size}|{buffer_size}|{self._dims.positions}|{self._dims.merge_top_k}"
+        self._fingerprint = f"{model_id}|{config}|{s.dtype}|{s.block_size}|{s.buffer_size}|{self._dims.positions}|{self._dims.merge_top_k}"
         self._scheduler = Scheduler(
-            device,
+            self._device,
             self._pages,
-            slots=max_slots,
-            block=block_size,
-            window=buffer_size,
-            max_batched_tokens=max_batched_tokens,
+            slots=s.max_slots,
+            block=s.block_size,
+            window=s.buffer_size,
+            max_batched_tokens=s.max_batched_tokens,
+            steps_per_dispatch=s.steps_per_dispatch,
             root=chain_digest(self._fingerprint.encode(), np.zeros(0, np.int32)),
         )
-        self._device = device
         self._requests: dict[int, Tracked] = {}
         self._ids = itertools.count()
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model: str,
-        *,
-        strategy: str | Rule = "llada2",
-        dtype: str = "float32",
-        block_size: int = 32,
-        buffer_size: int = 1,
-        max_slots: int = 8,
-        max_model_len: int = 2048,
-        num_pages: int | None = None,
-        max_batched_tokens: int = 2048,
-        prefix_cache: bool = True,
-        mesh: Mesh | None = None,
-    ) -> Engine:
+    def from_pretrained(cls, model: str, *, strategy: str | Rule = "llada2", mesh: Mesh | None = None, **settings: Any) -> Engine:
         """Loads a model and compiles everything it will run.
 
         Args:
           model: a Hugging Face directory, ``"embedded"``, or a hub id.
           strategy: a name from ``diffulex_jax.strategies``, or a rule of your own.
-          dtype: of parameters, activations and the KV pool: ``"float32"`` or ``"bfloat16"``.
-          block_size: tokens in a block; what the model was trained with (32 for LLaDA2).
-          buffer_size: blocks denoised together (multi-block diffusion); 1 finishes a block before it starts the next.
-          max_slots: requests decoded together.
-          max_model_len: most tokens of a prompt and its output.
-          num_pages: blocks of KV in the pool; default: enough for every slot at ``max_model_len``. With fewer, requests that no
-            longer fit are set aside and resumed.
-          max_batched_tokens: tokens of prompts and windows processed in one step, at the most.
-          prefix_cache: reuse the KV of blocks that begin a prompt as an earlier request did.
           mesh: where to run; default: the first device.
+          **settings: see :class:`EngineConfig`.
 
         Raises:
           ValueError: for a model, checkpoint or setting that will not do, naming it.
         """
+        dtype = EngineConfig(**settings).jax_dtype
         path = checkpoint.resolve(str(model))
         mesh = make_mesh() if mesh is None else mesh
-        config, params = checkpoint.load(path, mesh, dtype=_dtype(dtype))
+        config, params = checkpoint.load(path, mesh, dtype=dtype)
         return cls(
             config,
             params,
+            strategy=strategy,
             tokenizer=Tokenizer.load(path),
             eos_ids=checkpoint.load_eos_ids(path),
             model_id=str(model),
-            strategy=strategy,
-            dtype=dtype,
-            block_size=block_size,
-            buffer_size=buffer_size,
-            max_slots=max_slots,
-            max_model_len=max_model_len,
-            num_pages=num_pages,
-            max_batched_tokens=max_batched_tokens,
-            prefix_cache=prefix_cache,
             mesh=mesh,
+            **settings,
         )
 
     def generate(
@@ -240,16 +216,34 @@ class Engine:
         return self._enqueue(self._check("prompt", prompt, params), params, trace)
 
     def step(self) -> dict[int, Output]:
-        """Works on what is queued: admits, prefills, and decodes up to a few steps. Returns what finished, by id."""
+        """Takes in what the device did, sets it to work again, and returns what finished, by id.
+
+        One call admits, prefills, and launches up to ``steps_per_dispatch`` denoise steps; the next one collects them. Turning
+        tokens into text and looking for stop texts happens in between, while the device is busy.
+        """
         outputs = {}
         for ended in self._scheduler.step():
-            request, row = ended.request, ended.report
-            cut = find_cut(request, self.tokenizer) or Cut(FINISH_REASONS[row["status"]], len(request.tokens))
-            outputs[request.id] = self._output(request, cut, row, ended.sequence)
+            request = ended.request
+            cut = find_cut(request, self.tokenizer) or Cut(FINISH_REASONS[ended.status], len(request.tokens))
+            outputs[request.id] = self._output(request, cut, ended.sequence)
         for request in list(self._scheduler.running.values()):
             if found := find_cut(request, self.tokenizer):
                 outputs[request.id] = self._end_early(request, found)
         return outputs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is queued or running."""
+        return bool(self._requests)
+
+    def progress(self, id_: int) -> Progress:
+        """What is known of an unfinished request, without asking the device.
+
+        Raises:
+          KeyError: when no such request is queued or running.
+        """
+        request = self._requests[id_]
+        return Progress(request.tokens, request.nfe, request.revised, request.remasked, request.trace)
 
     def abort(self, id_: int) -> Output:
         """Ends a request at once; its pages come back. The output holds the tokens that were final.
@@ -264,9 +258,12 @@ class Engine:
         """All a request is, between two steps. It goes on here undisturbed; elsewhere :meth:`restore` continues it to the same output.
 
         Raises:
-          KeyError: when no such request is queued or running.
+          KeyError: when no such request is queued or running any more.
         """
+        self._scheduler.settle()
         request = self._requests[id_]
+        if self._scheduler.has_ended(request):
+            raise KeyError(f"request {id_} has finished; the next step() gives its output")
         saved = self._device.save(request) if request in self._scheduler.running.values() else request.saved
         return Snapshot(self._fingerprint, request.prompt, request.params, list(request.tokens), request.start, saved)
 
@@ -280,7 +277,9 @@ class Engine:
             raise ValueError(f"the snapshot is of {taken.fingerprint!r}; this engine is {self._fingerprint!r}")
         request = Tracked(id=next(self._ids), prompt=taken.prompt, params=taken.params, tokens=list(taken.tokens), start=taken.start)
         if taken.saved is not None:
+            row = taken.saved.row
             request.saved, request.written = taken.saved, taken.saved.k.shape[1]
+            request.nfe, request.revised, request.remasked = int(row.nfe), int(row.revised), int(row.remasked)
         self._requests[request.id] = request
         self._scheduler.waiting.appendleft(request)
         return request.id
@@ -321,12 +320,14 @@ class Engine:
 
     def _end_early(self, request: Tracked, cut: Cut) -> Output:
         """Ends a request that the device would go on with."""
-        row, sequence = {"nfe": 0, "revised": 0, "remasked": 0}, None
-        if request in self._scheduler.running.values() or request.saved is not None:
-            state = (request.saved or self._device.save(request)).row
-            row, sequence = {name: int(getattr(state, name)) for name in row}, state.sequence
+        sequence = None
+        if request.wants_sequence:
+            if request.saved is not None:
+                sequence = request.saved.row.sequence
+            elif request in self._scheduler.running.values():
+                sequence = self._device.read(request)
         self._scheduler.drop(request)
-        return self._output(request, cut, row, sequence)
+        return self._output(request, cut, sequence)
 
     def _check(self, name: str, prompt: Prompt, params: SamplingParams) -> np.ndarray:
         """The prompt as int32 ids, or a ValueError that says what is wrong with it."""
@@ -345,10 +346,9 @@ class Engine:
         masks = np.flatnonzero(ids == self.config.mask_token_id)
         if masks.size:
             raise ValueError(f"{name} holds the mask token (id {self.config.mask_token_id}) at position {masks[0]}")
-        if len(ids) + params.max_tokens > self.max_model_len:
-            raise ValueError(
-                f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} that exceeds max_model_len={self.max_model_len}"
-            )
+        longest = self.settings.max_model_len
+        if len(ids) + params.max_tokens > longest:
+            raise ValueError(f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} that exceeds max_model_len={longest}")
         needed = -(-(len(ids) + params.max_tokens) // self._dims.block)
         if needed > self._pages.num_pages:
             raise ValueError(f"{name} needs {needed} pages with max_tokens={params.max_tokens}; the pool has {self._pages.num_pages}")
@@ -363,7 +363,7 @@ class Engine:
                     raise ValueError(f"{name}: {field}[{offset}]={token} is not a token that can be given")
         return ids.astype(np.int32)
 
-    def _output(self, request: Tracked, cut: Cut, row: dict[str, int], sequence: Canvas | None) -> Output:
+    def _output(self, request: Tracked, cut: Cut, sequence: Canvas | None) -> Output:
         del self._requests[request.id]
         ids, made = request.tokens[: cut.length], slice(len(request.prompt), len(request.prompt) + cut.length)
         text = cut.text
@@ -379,18 +379,12 @@ class Engine:
             text=text,
             token_ids=ids,
             finish_reason=cut.reason,
-            nfe=row["nfe"],
-            revised_tokens=row["revised"],
-            remasked_tokens=row["remasked"],
+            nfe=request.nfe,
+            revised_tokens=request.revised,
+            remasked_tokens=request.remasked,
             prompt_token_ids=request.prompt.tolist(),
             seconds=time.perf_counter() - request.began if request.began else 0.0,
             logprobs=logprobs,
             step_map=step_map,
             trace=request.trace,
         )
-
-
-def _dtype(name: str) -> Any:
-    if name not in _DTYPES:
-        raise ValueError(f"dtype={name!r} must be one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,22 @@ class TraceStep:
     remasked: np.ndarray
 
 
+class Progress(NamedTuple):
+    """What is known of a request that has not finished.
+
+    Attributes:
+      tokens: generated tokens that can no longer change; the list grows, nothing in it is taken back. Stop texts may yet cut it.
+      nfe, revised_tokens, remasked_tokens: see :class:`Output`.
+      trace: the window after every step so far, where asked for.
+    """
+
+    tokens: list[int]
+    nfe: int
+    revised_tokens: int
+    remasked_tokens: int
+    trace: list[TraceStep] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Output:
     """One finished request.
@@ -35,8 +52,8 @@ class Output:
     Attributes:
       text: the tokens as text; None where the model has no tokenizer.
       token_ids: generated tokens, without the EOS that ended them; never a mask.
-      finish_reason: ``"stop"`` (EOS, a stop token or a stop text), ``"length"`` (max_tokens), ``"max_nfe"``, ``"repetition"``
-        or ``"abort"``.
+      finish_reason: ``"stop"`` (EOS, a stop token or a stop text), ``"length"`` (max_tokens), ``"max_nfe"``, ``"repetition"``,
+        ``"abort"``, or ``"error"`` (the model gave something that is not a number; the tokens are those settled before).
       nfe: forwards this request took part in, prompt prefill not counted.
       revised_tokens: how often a filled token was changed.
       remasked_tokens: how often a filled token was masked again.

@@ -5,19 +5,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from diffulex_jax.cache.pages import PagePool, chain_digest
 from diffulex_jax.engine.results import TraceStep
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.state import RUNNING, Canvas, StepReport
+from diffulex_jax.state import ERROR, RUNNING, Canvas, StepReport
 
 
-STEPS_PER_DISPATCH = 16
 _STEPS_BETWEEN_PREFILLS = 2
 _MOST_PREFILL_BLOCKS = 16  # of one request in a row
+_COUNTS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
 _MOST_PASSED_OVER = 64  # so often may later requests overtake one that waits for pages
 
 
@@ -36,6 +36,7 @@ class Tracked:
       digests: digests of the blocks published or matched so far.
       start: absolute position of its window.
       tokens: generated tokens that can no longer change.
+      nfe, revised, remasked: its counters, as last reported.
       saved: its row and KV while preempted.
       checked, run: how far stops were looked for, and the length of the run of equal tokens there.
     """
@@ -50,6 +51,9 @@ class Tracked:
     digests: list[bytes] = dataclasses.field(default_factory=list)
     start: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
+    nfe: int = 0
+    revised: int = 0
+    remasked: int = 0
     saved: Any = None
     checked: int = 0
     run: int = 0
@@ -57,14 +61,29 @@ class Tracked:
     order: int = 0
     began: float = 0.0
 
+    @property
+    def known(self) -> int:
+        """Absolute position up to which its tokens are known to the host."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def wants_sequence(self) -> bool:
+        """Whether its output needs what only the device knows of each position."""
+        return self.params.logprobs or self.params.return_step_map
+
+    def block(self, index: int, size: int) -> np.ndarray:
+        """``[size]`` int32: the known tokens of block ``index``."""
+        first, n = index * size, len(self.prompt)
+        return np.array([*self.prompt[first : first + size], *self.tokens[max(0, first - n) : first + size - n]], np.int32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """A request that left its slot by itself: ``report`` row by field name, and what it knew of its positions (``[T]`` each)."""
+    """A request that left its slot by itself: why, and what is known of its positions (``[T]`` each) where that is wanted."""
 
     request: Tracked
-    report: dict[str, int]
-    sequence: Canvas
+    status: int
+    sequence: Canvas | None
 
 
 class Device(Protocol):
@@ -85,16 +104,41 @@ class Device(Protocol):
     def release(self, slot: int) -> None:
         """Stops the row in ``slot``."""
 
-    def run(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> tuple[StepReport, Canvas]:
-        """Denoises; gives the report and all sequences (``[S, T]``)."""
+    def read(self, request: Tracked) -> Canvas:
+        """All that is known of the positions of the row in the request's slot."""
+
+    def launch(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> Any:
+        """Begins to denoise; does not wait."""
+
+    def collect(self, launched: Any) -> StepReport:
+        """Waits for what :meth:`launch` began, and gives its report (NumPy arrays)."""
+
+
+class Flight(NamedTuple):
+    """What the device is busy with: the launched work, and the requests in it by slot."""
+
+    launched: Any
+    running: dict[int, Tracked]
 
 
 class Scheduler:
     """First come, first served, over slots and pages; nobody waits behind one who waits for more pages than there are."""
 
-    def __init__(self, device: Device, pages: PagePool, *, slots: int, block: int, window: int, max_batched_tokens: int, root: bytes):
+    def __init__(
+        self,
+        device: Device,
+        pages: PagePool,
+        *,
+        slots: int,
+        block: int,
+        window: int,
+        max_batched_tokens: int,
+        steps_per_dispatch: int,
+        root: bytes,
+    ):
         self.device, self.pages = device, pages
         self.block, self.window, self.max_batched_tokens = block, window, max_batched_tokens
+        self.steps_per_dispatch = steps_per_dispatch
         self.waiting: collections.deque[Tracked] = collections.deque()
         self.prefilling: collections.deque[Tracked] = collections.deque()
         self.running: dict[int, Tracked] = {}
@@ -102,34 +146,48 @@ class Scheduler:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._root = root
         self._admitted = 0
+        self._flight: Flight | None = None
+        self._ended: list[Ended] = []
 
     def __len__(self) -> int:
-        return len(self.waiting) + len(self.prefilling) + len(self.running)
+        return len(self.waiting) + len(self.prefilling) + len(self.running) + len(self._ended)
 
     def add(self, request: Tracked) -> None:
         self.waiting.append(request)
 
     def step(self) -> list[Ended]:
-        """Admits, prefills under the token budget, decodes one dispatch; returns what ended."""
+        """Collects the last dispatch, admits, prefills under the token budget, launches the next; returns what ended."""
+        self.settle()
         self._admit()
         self._prefill()
         for request in sorted(self.running.values(), key=lambda r: r.order):
             if request.slot is not None:
                 self._provide_page(request)
-        if not self.running:
-            return []
-        busy = bool(self.prefilling)
-        report, sequence = self.device.run(
-            self.running,
-            max_steps=_STEPS_BETWEEN_PREFILLS if busy else STEPS_PER_DISPATCH,
-            stop_on_finish=busy or bool(self.waiting),
-        )
-        return self._collect(report, sequence)
+        if self.running:
+            busy = bool(self.prefilling)
+            steps = min(_STEPS_BETWEEN_PREFILLS, self.steps_per_dispatch) if busy else self.steps_per_dispatch
+            launched = self.device.launch(self.running, max_steps=steps, stop_on_finish=busy or bool(self.waiting))
+            self._flight = Flight(launched, dict(self.running))
+        ended, self._ended = self._ended, []
+        return ended
+
+    def settle(self) -> None:
+        """Waits for the dispatch under way, if there is one: then host and device know the same. :meth:`step` gives what ended."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            self._ended += self._collect(self.device.collect(flight.launched), flight.running)
+
+    def has_ended(self, request: Tracked) -> bool:
+        """Whether it ended in a dispatch that was collected, and the next :meth:`step` will say so."""
+        return any(ended.request is request for ended in self._ended)
 
     def drop(self, request: Tracked) -> None:
         """Takes a request out, wherever it is; its pages and slot come back."""
         if request in self.waiting:
             self.waiting.remove(request)
+            return
+        if self.has_ended(request):
+            self._ended = [ended for ended in self._ended if ended.request is not request]
             return
         if request in self.prefilling:
             self.prefilling.remove(request)
@@ -140,8 +198,13 @@ class Scheduler:
         self._vacate(request)
 
     def preempt(self, request: Tracked) -> None:
-        """Moves a request from its slot back to the head of the queue, with all it needs to go on exactly as it was."""
-        assert request.slot is not None
+        """Moves a request from its slot back to the head of the queue, with all it needs to go on exactly as it was.
+
+        A request that turns out to have ended stays ended.
+        """
+        self.settle()
+        if request.slot is None:
+            return
         self.preemptions += 1
         if request in self.prefilling:
             self.prefilling.remove(request)
@@ -233,24 +296,28 @@ class Scheduler:
         if missing > 0:
             request.pages += self.pages.allocate(missing)
 
-    def _collect(self, report: StepReport, sequence: Canvas) -> list[Ended]:
+    def _collect(self, report: StepReport, launched: dict[int, Tracked]) -> list[Ended]:
         ended = []
-        for slot, request in list(self.running.items()):
-            row = {name: int(getattr(report, name)[slot]) for name in StepReport.__dataclass_fields__}
-            request.start = row["start"]
-            self._publish(request, row["written_upto"] // self.block, np.asarray(sequence.tokens[slot]))
-            settled = row["length"] if row["status"] != RUNNING else row["settled_upto"]
-            request.tokens += sequence.tokens[slot, len(request.prompt) + len(request.tokens) : settled].tolist()
-            if row["status"] != RUNNING:
+        for slot, request in launched.items():
+            if self.running.get(slot) is not request:
+                continue  # dropped while the device was busy with it
+            row = {name: int(getattr(report, name)[slot]) for name in _COUNTS}
+            status, known = row["status"], request.known
+            request.start, request.nfe, request.revised, request.remasked = (row[n] for n in ("start", "nfe", "revised", "remasked"))
+            settled = row["settled_upto"] if status == RUNNING else row["length"]
+            request.tokens += report.tokens[slot, : max(0, settled - known)].tolist()
+            if status != ERROR:
+                self._publish(request, row["written_upto"] // self.block)
+            if status != RUNNING:
+                ended.append(Ended(request, status, self.device.read(request) if request.wants_sequence else None))
                 del self.running[slot]
                 self._vacate(request)
-                ended.append(Ended(request, row, Canvas(*(getattr(sequence, f)[slot] for f in Canvas.__dataclass_fields__))))
         return ended
 
-    def _publish(self, request: Tracked, written: int, tokens: np.ndarray) -> None:
+    def _publish(self, request: Tracked, written: int) -> None:
         """Blocks whose KV a step has written become findable; only the step's own report says so."""
         for i in range(request.written, written):
             parent = request.digests[-1] if request.digests else self._root
-            request.digests.append(chain_digest(parent, tokens[i * self.block : (i + 1) * self.block]))
+            request.digests.append(chain_digest(parent, request.block(i, self.block)))
             self.pages.publish(request.pages[i], request.digests[-1])
         request.written = written

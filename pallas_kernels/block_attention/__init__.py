@@ -1,6 +1,74 @@
 """Block attention: a window of blocks over a paged prefix and itself, and the write of finished blocks into the pool."""
 
-from pallas_kernels.block_attention.reference import block_attention, write_blocks
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+
+from pallas_kernels.block_attention import reference
+from pallas_kernels.target import Target, pick
 
 
-__all__ = ["block_attention", "write_blocks"]
+__all__ = ["Backend", "block_attention", "choose_backend", "write_blocks"]
+
+Backend = Literal["reference"]
+
+_ATTENTION = {"reference": reference.block_attention}
+_WRITE = {"reference": reference.write_blocks}
+
+
+def choose_backend(target: Target) -> Backend:
+    """The backend used on ``target`` unless told otherwise."""
+    return "reference"
+
+
+def block_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    pool_k: jax.Array,
+    pool_v: jax.Array,
+    layer: jax.Array,
+    page_table: jax.Array,
+    prefix_len: jax.Array,
+    lanes: jax.Array,
+    before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """Block-causal attention: queries see the cached prefix, the live blocks before theirs, and their own block.
+
+    Args:
+      q: ``[R, W, KV, G, H]`` queries of W = lanes x B window positions.
+      k, v: ``[R, W, KV, H]`` the window's own keys and values.
+      pool_k, pool_v: ``[L, N, B, KV, H]`` the paged pool; a page holds one block.
+      layer: int32 scalar, which layer of the pool.
+      page_table: ``[R, P]`` int32, the pages of a row's positions; entries at or past N are not read into any result.
+      prefix_len: ``[R]`` int32, how many positions from 0 on are cached, a multiple of B.
+      lanes: ``[R, W / B]`` bool, blocks of the window that exist; no other block sees a lane that does not.
+      before: ``(k [R, C, KV, H], v [R, C, KV, H], live [R] bool)``: positions between prefix and window whose KV is not in the
+        pool yet; seen by all queries of rows where ``live``.
+      backend: see :data:`Backend`; None chooses by the current mesh.
+
+    Returns:
+      ``[R, W, KV, G, H]`` in q's dtype; rows of lanes that do not exist mean nothing.
+
+    Raises:
+      ValueError: for an unknown backend.
+    """
+    attend = pick("block_attention", backend, choose_backend, _ATTENTION)
+    options: dict[str, Any] = {"pool_k": pool_k, "pool_v": pool_v, "layer": layer, "page_table": page_table}
+    return attend(q, k, v, **options, prefix_len=prefix_len, lanes=lanes, before=before)
+
+
+def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array, *, backend: str | None = None) -> jax.Array:
+    """Writes whole blocks into their pages; with the pool donated this happens in place.
+
+    Args:
+      pool: ``[L, N, B, KV, H]``.
+      fresh: ``[L, R, B, KV, H]``, one block a row.
+      pages: ``[R]`` int32; rows with a page at or past N write nothing.
+      backend: as in :func:`block_attention`.
+    """
+    return pick("block_attention", backend, choose_backend, _WRITE)(pool, fresh, pages)

@@ -24,25 +24,11 @@ def block_attention(
     lanes: jax.Array,
     before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """Block-causal attention: queries see the cached prefix, the live blocks before theirs, and their own block.
+    """See the package's ``block_attention``.
 
     The softmax is accumulated over the window first, then over the block before it, then over prefix chunks up to the
     longest prefix in the batch. A part that a row does not see changes nothing of that row, to the bit, so a row depends
     neither on the others nor on whether a block before it was passed.
-
-    Args:
-      q: ``[R, W, KV, G, H]`` queries of W = lanes x B window positions.
-      k, v: ``[R, W, KV, H]`` the window's own keys and values.
-      pool_k, pool_v: ``[L, N, B, KV, H]`` the paged pool; a page holds one block.
-      layer: int32 scalar, which layer of the pool.
-      page_table: ``[R, P]`` int32, the pages of a row's positions; entries at or past N are not read into any result.
-      prefix_len: ``[R]`` int32, how many positions from 0 on are cached, a multiple of B.
-      lanes: ``[R, W / B]`` bool, blocks of the window that exist; no other block sees a lane that does not.
-      before: ``(k [R, C, KV, H], v [R, C, KV, H], live [R] bool)``: positions between prefix and window whose KV is not in the
-        pool yet; seen by all queries of rows where ``live``.
-
-    Returns:
-      ``[R, W, KV, G, H]`` in q's dtype; rows of lanes that do not exist mean nothing.
     """
     rows, width, _, _, head = q.shape
     pages, block = pool_k.shape[1:3]
@@ -80,6 +66,8 @@ def block_attention(
         at = layer * pages + jnp.minimum(at, pages - 1)
         keys, values = (p[at].reshape(rows, chunk * block, *p.shape[2:]) for p in (flat_k, flat_v))
         cached = i * chunk * block + jnp.arange(chunk * block) < prefix_len[:, None]
+        # Pages that are not read may hold anything, also what is not a number, and zero times that is not zero.
+        values = jnp.where(cached[..., None, None], values, 0)
         return attend(carry, keys, values, cached[:, None, None, None])
 
     needed = (prefix_len.max() + chunk * block - 1) // (chunk * block)
@@ -88,11 +76,5 @@ def block_attention(
 
 
 def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array) -> jax.Array:
-    """Writes whole blocks into their pages; with the pool donated this happens in place.
-
-    Args:
-      pool: ``[L, N, B, KV, H]``.
-      fresh: ``[L, R, B, KV, H]``, one block a row.
-      pages: ``[R]`` int32; rows with a page at or past N write nothing.
-    """
+    """See the package's ``write_blocks``."""
     return pool.at[:, pages].set(fresh.astype(pool.dtype), mode="drop")

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from pallas_kernels.grouped_matmul.cpu import streamed
 from pallas_kernels.grouped_matmul.reference import dense
 from pallas_kernels.grouped_matmul.xla import ragged
+from pallas_kernels.target import Target, pick
 
 
 __all__ = ["Backend", "choose_backend", "dense", "expert_mlp"]
@@ -25,9 +26,9 @@ _BACKENDS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "ragged": ragg
 assert tuple(_BACKENDS) == get_args(Backend)
 
 
-def choose_backend(platform: str) -> Backend:
-    """The backend ``expert_mlp`` uses on a JAX platform (``"cpu"``, ``"gpu"``, ``"tpu"``, …) unless told otherwise."""
-    return "cpu" if platform == "cpu" else "ragged"
+def choose_backend(target: Target) -> Backend:
+    """The backend used on ``target`` unless told otherwise."""
+    return "cpu" if target.platform == "cpu" else "ragged"
 
 
 def expert_mlp(
@@ -39,7 +40,7 @@ def expert_mlp(
     *,
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
-    backend: Backend | None = None,
+    backend: str | None = None,
 ) -> jax.Array:
     """The routed experts of one layer.
 
@@ -65,14 +66,10 @@ def expert_mlp(
     Raises:
       ValueError: for an unknown backend, or shapes that do not fit together.
     """
-    if backend is None:
-        device = jax.sharding.get_abstract_mesh().abstract_device
-        backend = choose_backend(device.platform if device else jax.default_backend())
-    if backend not in _BACKENDS:
-        raise ValueError(f"unknown grouped_matmul backend {backend!r}; valid: {', '.join(_BACKENDS)}")
+    compute = pick("grouped_matmul", backend, choose_backend, _BACKENDS)
     _check_shapes(x, expert_ids, weights, gate_up, down, layer, valid)
-    with jax.named_scope(f"expert_mlp_{backend}"):
-        return _BACKENDS[backend](x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
+    with jax.named_scope("expert_mlp"):
+        return compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
 
 
 def _check_shapes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,13 @@ def predict(
     else:
         top_ids = lax.top_k(logits, top_k)[1].astype(jnp.int32)
     return Best(token, prob_of(token)[:, 0], prob_of(current)[:, 0], top_ids, prob_of(top_ids))
+
+
+def predict_from_hidden(hidden: jax.Array, lm_head: jax.Array, current: jax.Array, **options: Any) -> Best:
+    """See the package's ``predict_from_hidden``; all logits are held in memory."""
+    with jax.named_scope("lm_head"):
+        logits = jnp.einsum("rd,vd->rv", hidden, lm_head, preferred_element_type=jnp.float32)
+    return predict(logits, current, **options)
 
 
 def _sample(logits: jax.Array, sampling: Sampling, greedy: jax.Array) -> jax.Array:

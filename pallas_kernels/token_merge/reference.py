@@ -34,22 +34,7 @@ class MergeSpec:
 def merge(
     table: jax.Array, tokens: jax.Array, mask_id: int, ids: jax.Array, probs: jax.Array, soft: jax.Array, *, spec: MergeSpec
 ) -> jax.Array:
-    """Embeddings of tokens, soft where asked (DMax, arXiv 2604.08302, eq. for hybrid embeddings; mixed in float32).
-
-    Args:
-      table: ``[V, D]`` input embeddings.
-      tokens: ``[..., B]`` int32.
-      mask_id: the mask token's id.
-      ids: ``[..., B, M]`` int32 candidates, M = ``spec.top_k``.
-      probs: ``[..., B, M]`` float32.
-      soft: ``[..., B]`` bool.
-      spec: the mix.
-
-    Returns:
-      ``[..., B, D]`` in the table's dtype. Where ``soft``, with candidate embeddings e_j of probability p_j and the mask's
-      embedding m taking the rest r: ``dmax_topk`` gives h = sum p_j e_j + r m, scaled to norm sum p_j |e_j| + r |m| if
-      ``renormalize``; ``iter_smooth_topk`` gives e(token) + weight * sum p_j e_j.
-    """
+    """See the package's ``merge``."""
     hard = table[tokens]
     candidates = table[ids].astype(jnp.float32)
     mix = jnp.einsum("...md,...m->...d", candidates, probs)

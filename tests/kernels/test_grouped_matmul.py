@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from pallas_kernels.grouped_matmul import choose_backend, dense, expert_mlp
+from pallas_kernels.target import Target, current_target
 
 
 FAST = ("cpu", "ragged")
@@ -143,10 +144,10 @@ def test_dense_gradient():
 
 
 def test_choice_of_backend():
-    assert choose_backend("cpu") == "cpu"
-    assert {choose_backend(p) for p in ("tpu", "gpu", "cuda", "rocm")} == {"ragged"}
+    assert choose_backend(Target("cpu")) == "cpu"
+    assert {choose_backend(t) for t in (Target("tpu"), Target("gpu"), Target("gpu", 7.5))} == {"ragged"}
     args = make(8, tokens=2)
-    chosen = run(*args, backend=choose_backend(jax.default_backend()))
+    chosen = run(*args, backend=choose_backend(current_target()))
     np.testing.assert_array_equal(run(*args, backend=None), chosen)
 
 

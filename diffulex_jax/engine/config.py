@@ -1,0 +1,61 @@
+"""The engine's static settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+
+_CHOICES = {"dtype": ("float32", "bfloat16"), "kernels": ("auto", "reference")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine is built. ``Engine.from_pretrained`` takes these as keywords.
+
+    Attributes:
+      dtype: of parameters, activations and the KV pool: ``"float32"`` or ``"bfloat16"``.
+      block_size: tokens in a block; what the model was trained with (32 for LLaDA2).
+      buffer_size: blocks denoised together (multi-block diffusion); 1 finishes a block before it starts the next.
+      max_slots: requests decoded together.
+      max_model_len: most tokens of a prompt and its output.
+      num_pages: blocks of KV in the pool; default: what memory allows, up to a few times what all slots need together. With fewer
+        than they need, requests that no longer fit are set aside and resumed.
+      max_batched_tokens: tokens of prompts and windows processed in one step, at the most.
+      prefix_cache: reuse the KV of blocks that begin a prompt as an earlier request did.
+      steps_per_dispatch: denoise steps the device runs before the host looks.
+      kernels: ``"auto"``, the fastest for the device (``diffulex-jax doctor`` names them), or ``"reference"``, plain XLA.
+    """
+
+    dtype: str = "float32"
+    block_size: int = 32
+    buffer_size: int = 1
+    max_slots: int = 8
+    max_model_len: int = 2048
+    num_pages: int | None = None
+    max_batched_tokens: int = 2048
+    prefix_cache: bool = True
+    steps_per_dispatch: int = 8
+    kernels: str = "auto"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", "int | None"):
+                if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                    raise ValueError(f"{field.name}={value!r} must be a positive integer")
+            elif field.type == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{field.name}={value!r} must be True or False")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+
+    @property
+    def jax_dtype(self) -> Any:
+        return jnp.dtype(self.dtype)
+
+    @property
+    def pages_per_slot(self) -> int:
+        return -(-self.max_model_len // self.block_size)

@@ -1,0 +1,46 @@
+"""What machine a program is compiled for, and so which backend an operation uses on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Target(NamedTuple):
+    """A kind of device.
+
+    Attributes:
+      platform: JAX's name: ``"cpu"``, ``"gpu"``, ``"tpu"``.
+      capability: CUDA compute capability (9.0 is Hopper); 0 where there is none or it is not known.
+    """
+
+    platform: str
+    capability: float = 0.0
+
+
+def target_of(device: jax.Device) -> Target:
+    """The kind of ``device``."""
+    return Target(device.platform, float(getattr(device, "compute_capability", None) or 0) if device.platform == "gpu" else 0.0)
+
+
+def current_target() -> Target:
+    """The kind of the current mesh's devices, else of the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    default = jax.devices()[0]
+    if device is None or device.platform == default.platform:
+        return target_of(default)
+    return Target(device.platform)
+
+
+def pick(operation: str, backend: str | None, choose: Callable[[Target], str], backends: Mapping[str, Any]) -> Any:
+    """The entry of ``backends`` called ``backend``; None chooses by the current target.
+
+    Raises:
+      ValueError: for a name that is not in ``backends``.
+    """
+    name = choose(current_target()) if backend is None else backend
+    if name not in backends:
+        raise ValueError(f"unknown {operation} backend {name!r}; valid: {', '.join(backends)}")
+    return backends[name]
