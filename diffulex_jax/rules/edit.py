@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from diffulex_jax.rules.base import Rule
 from diffulex_jax.state import DecodeState, Dims, Prediction
+from pallas_kernels.remask import decision
 
 
 def edit() -> Rule:
@@ -21,8 +22,9 @@ def edit() -> Rule:
         return jnp.zeros((dims.slots, dims.window), jnp.int32)
 
     def update(prediction: Prediction, state: DecodeState, post_steps: jax.Array) -> tuple[DecodeState, jax.Array]:
-        sure = prediction.prob > state.settings.edit_threshold[:, None, None]
-        revise = state.editable & ~prediction.masked & (prediction.token != state.tokens) & sure
+        filled = state.editable & ~prediction.masked
+        limit = state.settings.edit_threshold[:, None, None]
+        revise = decision.revise(prediction.token, prediction.prob, state.tokens, filled, threshold=limit)
         complete_before = ~(prediction.masked & state.editable).any(-1)
         post_steps = post_steps + (complete_before & state.active)
         state = state.fill(revise, prediction.token, prediction.prob)

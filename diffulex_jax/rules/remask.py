@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from diffulex_jax.rules.base import Rule
 from diffulex_jax.state import DecodeState, Dims, Prediction
+from pallas_kernels.remask import decision
 
 
 def remask(*, max_per_position: int = 2) -> Rule:
@@ -27,7 +28,8 @@ def remask(*, max_per_position: int = 2) -> Rule:
     def update(prediction: Prediction, state: DecodeState, count: jax.Array) -> tuple[DecodeState, jax.Array]:
         limit = state.settings.remask_threshold[:, None, None]
         prob = jnp.where(state.tokens == prediction.token, prediction.prob, prediction.current_prob)
-        doubt = state.editable & ~prediction.masked & ~state.masked & (prob < limit) & (count < max_per_position)
+        filled = state.editable & ~prediction.masked & ~state.masked
+        doubt = decision.doubt(prob, filled, threshold=limit, times=count, at_most=max_per_position)
         masked = state.masked | doubt
         # While a block has masks, its filled tokens may yet be masked again.
         hold = state.hold | ((limit[..., 0] > 0) & masked.any(-1) & state.active)

@@ -5,35 +5,140 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.remask import reference
-from pallas_kernels.remask.reference import Best, Sampling, predict
+from pallas_kernels.remask import decision, reference, tpu, tpu_decision
+from pallas_kernels.remask.decision import Decision
+from pallas_kernels.remask.reference import Best, Sampling
 from pallas_kernels.target import Target, pick
 
 
-__all__ = ["Backend", "Best", "Sampling", "choose_backend", "predict", "predict_from_hidden"]
+__all__ = ["Backend", "Best", "Decision", "Sampling", "choose_backend", "decide", "predict", "predict_from_hidden"]
 
-Backend = Literal["reference"]
+Backend = Literal["reference", "tpu"]
 
-_FROM_HIDDEN = {"reference": reference.predict_from_hidden}
+_FROM_LOGITS = {"reference": reference.predict, "tpu": tpu.predict}
+_FROM_HIDDEN = {"reference": reference.predict_from_hidden, "tpu": tpu.predict_from_hidden}
+_DECIDE = {"reference": decision.decide, "tpu": tpu_decision.decide}
 
 
 def choose_backend(target: Target) -> Backend:
     """The backend used on ``target`` unless told otherwise."""
-    return "reference"
+    return "tpu" if target.platform == "tpu" else "reference"
 
 
-def predict_from_hidden(hidden: jax.Array, lm_head: jax.Array, current: jax.Array, *, backend: str | None = None, **options: Any) -> Best:
+def predict(
+    logits: jax.Array,
+    current: jax.Array,
+    *,
+    forbidden_id: int,
+    sampling: Sampling,
+    penalized: jax.Array | None = None,
+    penalty: jax.Array | None = None,
+    banned: jax.Array | None = None,
+    top_k: int = 0,
+    backend: str | None = None,
+) -> Best:
+    """Reduces each row of logits to the chosen token and the probabilities rules ask for.
+
+    Probabilities are the model's own: softmax over the allowed vocabulary at temperature 1, whatever the sampling. So a
+    threshold means the same at every temperature, and sampling with ``top_k=1`` equals greedy decoding.
+
+    Args:
+      logits: ``[R, V]`` float32.
+      current: ``[R]`` int32, the token that stands there; its probability is reported.
+      forbidden_id: never chosen and left out of the softmax (the mask).
+      sampling: rows with temperature above 0 draw from softmax(logits / temperature) cut to top-k, then top-p.
+      penalized: ``[R]`` int32, a token whose logit is lowered by ``penalty`` (``[R]`` float32); negative: none.
+      penalty: see ``penalized``.
+      banned: ``[R, M]`` int32, ids that are neither chosen nor counted in the softmax of their row; negative: none.
+      top_k: how many best tokens to report.
+      backend: see :data:`Backend`; None chooses by the current mesh.
+
+    Returns:
+      :class:`Best`. Ties go to the lowest id; a row with a NaN has NaN probabilities.
+
+    Raises:
+      ValueError: for an unknown backend.
+    """
+    options: dict[str, Any] = {"forbidden_id": forbidden_id, "sampling": sampling, "penalized": penalized, "penalty": penalty}
+    return pick("remask", backend, choose_backend, _FROM_LOGITS)(logits, current, **options, banned=banned, top_k=top_k)
+
+
+def predict_from_hidden(
+    hidden: jax.Array,
+    lm_head: jax.Array,
+    current: jax.Array,
+    *,
+    vocab_axes: tuple[str, ...] = (),
+    backend: str | None = None,
+    **options: Any,
+) -> Best:
     """:func:`predict` of the logits ``hidden @ lm_head.T`` (float32 sums), which a backend need not ever hold in memory.
 
     Args:
       hidden: ``[R, D]`` normalised last hidden states.
       lm_head: ``[V, D]``.
       current: ``[R]`` int32.
+      vocab_axes: inside a ``jax.shard_map``: the mesh axes that share the vocabulary, each device with consecutive rows of ``lm_head``;
+        the devices exchange what they found, and all return the result over the whole vocabulary.
       backend: see :data:`Backend`; None chooses by the current mesh.
       **options: the keywords of :func:`predict`.
 
     Raises:
       ValueError: for an unknown backend.
     """
+    if vocab_axes:
+        options["vocab_axes"] = vocab_axes
     return pick("remask", backend, choose_backend, _FROM_HIDDEN)(hidden, lm_head, current, **options)
+
+
+def decide(
+    tokens: jax.Array,
+    masked: jax.Array,
+    confidence: jax.Array,
+    editable: jax.Array,
+    *,
+    token: jax.Array,
+    prob: jax.Array,
+    current_prob: jax.Array,
+    times: jax.Array,
+    accept_threshold: jax.Array,
+    edit_threshold: jax.Array,
+    remask_threshold: jax.Array,
+    num_to_transfer: jax.Array,
+    may_force: jax.Array,
+    max_per_position: int,
+    backend: str | None = None,
+) -> Decision:
+    """Fills masks, revises filled tokens and masks doubtful ones again: what the rules threshold, edit and remask do in a chain.
+
+    Args:
+      tokens: ``[S, K, B]`` int32, the window.
+      masked: ``[S, K, B]`` bool, what is masked.
+      confidence: ``[S, K, B]`` float32, probability of each token when it was last written.
+      editable: ``[S, K, B]`` bool, positions that may change.
+      token, prob, current_prob: ``[S, K, B]``, the prediction (see :class:`Best`).
+      times: ``[S, K, B]`` int32, how often each position was masked again so far.
+      accept_threshold: ``[S]`` float32; masks predicted above it are filled.
+      edit_threshold: ``[S]`` float32; filled tokens give way to another token predicted above it.
+      remask_threshold: ``[S]`` float32; filled tokens of a lower probability are masked again.
+      num_to_transfer: ``[S]`` int32, masks to fill at least in each block.
+      may_force: ``[S, K]`` bool, blocks that this holds for; the others may fill none.
+      max_per_position: how often a position may be masked again.
+      backend: see :data:`Backend`; None chooses by the current mesh.
+
+    Raises:
+      ValueError: for an unknown backend, or an array of the wrong shape.
+    """
+    windows = {"tokens": tokens, "masked": masked, "confidence": confidence, "editable": editable, "times": times}
+    windows |= {"token": token, "prob": prob, "current_prob": current_prob}
+    slots = {"accept_threshold": accept_threshold, "edit_threshold": edit_threshold, "remask_threshold": remask_threshold}
+    expected = [(windows, tokens.shape), (slots | {"num_to_transfer": num_to_transfer}, tokens.shape[:1])]
+    for arrays, shape in (*expected, ({"may_force": may_force}, tokens.shape[:2])):
+        for name, array in arrays.items():
+            if array.shape != shape:
+                raise ValueError(f"remask.decide: {name} has shape {array.shape}, expected {shape}")
+    least = jnp.where(may_force, num_to_transfer[:, None], 0)
+    bounds = (*(a[:, None, None] for a in slots.values()), least[..., None])
+    return pick("remask", backend, choose_backend, _DECIDE)(*windows.values(), *bounds, at_most=max_per_position)

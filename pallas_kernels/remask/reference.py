@@ -46,24 +46,7 @@ def predict(
     banned: jax.Array | None = None,
     top_k: int = 0,
 ) -> Best:
-    """Reduces each row of logits to the chosen token and the probabilities rules ask for.
-
-    Probabilities are the model's own: softmax over the allowed vocabulary at temperature 1, whatever the sampling. So a
-    threshold means the same at every temperature, and sampling with ``top_k=1`` equals greedy decoding.
-
-    Args:
-      logits: ``[R, V]`` float32.
-      current: ``[R]`` int32, the token that stands there; its probability is reported.
-      forbidden_id: never chosen and left out of the softmax (the mask).
-      sampling: rows with temperature above 0 draw from softmax(logits / temperature) cut to top-k, then top-p.
-      penalized: ``[R]`` int32, a token whose logit is lowered by ``penalty`` (``[R]`` float32); negative: none.
-      penalty: see ``penalized``.
-      banned: ``[R, M]`` int32, ids that are neither chosen nor counted in the softmax of their row; negative: none.
-      top_k: how many best tokens to report.
-
-    Returns:
-      :class:`Best`. Ties go to the lowest id.
-    """
+    """See ``remask.predict``."""
     vocab = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     if penalized is not None:
         assert penalty is not None, "penalized tokens need a penalty"
@@ -74,7 +57,7 @@ def predict(
         logits = logits.at[jnp.arange(len(logits))[:, None], outside].set(-jnp.inf, mode="drop")
     peak = logits.max(-1)
     total = jnp.exp(logits - peak[:, None]).sum(-1)
-    greedy = jnp.where(logits == peak[:, None], vocab, logits.shape[-1]).min(-1)
+    greedy = _first_largest(logits)
 
     def prob_of(token: jax.Array) -> jax.Array:
         return jnp.exp(jnp.take_along_axis(logits, token[..., None] if token.ndim == 1 else token, -1) - peak[:, None]) / total[:, None]
@@ -87,10 +70,14 @@ def predict(
     return Best(token, prob_of(token)[:, 0], prob_of(current)[:, 0], top_ids, prob_of(top_ids))
 
 
-def predict_from_hidden(hidden: jax.Array, lm_head: jax.Array, current: jax.Array, **options: Any) -> Best:
+def predict_from_hidden(
+    hidden: jax.Array, lm_head: jax.Array, current: jax.Array, *, vocab_axes: tuple[str, ...] = (), **options: Any
+) -> Best:
     """See the package's ``predict_from_hidden``; all logits are held in memory."""
     with jax.named_scope("lm_head"):
         logits = jnp.einsum("rd,vd->rv", hidden, lm_head, preferred_element_type=jnp.float32)
+        if vocab_axes:
+            logits = lax.all_gather(logits, vocab_axes, axis=1, tiled=True)
     return predict(logits, current, **options)
 
 
@@ -106,8 +93,13 @@ def _sample(logits: jax.Array, sampling: Sampling, greedy: jax.Array) -> jax.Arr
     p = jnp.where(sampling.top_p < 1, sampling.top_p * mass.sum(-1), everything)
     kept &= order >= _cutoff(order, mass, p)[:, None]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(sampling.key)
-    drawn = jnp.argmax(jnp.where(kept, scaled, -jnp.inf) + noise, -1).astype(jnp.int32)
-    return jnp.where(hot, drawn, greedy)
+    return jnp.where(hot, _first_largest(jnp.where(kept, scaled, -jnp.inf) + noise), greedy)
+
+
+def _first_largest(x: jax.Array) -> jax.Array:
+    """``[R]`` int32: argmax of each row; the last id where it is NaN. Two plain reductions compile and run faster than one of pairs."""
+    ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where(x == x.max(-1, keepdims=True), ids, x.shape[1] - 1).min(-1)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
