@@ -48,6 +48,7 @@ _OPTION_TYPES: dict[Any, tuple[Any, dict[str, Any]]] = {
     float: (float, {}),
     bool: (bool, {}),
     int | None: (int | None, {}),
+    str | None: (str | None, {}),
     tuple[int, ...]: (list[int], {}),
     tuple[str, ...]: (list[str], {}),
     Mapping[int, int] | None: (dict | None, {"parser": _tokens_by_offset, "metavar": "OFFSET:TOKEN_ID,..."}),

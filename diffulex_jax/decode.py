@@ -38,12 +38,19 @@ from pallas_kernels import Kernels, block_attention, grouped_matmul, remask, tok
 
 
 class Program(NamedTuple):
-    """Everything static about a decode step."""
+    """Everything static about a decode step.
+
+    Attributes:
+      config, dims, rule, kernels: the network, the state's sizes, what is made of a prediction, and by which backends.
+      attention: what a prompt sees of itself while it is prefilled: its blocks before and its own (``"block_causal"``), or all of it
+        (``"prefix_full"``, D2F). Generated blocks see the cached prefix and the window's blocks up to their own under both.
+    """
 
     config: ModelConfig
     dims: Dims
     rule: Rule
     kernels: Kernels
+    attention: str = "block_causal"
 
     @property
     def block_budget(self) -> int:
@@ -105,31 +112,42 @@ def _page_of(position: jax.Array, page_table: jax.Array, state: DecodeState) -> 
 
 
 def prefill(
-    program: Program, params: llada2.Params, pool: KVPool, tokens: jax.Array, count: jax.Array, start: jax.Array, page_table: jax.Array
+    program: Program,
+    params: llada2.Params,
+    pool: KVPool,
+    tokens: jax.Array,
+    count: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    page_table: jax.Array,
 ) -> KVPool:
     """Writes the KV of whole prompt blocks of one request.
 
     Args:
-      program: the static part.
+      program: the static part. Where its attention is ``"prefix_full"`` the whole prompt must be given at once.
       params: model parameters.
       pool: the KV pool; donate it.
       tokens: ``[C, B]`` int32, C the chunk's compiled size.
-      count: int32 scalar, how many of the C blocks are real.
+      count: int32 scalar, how many of the C blocks are whole prompt blocks to be written.
       start: int32 scalar, absolute position of the chunk; everything before it is in the pool.
+      length: int32 scalar, tokens of the prompt.
       page_table: ``[P]`` int32, the request's pages.
     """
     blocks, block = tokens.shape
-    lanes = jnp.arange(blocks) < count
+    written = jnp.arange(blocks) < count
     positions = start + jnp.arange(blocks * block, dtype=jnp.int32)
+    full = program.attention == "prefix_full"
+    visible = (positions < length)[None] if full else None
+    lanes = start + jnp.arange(blocks) * block < length if full else written
     attention = _attention(program, pool, page_table[None])
 
     def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        out = attention(q, k, v, layer=layer, prefix_len=start[None], lanes=lanes[None])
+        out = attention(q, k, v, layer=layer, prefix_len=start[None], lanes=lanes[None], visible=visible)
         return out, tuple(a[0].reshape(blocks, block, *a.shape[2:]) for a in (k, v))
 
     x = llada2.embed(params, tokens.reshape(1, -1))
     _, (k, v) = _hidden(program, params)(x, positions[None], attend, valid=jnp.repeat(lanes, block)[None])
-    pages = jnp.where(lanes, lax.dynamic_slice_in_dim(jnp.pad(page_table, (0, blocks)), start // block, blocks), pool.k.shape[1])
+    pages = jnp.where(written, lax.dynamic_slice_in_dim(jnp.pad(page_table, (0, blocks)), start // block, blocks), pool.k.shape[1])
     return _write(program, pool, k, v, pages)
 
 
@@ -266,7 +284,7 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
         penalized=left.reshape(-1),
         penalty=rows(s.penalty_lambda),
         banned=jnp.where(early[:, None], jnp.repeat(s.stop_ids, per_position, 0), -1),
-        top_k=program.dims.merge_top_k,
+        top_k=program.dims.candidates,
         backend=program.kernels.remask,
     )
     return Prediction(
@@ -298,8 +316,8 @@ def _count(before: DecodeState, after: DecodeState) -> DecodeState:
         nfe=nfe,
         revised=after.revised + revised,
         remasked=after.remasked + remasked,
-        first_step=jnp.where(accepted & (before.first_step == 0), now, before.first_step),
-        last_step=jnp.where(accepted | seen.revised, now, before.last_step),
+        first_step=jnp.where(accepted & (after.first_step == 0), now, after.first_step),
+        last_step=jnp.where(accepted | seen.revised, now, after.last_step),
         stable=stability(after, seen.revised | seen.remasked),
     )
 

@@ -1,6 +1,6 @@
 """The decoding state: one pytree for every strategy, all shapes fixed when the engine starts.
 
-Letters in shapes: S slots, K blocks in the window, B tokens in a block, M merge candidates, P pages of a slot,
+Letters in shapes: S slots, K blocks in the window, B tokens in a block, M merge candidates, C candidates, P pages of a slot,
 T = P x B positions of a slot, L layers, N pages of the pool.
 """
 
@@ -20,13 +20,20 @@ FINISH_REASONS = {STOP: "stop", LENGTH: "length", MAX_NFE: "max_nfe", ERROR: "er
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dims:
-    """Every static size of a state."""
+    """Every static size of a state; ``rules.dims_for`` knows what a rule needs.
+
+    Attributes:
+      slots, window, block, pages_per_slot: S, K, B, P.
+      merge_top_k: M, candidates mixed into a soft token.
+      candidates: most probable tokens that a prediction lists, at least M.
+    """
 
     slots: int
     window: int
     block: int
     pages_per_slot: int
     merge_top_k: int = 0
+    candidates: int = 0
 
     @property
     def positions(self) -> int:
@@ -198,7 +205,7 @@ class Prediction(struct.PyTreeNode):
       token: ``[S, K, B]`` int32, the chosen token: the best one, or a sample where the temperature is above 0.
       prob: ``[S, K, B]`` float32, the model's probability of ``token`` (temperature 1, mask id excluded).
       current_prob: ``[S, K, B]`` float32, the model's probability of the token that stood there.
-      top_ids, top_probs: ``[S, K, B, M]`` the M most probable tokens, best first.
+      top_ids, top_probs: ``[S, K, B, C]`` the C most probable tokens, best first, C as many as the rule asks for.
       masked: ``[S, K, B]`` bool, what was masked in this forward's input.
     """
 

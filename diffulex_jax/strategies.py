@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from diffulex_jax.rules import Rule, chain, edit, remask, soft_parallel, threshold, token_merge
+from diffulex_jax.rules import Rule, chain, edit, levenshtein, remask, soft_parallel, threshold, token_merge
 
 
 def llada2() -> Rule:
@@ -35,7 +36,26 @@ def dmax(*, mode: str = "reference", top_k: int = 1) -> Rule:
     raise ValueError(f"dmax mode {mode!r} must be 'reference' or 'fast'")
 
 
-STRATEGIES: dict[str, Callable[[], Rule]] = {"llada2": llada2, "llada2_edit": llada2_edit, "dmax": dmax}
+def llada2_levenshtein() -> Rule:
+    """LLaDA2.2: fill and revise, and let positions be deleted or inserted within the block."""
+    return levenshtein()
+
+
+STRATEGIES: dict[str, Callable[[], Rule]] = {
+    "llada2": llada2,
+    "multi_bd": llada2,
+    "d2f": llada2,
+    "llada2_edit": llada2_edit,
+    "llada2_levenshtein": llada2_levenshtein,
+    "dmax": dmax,
+}
+
+SUGGESTED: dict[str, dict[str, Any]] = {
+    "multi_bd": {"buffer_size": 2},  # MBD-LMs' buffer
+    "d2f": {"buffer_size": 4, "attention": "prefix_full"},
+}
+"""Engine settings that go with a strategy where the caller names none: multi-block diffusion and D2F are ``llada2``'s rule in a wider
+window, D2F with prompts that see all of themselves."""
 
 
 def resolve(strategy: str | Rule) -> Rule:

@@ -14,6 +14,7 @@ import numpy as np
 from diffulex_jax import Rule, SamplingParams, decode
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.request_state import admit, empty_state, make_request, settings_row
+from diffulex_jax.rules import dims_for
 from diffulex_jax.state import FINISH_REASONS, DecodeState, Dims, KVPool, Prediction
 from pallas_kernels import choose
 
@@ -39,8 +40,7 @@ CONFIG = ModelConfig(
 
 
 def dims_of(rule: Rule, *, slots: int = 1, window: int = 1, block: int = 4, pages: int = 4) -> Dims:
-    top_k = rule.merge.top_k if rule.merge else 0
-    return Dims(slots=slots, window=window, block=block, pages_per_slot=pages, merge_top_k=top_k)
+    return dims_for(rule, slots=slots, window=window, block=block, pages_per_slot=pages)
 
 
 def settings_of(**settings):
@@ -135,13 +135,13 @@ def predict(
     token, prob, current = (
         jnp.take_along_axis(scripts[name][slots, forward], at, 1, mode="clip").reshape(shape) for name in ("tokens", "probs", "current")
     )
-    written = state.pending.live & state.live
+    written, rank = state.pending.live & state.live, jnp.arange(program.dims.candidates)  # the next best are the ids below
     prediction = Prediction(
         token=token,
         prob=prob,
         current_prob=jnp.where(token == state.tokens, prob, current),
-        top_ids=token[..., None],
-        top_probs=prob[..., None],
+        top_ids=(token[..., None] - rank) % EOS,
+        top_probs=prob[..., None] / (1 + rank),
         masked=state.masked,
     )
     state = state.replace(

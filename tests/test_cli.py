@@ -90,12 +90,9 @@ def test_settings_of_several_values_are_given_several_times(asked):
 
 
 def test_every_engine_setting_is_an_option(asked):
-    settings = {field.name: field.default for field in dataclasses.fields(EngineConfig) if field.name != "max_slots"} | {
-        "strategy": "llada2"
-    }
-    wanted = {"strategy": "dmax", "dtype": "bfloat16", "kernels": "reference"} | {
-        name: 5 for name, default in settings.items() if type(default) in (int, type(None))
-    }
+    settings = {"strategy": "llada2"} | {f.name: f.default for f in dataclasses.fields(EngineConfig) if f.name != "max_slots"}
+    names = {"strategy": "dmax", "dtype": "bfloat16", "kernels": "reference", "attention": "prefix_full"}
+    wanted = {name: 5 for name, default in settings.items() if type(default) in (int, type(None))} | names
     arguments = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     wanted |= {name: not default for name, default in settings.items() if type(default) is bool}
     assert wanted.keys() == settings.keys()

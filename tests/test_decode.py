@@ -41,7 +41,7 @@ prefill = functools.partial(jax.jit, static_argnums=0)(decode.prefill)
 def prefilled(program: decode.Program, pool: KVPool, tokens: list[int]) -> KVPool:
     """The pool after a plain forward over whole blocks of ``tokens``."""
     blocks = np.array(tokens, np.int32).reshape(-1, BLOCK)
-    return prefill(program, PARAMS, pool, blocks, len(blocks), 0, TABLE[0])
+    return prefill(program, PARAMS, pool, blocks, len(blocks), 0, blocks.size, TABLE[0])
 
 
 def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
@@ -67,7 +67,7 @@ def test_a_prefill_in_chunks_equals_one():
     program, pool, state = setup(REFERENCE, [1, 2, 3, 4, 5, 6, 7, 8, 9])
     one = prefilled(program, pool, [1, 2, 3, 4, 5, 6, 7, 8])
     chunks = prefilled(program, pool, [1, 2, 3, 4])
-    chunks = prefill(program, PARAMS, chunks, np.array([[5, 6, 7, 8], [9, 9, 9, 9]], np.int32), 1, 4, TABLE[0])
+    chunks = prefill(program, PARAMS, chunks, np.array([[5, 6, 7, 8], [9, 9, 9, 9]], np.int32), 1, 4, 9, TABLE[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), chunks, one)
     assert np.abs(one.k[:, :1]).min() > 0
     assert not one.k[:, 1].any()

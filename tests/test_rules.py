@@ -394,10 +394,12 @@ def test_rule_state_of_blocks_moves_with_the_window(window, by_block):
 
 
 def test_strategies_resolve():
-    assert set(STRATEGIES) == {"llada2", "llada2_edit", "dmax"}
+    assert set(STRATEGIES) == {"llada2", "multi_bd", "d2f", "llada2_edit", "llada2_levenshtein", "dmax"}
     rule = threshold()
     assert resolve(rule) is rule
-    with pytest.raises(ValueError, match="unknown strategy 'mdlm'; choose one of llada2, llada2_edit, dmax"):
+    with pytest.raises(
+        ValueError, match="unknown strategy 'mdlm'; choose one of llada2, multi_bd, d2f, llada2_edit, llada2_levenshtein, dmax"
+    ):
         resolve("mdlm")
     with pytest.raises(TypeError, match="strategy must be a name or a Rule, got 3"):
         resolve(3)

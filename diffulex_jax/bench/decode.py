@@ -22,9 +22,9 @@ from diffulex_jax.engine.engine import Engine
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import make_mesh
-from diffulex_jax.rules import Rule
+from diffulex_jax.rules import Rule, dims_for
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.state import DecodeState, Dims, KVPool
+from diffulex_jax.state import DecodeState, KVPool
 from diffulex_jax.strategies import resolve
 from pallas_kernels import block_attention, choose
 
@@ -48,7 +48,7 @@ def run(
     repeats: int,
     dtype: str,
     block_size: int,
-    buffer_size: int,
+    buffer_size: int | None,
     max_slots: int,
     progress: bool = False,
     **settings: Any,
@@ -85,10 +85,10 @@ def run(
     results = {}
     for name, rule in tqdm(rules.items(), disable=not progress, unit="strategy"):
         began = time.perf_counter()
-        engine = Engine(config, params, strategy=rule, dtype=dtype, **sizes, **settings)
+        engine = Engine(config, params, strategy=name, dtype=dtype, **sizes, **settings)
         start_seconds = time.perf_counter() - began
         figures = measure(engine, prompts, sampling, repeats=repeats)
-        figures |= measure_step(config, params, rule, prompt_tokens=longest, slots=max_slots, block=block_size, window=buffer_size)
+        figures |= measure_step(config, params, rule, prompt_tokens=longest, slots=max_slots, block=block_size, window=engine.dims.window)
         results[name] = {"start_seconds": start_seconds} | figures
     device = jax.devices()[0]
     return {
@@ -186,8 +186,7 @@ def _mid_request(
     sampling = SamplingParams(max_tokens=block, accept_threshold=2.0, add_block_threshold=2.0, ignore_eos=True)
     prompt = np.zeros(max(1, prompt_tokens // block * block), np.int32)
     pages = -(-(len(prompt) + block) // block)
-    merge_top_k = rule.merge.top_k if rule.merge is not None else 0
-    dims = Dims(slots=slots, window=window, block=block, pages_per_slot=pages, merge_top_k=merge_top_k)
+    dims = dims_for(rule, slots=slots, window=window, block=block, pages_per_slot=pages)
     pool = jnp.zeros((config.num_hidden_layers, slots * pages, block, config.num_key_value_heads, config.head_dim), params["embed"].dtype)
     state = request_state.empty_state(dims, rule, mask_id=config.mask_token_id)
     request = request_state.make_request(dims, prompt=prompt, params=sampling, eos_ids=())

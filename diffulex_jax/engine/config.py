@@ -8,7 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 
 
-_CHOICES = {"dtype": ("float32", "bfloat16"), "kernels": ("auto", "reference")}
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "attention": (None, "block_causal", "prefix_full"),
+    "kernels": ("auto", "reference"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +22,10 @@ class EngineConfig:
     Attributes:
       dtype: of parameters, activations and the KV pool: ``"float32"`` or ``"bfloat16"``.
       block_size: tokens in a block; what the model was trained with (32 for LLaDA2).
-      buffer_size: blocks denoised together (multi-block diffusion); 1 finishes a block before it starts the next.
+      buffer_size: blocks denoised together (multi-block diffusion); 1 finishes a block before it starts the next. Default: what the
+        strategy names, else 1.
+      attention: what a prompt sees of itself: ``"block_causal"``, its blocks up to the position's own, or ``"prefix_full"``, all of it
+        (D2F; such prompts share no prefixes and are prefilled in one piece). Default: what the strategy names, else block-causal.
       max_slots: requests decoded together.
       max_model_len: most tokens of a prompt and its output.
       num_pages: blocks of KV in the pool; default: what memory allows, up to a few times what all slots need together. With fewer
@@ -31,7 +38,8 @@ class EngineConfig:
 
     dtype: str = "float32"
     block_size: int = 32
-    buffer_size: int = 1
+    buffer_size: int | None = None
+    attention: str | None = None
     max_slots: int = 8
     max_model_len: int = 2048
     num_pages: int | None = None
@@ -50,7 +58,7 @@ class EngineConfig:
                 raise ValueError(f"{field.name}={value!r} must be True or False")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, choices))}")
 
     @property
     def jax_dtype(self) -> Any:

@@ -50,7 +50,10 @@ class JaxDevice:
         self._params, self.eos_ids = params, eos_ids
         config, dims = program.config, program.dims
         on_pool, on_slots, everywhere = (sharding(mesh, axes) for axes in (POOL_AXES, STATE_AXES, ()))
-        self._prefill_sizes = [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
+        # A prompt that sees all of itself cannot be cut into chunks: then there is a size for every power of two.
+        whole = [2**i for i in range(dims.pages_per_slot.bit_length() + 1)][::-1]
+        sizes = whole if program.attention == "prefix_full" else [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
+        self._prefill_sizes = sizes
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
         self._jit_prefill = jax.jit(_exact(functools.partial(decode.prefill, program), dtype), donate_argnums=(1,), out_shardings=on_pool)
         self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule, config.mask_token_id))
@@ -76,13 +79,17 @@ class JaxDevice:
         self._warm_up()
 
     def prefill(self, request: Tracked, first: int, count: int) -> None:
-        block = self.program.dims.block
-        tokens = request.prompt[first * block : (first + count) * block].reshape(count, block)
-        table = self._table(request.pages)
+        block, table = self.program.dims.block, self._table(request.pages)
+        if self.program.attention == "prefix_full":
+            blocks = -(-len(request.prompt) // block)
+            size = min(n for n in self._prefill_sizes if n >= blocks)
+            self._prefill(request.prompt, size, count, 0, len(request.prompt), table)
+            return
         while count:
             size = next((n for n in self._prefill_sizes if n <= count), self._prefill_sizes[-1])
-            self._prefill(tokens[:size], size, first, table)
-            tokens, first, count = tokens[size:], first + size, count - size
+            n = min(size, count)
+            self._prefill(request.prompt[first * block : (first + n) * block], size, n, first, len(request.prompt), table)
+            first, count = first + n, count - n
 
     def admit(self, request: Tracked) -> None:
         packed = request_state.make_request(self.program.dims, prompt=request.prompt, params=request.params, eos_ids=self.eos_ids)
@@ -144,16 +151,18 @@ class JaxDevice:
         table[: len(pages)] = pages
         return table
 
-    def _prefill(self, tokens: np.ndarray, count: int, first: int, table: np.ndarray) -> None:
+    def _prefill(self, tokens: np.ndarray, size: int, count: int, first: int, length: int, table: np.ndarray) -> None:
+        block = self.program.dims.block
+        padded = np.zeros(size * block, np.int32)
+        padded[: len(tokens)] = tokens
+        scalars = (np.int32(n) for n in (count, first * block, length))
         with jax.set_mesh(self.mesh):
-            self.pool = self._jit_prefill(
-                self._params, self.pool, tokens, np.int32(count), np.int32(first * self.program.dims.block), table
-            )
+            self.pool = self._jit_prefill(self._params, self.pool, padded.reshape(size, block), *scalars, table)
 
     def _warm_up(self) -> None:
         """Compiles every shape there will be, by running each once on nothing."""
         for size in self._prefill_sizes:
-            self._prefill(np.zeros((size, self.program.dims.block), np.int32), 0, 0, self._table([]))
+            self._prefill(np.zeros(0, np.int32), size, 0, 0, 0, self._table([]))
         probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(), slot=0)
         self.admit(probe)
         probe.saved = self.saved_structure = self.save(probe)

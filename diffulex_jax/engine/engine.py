@@ -26,10 +26,10 @@ from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.request_state import MAX_STOP_IDS
-from diffulex_jax.rules.base import Rule
+from diffulex_jax.rules.base import Rule, dims_for
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.state import FINISH_REASONS, Canvas, Dims
-from diffulex_jax.strategies import resolve
+from diffulex_jax.state import FINISH_REASONS, Canvas
+from diffulex_jax.strategies import SUGGESTED, resolve
 from pallas_kernels import REFERENCE, choose
 
 
@@ -66,7 +66,10 @@ class Engine:
         Raises:
           ValueError: for a setting that will not do, naming it.
         """
-        self.settings = s = EngineConfig(**settings)
+        named = SUGGESTED.get(strategy, {}) if isinstance(strategy, str) else {}
+        s = EngineConfig(**settings)
+        window, attention = s.buffer_size or named.get("buffer_size", 1), s.attention or named.get("attention", "block_causal")
+        self.settings = s = dataclasses.replace(s, buffer_size=window, attention=attention)
         if s.max_model_len > config.max_position_embeddings:
             raise ValueError(
                 f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={config.max_position_embeddings}"
@@ -74,21 +77,17 @@ class Engine:
         rule = resolve(strategy)
         self.config, self.tokenizer = config, tokenizer
         self.mesh = make_mesh() if mesh is None else mesh
-        self._dims = Dims(
-            slots=s.max_slots,
-            window=s.buffer_size,
-            block=s.block_size,
-            pages_per_slot=s.pages_per_slot,
-            merge_top_k=rule.merge.top_k if rule.merge is not None else 0,
-        )
+        whole_prompts = attention == "prefix_full"
+        self.dims = dims_for(rule, slots=s.max_slots, window=window, block=s.block_size, pages_per_slot=s.pages_per_slot)
         page_bytes = 2 * config.num_hidden_layers * s.block_size * config.num_key_value_heads * config.head_dim * s.jax_dtype.itemsize
         num_pages = s.num_pages or default_num_pages(self.mesh.devices.flat[0], page_bytes, needed=s.max_slots * s.pages_per_slot)
-        # Soft inputs leave other KV than a prompt of the same tokens would: such pages must not be found by their tokens.
-        shareable = rule.merge is None or not rule.merge.commit_soft
+        # Soft inputs leave other KV than a prompt of the same tokens would, and where a prompt sees all of itself its KV depends on
+        # what follows: such pages must not be found by their tokens.
+        shareable = not whole_prompts and (rule.merge is None or not rule.merge.commit_soft)
         self._pages = PagePool(num_pages, prefix_cache=s.prefix_cache and shareable)
         kernels = choose(self.mesh.devices.flat[0]) if s.kernels == "auto" else REFERENCE
         self._device = JaxDevice(
-            decode.Program(config, self._dims, rule, kernels),
+            decode.Program(config, self.dims, rule, kernels, attention),
             params,
             mesh=self.mesh,
             dtype=s.jax_dtype,
@@ -98,15 +97,17 @@ class Engine:
         )
         self._eos_ids = self._device.eos_ids
         # Everything that must agree for KV or a snapshot to be carried over.
-        self._fingerprint = f"{model_id}|{config}|{s.dtype}|{s.block_size}|{s.buffer_size}|{self._dims.positions}|{self._dims.merge_top_k}"
+        geometry = (s.dtype, s.block_size, window, attention, self.dims.positions, self.dims.merge_top_k)
+        self._fingerprint = "|".join(map(str, (model_id, config, *geometry)))
         self._scheduler = Scheduler(
             self._device,
             self._pages,
             slots=s.max_slots,
             block=s.block_size,
-            window=s.buffer_size,
+            window=window,
             max_batched_tokens=s.max_batched_tokens,
             steps_per_dispatch=s.steps_per_dispatch,
+            whole_prompts=whole_prompts,
             root=chain_digest(self._fingerprint.encode(), np.zeros(0, np.int32)),
         )
         self._requests: dict[int, Tracked] = {}
@@ -349,7 +350,10 @@ class Engine:
         longest = self.settings.max_model_len
         if len(ids) + params.max_tokens > longest:
             raise ValueError(f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} that exceeds max_model_len={longest}")
-        needed = -(-(len(ids) + params.max_tokens) // self._dims.block)
+        if self.settings.attention == "prefix_full" and len(ids) > self.settings.max_batched_tokens:
+            limit = self.settings.max_batched_tokens
+            raise ValueError(f"{name} has {len(ids)} tokens; with attention='prefix_full' at most max_batched_tokens={limit} go through")
+        needed = -(-(len(ids) + params.max_tokens) // self.dims.block)
         if needed > self._pages.num_pages:
             raise ValueError(f"{name} needs {needed} pages with max_tokens={params.max_tokens}; the pool has {self._pages.num_pages}")
         if params.stop and self.tokenizer is None:

@@ -135,7 +135,9 @@ class Scheduler:
         max_batched_tokens: int,
         steps_per_dispatch: int,
         root: bytes,
+        whole_prompts: bool = False,
     ):
+        """``whole_prompts``: a prompt is prefilled in one piece, however long."""
         self.device, self.pages = device, pages
         self.block, self.window, self.max_batched_tokens = block, window, max_batched_tokens
         self.steps_per_dispatch = steps_per_dispatch
@@ -144,7 +146,7 @@ class Scheduler:
         self.running: dict[int, Tracked] = {}
         self.preemptions = 0
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._root = root
+        self._root, self._whole_prompts = root, whole_prompts
         self._admitted = 0
         self._flight: Flight | None = None
         self._ended: list[Ended] = []
@@ -270,7 +272,7 @@ class Scheduler:
         while self.prefilling and (first or budget >= self.block):
             request = self.prefilling.popleft()
             left = request.start // self.block - request.written
-            count = min(left, max(budget // self.block, 1), _MOST_PREFILL_BLOCKS)
+            count = left if self._whole_prompts else min(left, max(budget // self.block, 1), _MOST_PREFILL_BLOCKS)
             if count:
                 self.device.prefill(request, request.written, count)
                 for i in range(request.written, request.written + count):

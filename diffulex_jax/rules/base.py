@@ -18,11 +18,26 @@ class Rule(NamedTuple):
       update: ``update(prediction, state, rule_state) -> (state, rule_state)``. It may write editable positions (through
         ``state.fill``), mask them again, set ``hold`` to keep a filled block open, and set merge descriptors.
       merge: how soft tokens are mixed, where the rule writes merge descriptors; None otherwise.
+      candidates: how many of the most probable tokens of each position it reads (``Prediction.top_ids``).
     """
 
     init: Callable[[Dims], Any]
     update: Callable[[Prediction, DecodeState, Any], tuple[DecodeState, Any]]
     merge: MergeSpec | None = None
+    candidates: int = 0
+
+
+def dims_for(rule: Rule, *, slots: int, window: int, block: int, pages_per_slot: int) -> Dims:
+    """The sizes of a state that ``rule`` decodes."""
+    merge_top_k = rule.merge.top_k if rule.merge is not None else 0
+    return Dims(
+        slots=slots,
+        window=window,
+        block=block,
+        pages_per_slot=pages_per_slot,
+        merge_top_k=merge_top_k,
+        candidates=max(merge_top_k, rule.candidates),
+    )
 
 
 def stateless(update: Callable[[Prediction, DecodeState], DecodeState], *, merge: MergeSpec | None = None) -> Rule:
@@ -54,4 +69,4 @@ def chain(*rules: Rule) -> Rule:
             new.append(rule_state)
         return state, tuple(new)
 
-    return Rule(init, update, merges[0] if merges else None)
+    return Rule(init, update, merges[0] if merges else None, max(rule.candidates for rule in rules) if rules else 0)

@@ -39,6 +39,6 @@ def token_merge(
         if not commit_soft:
             done = ~state.masked.any(-1) & ~state.hold
             soft &= ~done[..., None]
-        return state.replace(merge=Merge(ids=prediction.top_ids, probs=prediction.top_probs, soft=soft))
+        return state.replace(merge=Merge(ids=prediction.top_ids[..., :top_k], probs=prediction.top_probs[..., :top_k], soft=soft))
 
     return stateless(update, merge=spec)

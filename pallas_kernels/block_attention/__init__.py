@@ -35,6 +35,7 @@ def block_attention(
     prefix_len: jax.Array,
     lanes: jax.Array,
     before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    visible: jax.Array | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Block-causal attention: queries see the cached prefix, the live blocks before theirs, and their own block.
@@ -49,6 +50,7 @@ def block_attention(
       lanes: ``[R, W / B]`` bool, blocks of the window that exist; no other block sees a lane that does not.
       before: ``(k [R, C, KV, H], v [R, C, KV, H], live [R] bool)``: positions between prefix and window whose KV is not in the
         pool yet; seen by all queries of rows where ``live``.
+      visible: ``[R, W]`` bool; where given, all queries see just these positions of the window, whatever their blocks. Plain XLA.
       backend: see :data:`Backend`; None chooses by the current mesh.
 
     Returns:
@@ -57,9 +59,11 @@ def block_attention(
     Raises:
       ValueError: for an unknown backend.
     """
-    attend = pick("block_attention", backend, choose_backend, _ATTENTION)
     options: dict[str, Any] = {"pool_k": pool_k, "pool_v": pool_v, "layer": layer, "page_table": page_table}
-    return attend(q, k, v, **options, prefix_len=prefix_len, lanes=lanes, before=before)
+    options |= {"prefix_len": prefix_len, "lanes": lanes, "before": before}
+    if visible is not None:
+        return reference.block_attention(q, k, v, visible=visible, **options)
+    return pick("block_attention", backend, choose_backend, _ATTENTION)(q, k, v, **options)
 
 
 def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array, *, backend: str | None = None) -> jax.Array:

@@ -23,6 +23,7 @@ def block_attention(
     prefix_len: jax.Array,
     lanes: jax.Array,
     before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    visible: jax.Array | None = None,
 ) -> jax.Array:
     """See the package's ``block_attention``.
 
@@ -36,6 +37,8 @@ def block_attention(
 
     lane = jnp.arange(width) // block
     seen = (lane[None, :] <= lane[:, None]) & (lanes[:, lane][:, None, :] | (lane[None, :] == lane[:, None]))
+    if visible is not None:
+        seen = jnp.broadcast_to(visible[:, None], (rows, width, width))
 
     Carry = tuple[jax.Array, jax.Array, jax.Array]
 
