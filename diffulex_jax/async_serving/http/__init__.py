@@ -1,0 +1,11 @@
+"""The HTTP server. It needs FastAPI, uvicorn and prometheus_client: ``pip install "diffulex-jax[serve]"``."""
+
+try:
+    from diffulex_jax.async_serving.http.app import create_app
+    from diffulex_jax.async_serving.http.server import log_as_json, serve
+    from diffulex_jax.async_serving.http.settings import ServerSettings
+except ModuleNotFoundError as error:
+    raise ImportError('diffulex_jax.async_serving.http needs FastAPI and uvicorn: pip install "diffulex-jax[serve]"') from error
+
+
+__all__ = ["ServerSettings", "create_app", "log_as_json", "serve"]

@@ -1,0 +1,159 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+
+from diffulex_jax.async_serving.async_engine import AsyncEngine, RequestError
+from diffulex_jax.async_serving.http import native, openai
+from diffulex_jax.async_serving.http import requests as forms
+from diffulex_jax.async_serving.http.errors import ApiError
+from diffulex_jax.async_serving.http.metrics import Metrics
+from diffulex_jax.async_serving.http.middleware import Guard, RequestLog
+from diffulex_jax.async_serving.http.settings import Places, ServerSettings, Service
+from diffulex_jax.async_serving.http.sse import as_api_error
+from diffulex_jax.async_serving.supervisor import Health
+
+
+VERSION = importlib.metadata.version("diffulex-jax")
+
+
+def create_app(engine: AsyncEngine, *, model: str, settings: ServerSettings) -> FastAPI:
+    """The ASGI application around an engine that has been started; starting and stopping it is the caller's.
+
+    Args:
+      engine: the engine.
+      model: what it was loaded from.
+      settings: how to behave.
+    """
+    facts = engine.facts
+    service = Service(
+        engine=engine,
+        model=settings.served_model_name or model,
+        settings=settings,
+        places=Places(outputs=facts["max_slots"] + settings.max_queue, tokens=settings.max_queue_tokens),
+        metrics=Metrics(engine, block_size=facts["block_size"]),
+    )
+    app = FastAPI(title="diffulex-jax", version=VERSION, responses={400: {"description": "The request will not do; the error says why."}})
+    _generation(app, service)
+    _administration(app, service)
+    for kind in (ApiError, RequestError, TimeoutError):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_middleware(Guard, service=service)
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origin),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(RequestLog, service=service)
+    return app
+
+
+def _generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", response_model=None)
+    async def completions(form: forms.Completion, request: Request) -> Response:
+        return await openai.completions(service, form, request)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(form: forms.Chat, request: Request) -> Response:
+        return await openai.chat_completions(service, form, request)
+
+    @app.post("/generate", response_model=None)
+    async def generate(form: forms.Generate, request: Request) -> Response:
+        return await native.generate(service, form, request)
+
+    @app.post("/tokenize")
+    async def tokenize(form: forms.Tokenize) -> dict[str, Any]:
+        return await native.tokenize(service, form)
+
+    @app.post("/detokenize")
+    async def detokenize(form: forms.Detokenize) -> dict[str, Any]:
+        return await native.detokenize(service, form)
+
+    @app.post("/abort")
+    async def abort(form: forms.Abort) -> dict[str, Any]:
+        return await native.abort(service, form)
+
+
+def _administration(app: FastAPI, service: Service) -> None:
+    engine = service.engine
+
+    def model_card() -> dict[str, Any]:
+        card = {"id": service.model, "object": "model", "created": service.began, "owned_by": "diffulex-jax"}
+        return card | {"max_model_len": engine.facts["max_model_len"]}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return model_card()
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Whether the engine works."""
+        supervisor = engine.supervisor
+        if supervisor.health is not Health.READY:
+            raise ApiError(503, f"the engine is {supervisor.health.value}: {supervisor.reason}", code="engine_down")
+        return {"status": "ready", "restarts": supervisor.restarts}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, Any]:
+        """Whether new requests are taken."""
+        if engine.draining:
+            raise ApiError(503, "the server is shutting down", code="draining")
+        return await health()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": VERSION}
+
+    @app.get("/server_info")
+    async def server_info() -> dict[str, Any]:
+        limits = {name: value for name, value in vars(service.settings).items() if name != "api_key"}
+        state = {"health": engine.supervisor.health.value, "restarts": engine.supervisor.restarts, "stats": engine.supervisor.stats}
+        return {"model": service.model, "version": VERSION, "engine": engine.facts, "server": limits, **state}
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    told = as_api_error(error)
+    return JSONResponse(told.body, told.status, told.headers)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "extra_forbidden":
+        message = f"the field {where!r} is unknown or not supported"
+    else:
+        message = f"{where}: {first['msg']}" if where else first["msg"]
+    return await _answer_error(request, ApiError(400, message, param=where or None))
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 400 and isinstance(error.__cause__, ClientDisconnect):
+        raise error.__cause__
+    told = ApiError(error.status_code, str(error.detail))
+    return JSONResponse(told.body, told.status, dict(error.headers or {}))

@@ -1,0 +1,134 @@
+"""Around every route: request ids, logs and counts outside; keys, room and the size of bodies inside."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from diffulex_jax.async_serving.http.errors import ApiError
+from diffulex_jax.async_serving.http.settings import Service, full
+
+
+logger = logging.getLogger(__name__)
+
+OPEN_ROUTES = ("/health", "/ready")
+GENERATING_ROUTES = ("/v1/completions", "/v1/chat/completions", "/generate")
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """Answers with the envelope."""
+    body = json.dumps(error.body).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+class RequestLog:
+    """Gives every request an id (the client's own, if it sent a sane one), and logs and counts what became of it."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+        asked = Headers(scope=scope).get("x-request-id", "")
+        id_ = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        notes: dict[str, Any] = {}
+        scope.setdefault("state", {}).update(request_id=id_, notes=notes)
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = id_
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = 499
+        except Exception:
+            logger.exception("request %s failed", id_)
+            if status:  # too late to say so; the connection is closed instead
+                raise
+            await send_error(ApiError(500, "internal error"), send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._service.metrics.http_requests.labels(route, str(status)).inc()
+            facts = {"request_id": id_, "method": scope["method"], "path": scope["path"], "status": status}
+            seconds = round(time.monotonic() - began, 6)
+            logger.info("request", extra={"facts": facts | {"seconds": seconds} | notes})
+
+
+class Guard:
+    """Lets in requests with a key, while there is room, once their body has arrived whole and is not too long."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self._app, self._service = app, service
+        self._keys = [key.encode() for key in service.settings.api_key]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            if self._keys and scope["path"] not in OPEN_ROUTES:
+                self._check_key(Headers(scope=scope))
+            if scope["path"] in GENERATING_ROUTES and self._service.places.full:
+                raise full()  # before anything is read
+            body = await self._body(scope, receive)
+        except ApiError as error:
+            await send_error(error, send)
+            return
+        replayed = False
+
+        async def receive_again() -> Message:
+            nonlocal replayed
+            if replayed:
+                return await receive()
+            replayed = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, receive_again, send)
+
+    def _check_key(self, headers: Headers) -> None:
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("utf-8", "surrogateescape")
+        # Every key is compared, in constant time: how long it takes says nothing about them.
+        if kind.lower() != "bearer" or not any([hmac.compare_digest(given, known) for known in self._keys]):
+            raise ApiError(401, "send one of the server's API keys: Authorization: Bearer KEY", code="invalid_api_key")
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        settings, parts, size, more = self._service.settings, [], 0, True
+        too_long = ApiError(413, f"the body is longer than {settings.max_body_bytes} bytes", code="body_too_long")
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and int(announced[:20]) > settings.max_body_bytes:
+            raise too_long
+        try:
+            async with asyncio.timeout(settings.body_seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    parts.append(message.get("body", b""))
+                    size, more = size + len(parts[-1]), message.get("more_body", False)
+                    if size > settings.max_body_bytes:
+                        raise too_long
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {settings.body_seconds} s") from None
+        return b"".join(parts)

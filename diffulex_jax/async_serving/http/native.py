@@ -1,0 +1,113 @@
+"""``/generate``, and ``/tokenize``, ``/detokenize``, ``/abort``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from diffulex_jax.async_serving.http import events as records
+from diffulex_jax.async_serving.http import work
+from diffulex_jax.async_serving.http.errors import ApiError
+from diffulex_jax.async_serving.http.requests import Abort, Detokenize, Generate, Tokenize
+from diffulex_jax.async_serving.http.settings import Service
+from diffulex_jax.async_serving.http.sse import EventStream, frame, while_connected
+from diffulex_jax.async_serving.protocol import Commit, Provisional, Reply
+
+
+async def generate(service: Service, form: Generate, request: Request) -> Response:
+    """Decodes one prompt; answers with the record ``final`` of ``events`` (``{"outputs": [...]}`` of them where n is above 1)."""
+    service.check_model(form.model)
+    params = form.params()
+    denoise = form.stream and form.stream_mode == "denoise"
+    job = work.Job(
+        id=request.state.request_id,
+        prompts=await work.prompts_of(service, form.prompt),
+        params=params,
+        commits=form.stream,
+        provisional=denoise,
+    )
+    if form.stream:
+        return await streamed(service, _frames(service, job, denoise=denoise), request)
+    replies = await gathered(service, job, request)
+    outputs = [records.final(reply, job.id, prompt_tokens=job.prompt_tokens) for reply in replies]
+    return JSONResponse(outputs[0] if params.n == 1 else {"outputs": outputs})
+
+
+async def _frames(service: Service, job: work.Job, *, denoise: bool) -> AsyncGenerator[bytes, None]:
+    committed: dict[int, int] = {}
+    async with contextlib.aclosing(work.events(service, job)) as events:
+        async for event in events:
+            match event:
+                case Commit() if denoise:
+                    committed[event.index] = event.offset + len(event.token_ids)
+                case Commit():
+                    yield frame(records.append(event, job.id))
+                case Provisional():
+                    yield frame(
+                        records.buffer_snapshot(
+                            event,
+                            job.id,
+                            prompt_tokens=job.prompt_tokens,
+                            committed=committed.get(event.index, 0),
+                            tokenizer=service.engine.tokenizer,
+                        )
+                    )
+                case Reply():
+                    yield frame(records.final(event, job.id, prompt_tokens=job.prompt_tokens))
+                case _:
+                    yield b""  # accepted
+
+
+async def streamed(service: Service, frames: AsyncGenerator[bytes, None], request: Request) -> Response:
+    """A stream that has begun: the first item of ``frames`` says that the engine has accepted the request, and failed answers
+    until then have a status of their own.
+    """
+    settings = service.settings
+    await while_connected(request.receive, anext(frames), seconds=settings.request_seconds)
+    return EventStream(frames, seconds=settings.request_seconds, ping_seconds=settings.ping_seconds)
+
+
+async def gathered(service: Service, job: work.Job, request: Request) -> list[Reply]:
+    """The Replies of a job in order, unless its client goes away first."""
+
+    async def collect() -> list[Reply]:
+        async with contextlib.aclosing(work.events(service, job)) as events:
+            return sorted([e async for e in events if isinstance(e, Reply)], key=lambda reply: reply.index)
+
+    replies: list[Reply] = await while_connected(request.receive, collect(), seconds=service.settings.request_seconds)
+    return replies
+
+
+async def tokenize(service: Service, form: Tokenize) -> dict[str, Any]:
+    """Token ids of a text or a conversation."""
+    service.check_model(form.model)
+    if (form.prompt is None) == (form.messages is None):
+        raise ApiError(400, "give exactly one of prompt and messages", param="prompt")
+    ids = await service.engine.encode(form.prompt) if form.prompt is not None else await work.conversation_of(service, form.messages or [])
+    return {"tokens": ids, "count": len(ids), "max_model_len": service.engine.facts["max_model_len"]}
+
+
+async def detokenize(service: Service, form: Detokenize) -> dict[str, Any]:
+    """The text of token ids, special tokens left out."""
+    service.check_model(form.model)
+    tokenizer, size = service.engine.tokenizer, service.engine.facts["vocab_size"]
+    if tokenizer is None:
+        raise ApiError(400, "this model has no tokenizer", param="tokens")
+    if outside := [token for token in form.tokens if token >= size]:
+        raise ApiError(400, f"token id {outside[0]} is outside the vocabulary [0, {size})", param="tokens")
+    return {"prompt": tokenizer.decode(form.tokens)}
+
+
+async def abort(service: Service, form: Abort) -> dict[str, Any]:
+    """Ends a request: its client gets a 499."""
+    id_ = form.request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    engine_ids = [engine_id for engine_id in service.engine.in_flight if engine_id.rpartition("/")[0] == id_]
+    if not engine_ids:
+        raise ApiError(404, f"no request {form.request_id!r} is in flight", param="request_id")
+    for engine_id in engine_ids:
+        service.engine.abort(engine_id)
+    return {"aborted": form.request_id}

@@ -1,0 +1,126 @@
+"""One HTTP request as requests to the engine: a prompt or several, each with n outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, Sequence
+
+import jinja2
+
+from diffulex_jax.async_serving.http.errors import ApiError
+from diffulex_jax.async_serving.http.metrics import Watch
+from diffulex_jax.async_serving.http.requests import Message
+from diffulex_jax.async_serving.http.settings import Service
+from diffulex_jax.async_serving.protocol import Commit, Provisional, Reply, RequestEvent
+from diffulex_jax.sampling_params import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """Prompts to decode alike.
+
+    Attributes:
+      id: of the answer.
+      prompts: token ids.
+      params: for each prompt.
+      commits, provisional: which events are wanted beside Replies.
+    """
+
+    id: str
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    commits: bool = False
+    provisional: bool = False
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.prompts) * self.params.n
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+async def events(service: Service, job: Job) -> AsyncGenerator[RequestEvent, None]:
+    """The events of all prompts, outputs numbered through: output j of prompt i is ``i * n + j``. First comes one Accepted a
+    prompt, when the engine has accepted them all. Leaving aborts what is not done.
+
+    Raises:
+      ApiError: 429 where the server has no room.
+      RequestError: as ``AsyncEngine.stream``.
+    """
+    with service.places.take(job.num_outputs, job.prompt_tokens):
+        async with contextlib.AsyncExitStack() as stack:
+            streams = [
+                await stack.enter_async_context(
+                    contextlib.aclosing(
+                        service.engine.stream(
+                            prompt, job.params, id=f"{job.id}/{i}", commits=job.commits, provisional=job.provisional
+                        )
+                    )
+                )
+                for i, prompt in enumerate(job.prompts)
+            ]
+            watch = Watch(service.metrics)
+            accepted = await asyncio.gather(*(anext(stream) for stream in streams), return_exceptions=True)
+            for outcome in accepted:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                yield outcome
+            service.metrics.prompt_tokens.inc(job.prompt_tokens)
+            async for event in _merge(streams, job.params.n) if len(streams) > 1 else streams[0]:
+                match event:
+                    case Commit():
+                        watch.commit(event)
+                    case Reply():
+                        watch.reply(event)
+                yield event
+
+
+async def _merge(streams: Sequence[AsyncGenerator[RequestEvent, None]], n: int) -> AsyncGenerator[RequestEvent, None]:
+    """What several streams yield, as it comes, with the outputs numbered through."""
+    queue: asyncio.Queue[RequestEvent | Exception | None] = asyncio.Queue()
+
+    async def pump(first: int, stream: AsyncGenerator[RequestEvent, None]) -> None:
+        try:
+            async for event in stream:
+                if isinstance(event, (Commit, Provisional, Reply)):
+                    queue.put_nowait(dataclasses.replace(event, index=first + event.index))
+        except Exception as error:
+            queue.put_nowait(error)
+        queue.put_nowait(None)
+
+    tasks = [asyncio.ensure_future(pump(i * n, stream)) for i, stream in enumerate(streams)]
+    try:
+        ended = 0
+        while ended < len(streams):
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                ended += 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def prompts_of(service: Service, prompt: str | list[int] | list[str | list[int]]) -> list[list[int]]:
+    """Token ids of every prompt of a completion."""
+    several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    return [await service.engine.encode(p) if isinstance(p, str) else p for p in several]
+
+
+async def conversation_of(service: Service, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation, through the model's chat template."""
+    tokenizer = service.engine.tokenizer
+    if tokenizer is None:
+        raise ApiError(400, "this model has no tokenizer; use /generate with token ids", param="messages")
+    try:
+        return await asyncio.to_thread(tokenizer.apply_chat_template, [message.plain() for message in messages])
+    except (ValueError, jinja2.TemplateError) as error:
+        raise ApiError(400, str(error), param="messages") from error

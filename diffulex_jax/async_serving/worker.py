@@ -1,0 +1,207 @@
+"""Where the owner loop runs: a thread of this process, or a process of its own.
+
+Both are a :class:`Worker`: commands go in, lists of events come out through ``deliver``, which is called on a thread of the worker's.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+
+from diffulex_jax.async_serving import loop, protocol
+from diffulex_jax.engine.engine import Engine
+
+
+logger = logging.getLogger(__name__)
+
+Factory = Callable[[], Engine]
+Deliver = Callable[[list[protocol.Event]], None]
+
+BEAT_SECONDS = 0.25
+
+
+class Worker(Protocol):
+    """Runs an engine. ``watched``: it sends Beats, and :meth:`kill` ends it whatever it does."""
+
+    watched: bool
+
+    def send(self, command: protocol.Command) -> None:
+        """Hands over a command; one sent to a worker that has ended is lost."""
+
+    def kill(self) -> None:
+        """Ends it at once. A thread cannot be ended: it is left to itself, and nothing more is heard of it."""
+
+    def join(self, seconds: float) -> bool:
+        """Waits for its end; says whether it came."""
+
+
+def build(factory: Factory, emit: Deliver) -> Engine | None:
+    """Makes the engine and says so; None where that failed."""
+    try:
+        engine = factory()
+    except (ValueError, OSError) as error:
+        emit([protocol.Stopped(" ".join(str(error).split()), refused=True)])
+        return None
+    except Exception as error:
+        logger.exception("the engine could not be built")
+        emit([protocol.Stopped(f"{type(error).__name__}: {error}")])
+        return None
+    facts = dataclasses.asdict(engine.settings) | {
+        "num_pages": engine.stats["pages"],
+        "vocab_size": engine.config.vocab_size,
+        "mask_token_id": engine.config.mask_token_id,
+        "platform": jax.default_backend(),
+    }
+    tokenizer = copy.copy(engine.tokenizer)  # as it is before it is loaded, which is cheap to send
+    if engine.tokenizer is not None:
+        engine.tokenizer.decode([0])  # load it now, not in the first request's time
+    emit([protocol.Ready(tokenizer, facts), protocol.Status(engine.stats)])
+    return engine
+
+
+def own(factory: Factory, receive: Callable[[bool], list[protocol.Command]], emit: Deliver) -> None:
+    """A worker's life: builds the engine and runs its loop until a Stop or a fault."""
+    engine = build(factory, emit)
+    if engine is None:
+        return
+    try:
+        loop.run(engine, receive, emit)
+    except Exception as error:
+        logger.exception("the engine failed")
+        emit([protocol.Stopped(f"{type(error).__name__}: {error}")])
+    else:
+        emit([protocol.Stopped("")])
+
+
+@dataclasses.dataclass
+class ThreadWorker:
+    """The owner loop in a thread of this process: nothing to copy, nothing to start; a hung step cannot be ended."""
+
+    factory: Factory
+    deliver: Deliver
+    watched: bool = False
+
+    def __post_init__(self) -> None:
+        self._commands: queue.SimpleQueue[protocol.Command] = queue.SimpleQueue()
+        self._abandoned = False
+        self._thread = threading.Thread(target=own, args=(self.factory, self._receive, self._emit), name="engine", daemon=True)
+        self._thread.start()
+
+    def send(self, command: protocol.Command) -> None:
+        self._commands.put(command)
+
+    def kill(self) -> None:
+        self._abandoned = True
+        self._commands.put(protocol.Stop())
+
+    def join(self, seconds: float) -> bool:
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _emit(self, events: list[protocol.Event]) -> None:
+        if not self._abandoned:
+            self.deliver(events)
+
+    def _receive(self, wait: bool) -> list[protocol.Command]:
+        commands = [self._commands.get()] if wait else []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                commands.append(self._commands.get_nowait())
+        return commands
+
+
+class ProcessWorker:
+    """The owner loop in a process of its own: it may be killed, stop, or hang, and this process lives on."""
+
+    watched = True
+
+    def __init__(self, factory: Factory, deliver: Deliver, *, compile_cache: pathlib.Path | None):
+        self._deliver = deliver
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._outbox: queue.SimpleQueue[protocol.Command | None] = queue.SimpleQueue()
+        self.process = context.Process(target=_process_main, args=(factory, theirs, compile_cache), name="engine", daemon=True)
+        self.process.start()
+        theirs.close()
+        for target in (self._read, self._write):
+            threading.Thread(target=target, name=f"engine{target.__name__}", daemon=True).start()
+
+    def send(self, command: protocol.Command) -> None:
+        self._outbox.put(command)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def join(self, seconds: float) -> bool:
+        self.process.join(seconds)
+        return self.process.exitcode is not None
+
+    def _read(self) -> None:
+        said_so = False
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                events = self._pipe.recv()
+                said_so |= any(isinstance(event, protocol.Stopped) for event in events)
+                self._deliver(events)
+        if not said_so:
+            self.process.join(5)
+            self._deliver([protocol.Stopped(f"the engine's process ended with exit code {self.process.exitcode}")])
+        self._outbox.put(None)
+
+    def _write(self) -> None:
+        # A thread of its own: the pipe may be full while the process is stopped, and nobody here should wait for that.
+        while (command := self._outbox.get()) is not None:
+            with contextlib.suppress(OSError):
+                self._pipe.send(command)
+
+
+def _process_main(factory: Factory, pipe: multiprocessing.connection.Connection, compile_cache: pathlib.Path | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if compile_cache is not None:  # so that a restart only reads
+        jax.config.update("jax_compilation_cache_dir", str(compile_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    lock, ticking_since = threading.Lock(), collections.deque([0.0], maxlen=1)
+
+    def emit(events: list[protocol.Event]) -> None:
+        try:
+            with lock:
+                pipe.send(events)
+        except OSError:
+            os._exit(1)  # nobody is left to hear
+
+    def beat() -> None:
+        while True:
+            since = ticking_since[0]
+            emit([protocol.Beat(time.monotonic() - since if since else 0.0)])
+            time.sleep(BEAT_SECONDS)
+
+    def receive(wait: bool) -> list[protocol.Command]:
+        ticking_since.append(0.0)
+        commands = []
+        try:
+            while pipe.poll(None if wait and not commands else 0):
+                commands.append(pipe.recv())
+        except (EOFError, OSError):
+            os._exit(1)  # the parent is gone
+        ticking_since.append(time.monotonic())
+        return commands
+
+    threading.Thread(target=beat, name="beat", daemon=True).start()
+    own(factory, receive, emit)
