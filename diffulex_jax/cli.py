@@ -1,14 +1,19 @@
-"""The command line: ``diffulex-jax generate``, ``bench decode`` and ``doctor``.
+"""The command line: ``diffulex-jax generate``, ``serve``, ``bench decode`` and ``doctor``.
 
 Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``EngineConfig``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
+import enum
+import functools
 import inspect
 import json
+import os
+import pathlib
 import re
 import time
 import typing
@@ -17,6 +22,8 @@ from typing import Annotated, Any
 
 import typer
 
+from diffulex_jax.async_serving.async_engine import AsyncEngine
+from diffulex_jax.async_serving.settings import ServerSettings
 from diffulex_jax.bench import decode, machine
 from diffulex_jax.bench.shapes import SHAPES
 from diffulex_jax.engine.config import EngineConfig
@@ -102,7 +109,7 @@ def _one_line_errors() -> Iterator[None]:
     """Ends the command with one line on stderr and exit code 2 where an input will not do."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
 
@@ -139,6 +146,48 @@ def generate(
         typer.echo(json.dumps(_plain(outputs[0])))
     else:
         typer.echo(json.dumps({"outputs": [_plain(output) for output in outputs]}))
+
+
+class Isolation(enum.Enum):
+    """Where ``serve`` runs the engine."""
+
+    PROCESS = "process"
+    THREAD = "thread"
+
+
+@app.command()
+@settings_as_options(EngineConfig, ServerSettings, AsyncEngine.from_pretrained)
+def serve(
+    *,
+    model: Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")] = "embedded",
+    strategy: Annotated[str, typer.Option(help=f"One of {_STRATEGIES}.")] = "llada2",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
+    isolation: Annotated[Isolation, typer.Option(help="A process, watched and restarted, or a thread.")] = Isolation.PROCESS,
+    compile_cache: Annotated[pathlib.Path | None, typer.Option(help="Keeps compiled programs; default: in the user's cache.")] = None,
+    **settings: Any,
+) -> None:
+    """Serve a model over HTTP: OpenAI's routes, and some of its own."""
+    with _one_line_errors():
+        from diffulex_jax.async_serving import http  # late: its packages come with the extra "serve"
+
+        mine = {field.name for field in dataclasses.fields(ServerSettings)}
+        chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in mine}
+        watching = {name: settings.pop(name) for name in ("silence_seconds", "tick_seconds")}
+        engine_settings = {k: v for k, v in settings.items() if k not in mine}
+        http.log_as_json()
+        engine = AsyncEngine(
+            functools.partial(http.build_engine, model, strategy=strategy, **engine_settings),
+            isolation=isolation.value,
+            compile_cache=compile_cache or _cache_directory(),
+            **watching,
+        )
+        asyncio.run(http.serve(engine, model=model, host=host, port=port, settings=ServerSettings(**chosen)))
+
+
+def _cache_directory() -> pathlib.Path:
+    """Where this user's programs keep what they can make again."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "diffulex-jax" / "compiled"
 
 
 @bench.command("decode")

@@ -235,9 +235,9 @@ class AsyncEngine:
         """Ends the profiler trace."""
         self.supervisor.send(protocol.StopProfile())
 
-    def _on_events(self, events: Sequence[protocol.Event]) -> None:
+    def _on_events(self, events: Sequence[protocol.RequestEvent]) -> None:
         for event in events:
-            if isinstance(event, protocol.RequestEvent) and event.id in self._inboxes:
+            if event.id in self._inboxes:
                 self._inboxes[event.id].put_nowait(event)
 
     def _on_down(self, reason: str) -> None:

@@ -47,10 +47,11 @@ class ServingRequestState:
 
 @dataclasses.dataclass
 class ServingState:
-    """Everything the loop knows beside the engine: its outputs by the engine's number of them."""
+    """Everything the loop knows beside the engine: its outputs by the engine's number of them; programs compiled since it began."""
 
     requests: dict[int, ServingRequestState] = dataclasses.field(default_factory=dict)
     draining: bool = False
+    recompiles: int = 0
     profiling: bool = False
     stats: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -70,7 +71,7 @@ def tick(engine: Engine, state: ServingState, commands: Iterable[protocol.Comman
         for engine_id, request in list(state.requests.items()):
             if engine_id in state.requests:  # not dropped with an output of the same request
                 events += report(engine, state, request, outputs.get(engine_id))
-    if (stats := engine.stats) != state.stats:
+    if (stats := engine.stats | {"recompiles": state.recompiles}) != state.stats:
         state.stats = stats
         events.append(protocol.Status(stats))
     return events
@@ -239,6 +240,11 @@ def _steps(request: ServingRequestState, trace: Sequence[TraceStep] | None) -> l
 def run(engine: Engine, receive: Callable[[bool], list[protocol.Command]], emit: Callable[[list[protocol.Event]], None]) -> None:
     """Runs until a Stop. ``receive(wait)`` gives the commands there are, and waits for one where ``wait``."""
     state = ServingState()
+
+    def count(name: str, *_: object, **__: object) -> None:
+        state.recompiles += name == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(count)
     while True:
         commands = receive(not engine.has_work)
         if any(isinstance(command, protocol.Stop) for command in commands):

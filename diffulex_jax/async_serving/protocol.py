@@ -9,10 +9,10 @@ or a Failure, which is the last event of the whole request whenever it comes.
 **Committed text only grows.** The texts of an output's Commits, joined, are its Reply's text, and their token ids its Reply's
 token ids. Nothing that a Commit said is ever taken back.
 
-**Provisional events are patches of a canvas.** The canvas of an output has one cell for each position that may be generated, numbered by
-``offset`` from 0 (the first position after the prompt); it starts masked. A Provisional is the window as one denoise step (forward) left it:
-cell ``offset + i`` becomes ``token_ids[i]``, or masked where that is None. Applied in order they show what the model saw, step by
-step; cells may change, and be masked again. Cells that no later patch touches keep their token. After the last patch the first
+**Provisional events are patches of a canvas.** The canvas of an output has one cell for each position that may be generated, numbered
+by ``offset`` from 0 (the first position after the prompt); it starts masked. A Provisional is the window as one denoise step
+(forward) left it: cell ``offset + i`` becomes ``token_ids[i]``, or masked where that is None. Applied in order they show what the model
+saw, step by step; cells may change, and be masked again. Cells that no later patch touches keep their token. After the last patch the first
 ``len(Reply.token_ids)`` cells are ``Reply.token_ids``; cells after them hold what the model wrote past the end (an EOS, say).
 Over HTTP the same record is a JSON object; see ``http.events``.
 """

@@ -44,7 +44,7 @@ class Supervisor:
         self,
         make_worker: Callable[[Deliver], Worker],
         *,
-        on_events: Callable[[list[protocol.Event]], None],
+        on_events: Callable[[list[protocol.RequestEvent]], None],
         on_down: Callable[[str], None],
         silence_seconds: float,
         tick_seconds: float,
@@ -114,7 +114,8 @@ class Supervisor:
     def _receive(self, number: int, events: list[protocol.Event], at: float) -> None:
         if number != self._number or self.health in (Health.DOWN, Health.STOPPED):
             return  # the last words of one that was given up
-        self._heard, rest = at, []
+        self._heard = at
+        rest: list[protocol.RequestEvent] = []
         for event in events:
             match event:
                 case protocol.Beat(busy):

@@ -194,7 +194,7 @@ def _process_main(factory: Factory, pipe: multiprocessing.connection.Connection,
 
     def receive(wait: bool) -> list[protocol.Command]:
         ticking_since.append(0.0)
-        commands = []
+        commands: list[protocol.Command] = []
         try:
             while pipe.poll(None if wait and not commands else 0):
                 commands.append(pipe.recv())

@@ -19,10 +19,13 @@ from diffulex_jax.async_serving.http import requests as forms
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.metrics import Metrics
 from diffulex_jax.async_serving.http.middleware import Guard, RequestLog
-from diffulex_jax.async_serving.http.settings import Places, ServerSettings, Service
+from diffulex_jax.async_serving.http.service import Places, Service
 from diffulex_jax.async_serving.http.sse import as_api_error
+from diffulex_jax.async_serving.settings import ServerSettings
 from diffulex_jax.async_serving.supervisor import Health
 
+
+_TYPES = ("str", "int", "float", "bool")
 
 VERSION = importlib.metadata.version("diffulex-jax")
 
@@ -143,7 +146,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    # Locations name the member of a union that was tried, too ("constrained-str"); fields and positions are what a client knows.
+    where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part not in _TYPES))
     if first["type"] == "extra_forbidden":
         message = f"the field {where!r} is unknown or not supported"
     else:

@@ -5,18 +5,21 @@
 the output among the request's). ``offset`` always counts generated positions: 0 follows the prompt.
 
 ``buffer_snapshot`` (``stream_mode: "denoise"``): the window as one denoise step left it; a patch of the canvas (see ``protocol``).
-  ``nfe``: number of the step, from 1 on. ``token_offset``: of the first cell. ``absolute_start``, ``absolute_end``: the same cells counted from the
-  first token of the prompt. ``token_ids``: null where masked. ``tokens``: each token's own text, null where masked; a piece of a
-  multi-byte character shows as U+FFFD. ``text``: the text of the tokens that are there. ``confidence``: probability of each token when it was
-  last written; 0 where masked or given. ``revised``, ``remasked``: offsets of filled cells that this step changed, or masked
-  again. ``committed``: so many tokens from offset 0 on were final before this step's batch; they never change again.
-``append`` (``stream_mode: "block_append"``): ``token_offset``, ``token_ids``, ``text`` that became final, ``nfe`` so far, and ``logprobs``
-  where asked for.
-``final``: the whole output, last of its index: ``text``, ``token_ids``, ``finish_reason`` (``stop``, ``length``, ``max_nfe``, ``repetition``), ``nfe``,
-  ``tokens_per_forward``, ``revised_tokens``, ``remasked_tokens``, ``prompt_tokens``, ``seconds`` (in its slot), and ``logprobs`` and ``step_map`` where
-  asked for.
+  ``nfe``: number of the step, from 1 on.
+  ``token_offset``: of the first cell. ``absolute_start``, ``absolute_end``: the same cells counted from the first token of the prompt.
+  ``token_ids``: null where masked.
+  ``tokens``: each token's own text, null where masked; a piece of a multi-byte character shows as U+FFFD.
+  ``text``: the text of the tokens that are there.
+  ``confidence``: probability of each token when it was last written; 0 where masked or given.
+  ``revised``, ``remasked``: offsets of filled cells that this step changed, or masked again.
+  ``committed``: so many tokens from offset 0 on were final before this step's batch; they never change again.
+``append`` (``stream_mode: "block_append"``): ``token_offset``, ``token_ids`` and ``text`` that became final, ``nfe`` so far, and
+  ``logprobs`` where asked for.
+``final``: the whole output, last of its index: ``text``, ``token_ids``, ``finish_reason`` (``stop``, ``length``, ``max_nfe``,
+  ``repetition``), ``nfe``, ``tokens_per_forward``, ``revised_tokens``, ``remasked_tokens``, ``prompt_tokens``, ``seconds`` (in its
+  slot), and ``logprobs`` and ``step_map`` where asked for.
 
-All but ``final`` carry ``"finished": false``; ``final`` carries true. An error is ``{"error": {...}}``, OpenAI's envelope. The stream ends with
+``final`` carries ``"finished": true``, the others false. An error is ``{"error": {...}}``, OpenAI's envelope. The stream ends with
 ``data: [DONE]``.
 """
 

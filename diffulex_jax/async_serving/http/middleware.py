@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffulex_jax.async_serving.http.errors import ApiError
-from diffulex_jax.async_serving.http.settings import Service, full
+from diffulex_jax.async_serving.http.service import Service, full
 
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,8 @@ class Guard:
         kind, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode("utf-8", "surrogateescape")
         # Every key is compared, in constant time: how long it takes says nothing about them.
-        if kind.lower() != "bearer" or not any([hmac.compare_digest(given, known) for known in self._keys]):
+        matches = sum(hmac.compare_digest(given, known) for known in self._keys)
+        if kind.lower() != "bearer" or not matches:
             raise ApiError(401, "send one of the server's API keys: Authorization: Bearer KEY", code="invalid_api_key")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:

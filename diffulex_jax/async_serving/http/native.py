@@ -13,7 +13,7 @@ from diffulex_jax.async_serving.http import events as records
 from diffulex_jax.async_serving.http import work
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.requests import Abort, Detokenize, Generate, Tokenize
-from diffulex_jax.async_serving.http.settings import Service
+from diffulex_jax.async_serving.http.service import Service
 from diffulex_jax.async_serving.http.sse import EventStream, frame, while_connected
 from diffulex_jax.async_serving.protocol import Commit, Provisional, Reply
 
@@ -63,12 +63,12 @@ async def _frames(service: Service, job: work.Job, *, denoise: bool) -> AsyncGen
 
 
 async def streamed(service: Service, frames: AsyncGenerator[bytes, None], request: Request) -> Response:
-    """A stream that has begun: the first item of ``frames`` says that the engine has accepted the request, and failed answers
-    until then have a status of their own.
+    """A stream that has begun: the first item of ``frames`` is there once the engine has accepted the request, and what fails
+    until then has a status of its own.
     """
     settings = service.settings
-    await while_connected(request.receive, anext(frames), seconds=settings.request_seconds)
-    return EventStream(frames, seconds=settings.request_seconds, ping_seconds=settings.ping_seconds)
+    first = await while_connected(request.receive, anext(frames), seconds=settings.request_seconds)
+    return EventStream(first, frames, seconds=settings.request_seconds, ping_seconds=settings.ping_seconds)
 
 
 async def gathered(service: Service, job: work.Job, request: Request) -> list[Reply]:

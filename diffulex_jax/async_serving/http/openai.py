@@ -16,7 +16,7 @@ from diffulex_jax.async_serving.http import work
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.native import gathered, streamed
 from diffulex_jax.async_serving.http.requests import Chat, Completion, Diffusion, OpenAI
-from diffulex_jax.async_serving.http.settings import Service
+from diffulex_jax.async_serving.http.service import Service
 from diffulex_jax.async_serving.http.sse import frame
 from diffulex_jax.async_serving.protocol import Commit, Provisional, Reply
 from diffulex_jax.engine.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ async def _answer(shape: Shape, request: Request) -> Response:
 async def _frames(shape: Shape) -> AsyncGenerator[bytes, None]:
     replies: list[Reply] = []
     async with contextlib.aclosing(work.events(shape.service, shape.job)) as events:
-        for prompt in shape.job.prompts:
+        for _ in shape.job.prompts:
             await anext(events)  # accepted
         yield b"".join(frame(shape.chunk(i, **shape.opening)) for i in range(shape.job.num_outputs)) if shape.chat else b""
         async for event in events:
@@ -129,8 +129,7 @@ class Shape:
 
     def chunk(self, index: int, **fields: Any) -> dict[str, Any]:
         """One chunk of a stream, of one output."""
-        choice = {"index": index, **fields}
-        return self.envelope(choices=[{"logprobs": None, "finish_reason": None} | choice])
+        return self.envelope(choices=[{"index": index} | fields | {name: fields.get(name) for name in ("logprobs", "finish_reason")}])
 
     @property
     def opening(self) -> dict[str, Any]:
@@ -147,7 +146,8 @@ class Shape:
 
     def closing(self, event: Reply) -> dict[str, Any]:
         """The chunk with the finish reason."""
-        return ({"delta": {}} if self.chat else {"text": ""}) | self.ending(event)
+        empty: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        return empty | self.ending(event)
 
     def ending(self, event: Reply) -> dict[str, Any]:
         """Why an output ended, and its step map where that was asked for."""
@@ -181,7 +181,9 @@ class Shape:
         """OpenAI's two shapes. A log probability is that of the token when it was accepted or last revised."""
         texts, values = [records.pieces(self.tokenizer)(token) for token in token_ids], records.finite(logprobs) or []
         if self.chat:
-            content = [{"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []} for t, p in zip(texts, values, strict=True)]
+            content = [
+                {"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []} for t, p in zip(texts, values, strict=True)
+            ]
             return {"content": content, "refusal": None}
         offsets, at = [], self.characters.get(index, 0)
         for text in texts:

@@ -59,7 +59,7 @@ class Sampling(Strict):
         Raises:
           ApiError: 400, naming the field.
         """
-        given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(SamplingParams)} | settings
+        given: dict[str, Any] = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(SamplingParams)} | settings
         for name in ("pinned", "init_tokens"):
             if given[name] is not None:
                 given[name] = _offsets(name, given[name])

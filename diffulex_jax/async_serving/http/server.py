@@ -15,7 +15,8 @@ import uvicorn
 
 from diffulex_jax.async_serving.async_engine import AsyncEngine
 from diffulex_jax.async_serving.http.app import create_app
-from diffulex_jax.async_serving.http.settings import ServerSettings
+from diffulex_jax.async_serving.settings import ServerSettings
+from diffulex_jax.engine.engine import Engine
 
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,12 @@ def log_as_json() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def build_engine(model: str, **settings: Any) -> Engine:
+    """``Engine.from_pretrained`` in the engine's process, whose logs are JSON, too."""
+    log_as_json()
+    return Engine.from_pretrained(model, **settings)
 
 
 async def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settings: ServerSettings) -> None:

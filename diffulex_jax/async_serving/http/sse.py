@@ -75,10 +75,10 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
 class EventStream(Response):
     """Sends frames as they come, those that are there together; a comment when there were none for a while."""
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], *, seconds: float, ping_seconds: float):
+    def __init__(self, first: bytes, frames: AsyncGenerator[bytes, None], *, seconds: float, ping_seconds: float):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._frames, self._seconds, self._ping_seconds = frames, seconds, ping_seconds
+        self._first, self._frames, self._seconds, self._ping_seconds = first, frames, seconds, ping_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -103,6 +103,7 @@ class EventStream(Response):
 
     async def _send(self, queue: asyncio.Queue[bytes | None], send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
         more = True
         while more:
             try:

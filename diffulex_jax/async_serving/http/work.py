@@ -12,7 +12,7 @@ import jinja2
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.metrics import Watch
 from diffulex_jax.async_serving.http.requests import Message
-from diffulex_jax.async_serving.http.settings import Service
+from diffulex_jax.async_serving.http.service import Service
 from diffulex_jax.async_serving.protocol import Commit, Provisional, Reply, RequestEvent
 from diffulex_jax.sampling_params import SamplingParams
 
@@ -56,9 +56,7 @@ async def events(service: Service, job: Job) -> AsyncGenerator[RequestEvent, Non
             streams = [
                 await stack.enter_async_context(
                     contextlib.aclosing(
-                        service.engine.stream(
-                            prompt, job.params, id=f"{job.id}/{i}", commits=job.commits, provisional=job.provisional
-                        )
+                        service.engine.stream(prompt, job.params, id=f"{job.id}/{i}", commits=job.commits, provisional=job.provisional)
                     )
                 )
                 for i, prompt in enumerate(job.prompts)
