@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -83,6 +84,12 @@ class SamplingParams:
     def quality(cls, **settings: Any) -> SamplingParams:
         """LLaDA2.1's quality mode for ``llada2_edit``: accept above 0.7, edit above 0.5."""
         return cls(**{"accept_threshold": 0.7, "edit_threshold": 0.5} | settings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping that cannot change cannot be pickled either.
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain: dict[str, Any] = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+        return functools.partial(type(self), **plain), ()
 
     def __post_init__(self) -> None:
         for name in ("stop_token_ids", "stop"):

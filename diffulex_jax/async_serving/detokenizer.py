@@ -23,6 +23,7 @@ class Detokenizer:
       read: characters of their text already taken.
       given: text given out.
       held: text taken but not given out: it may be the beginning of a stop text.
+      complete: all tokens' text is given out; nothing is held back.
     """
 
     decode: Callable[[Sequence[int]], str]
@@ -32,6 +33,7 @@ class Detokenizer:
     read: int = 0
     given: str = ""
     held: str = ""
+    complete: bool = True
 
 
 def push(state: Detokenizer, tokens: Sequence[int]) -> str:
@@ -50,6 +52,7 @@ def push(state: Detokenizer, tokens: Sequence[int]) -> str:
     hold = longest_beginning(state.held, state.stops)
     new, state.held = state.held[: len(state.held) - hold], state.held[len(state.held) - hold :]
     state.given += new
+    state.complete = certain == len(text) and not hold
     return new
 
 

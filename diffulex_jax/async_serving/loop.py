@@ -100,7 +100,7 @@ def drop(engine: Engine, state: ServingState, id: str) -> bool:
     going = [request for request in state.requests.values() if request.command.id == id]
     for request in going:
         del state.requests[request.engine_id]
-        with contextlib.suppress(KeyError):  # it finished in this very step
+        with contextlib.suppress(Exception):  # it finished in this very step, or has no text; slot and pages are free either way
             engine.abort(request.engine_id)
     return bool(going)
 
@@ -149,7 +149,7 @@ def _advance(engine: Engine, request: ServingRequestState) -> list[protocol.Even
     text, tokens = "", progress.tokens[request.committed :]
     if request.text is not None:
         text = push(request.text, progress.tokens[len(request.text.tokens) :])
-        if request.text.held:
+        if request.command.params.stop and not request.text.complete:
             tokens = []  # a stop text may yet take them
     if request.command.commits and (text or tokens):
         events.append(_commit(request, tokens, text, progress.nfe))
@@ -241,8 +241,8 @@ def run(engine: Engine, receive: Callable[[bool], list[protocol.Command]], emit:
     """Runs until a Stop. ``receive(wait)`` gives the commands there are, and waits for one where ``wait``."""
     state = ServingState()
 
-    def count(name: str, *_: object, **__: object) -> None:
-        state.recompiles += name == "/jax/core/compile/backend_compile_duration"
+    def count(event: str, duration_secs: float, **_: object) -> None:
+        state.recompiles += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_duration_secs_listener(count)
     while True:

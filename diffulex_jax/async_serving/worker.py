@@ -19,6 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Protocol
 
 import jax
@@ -134,7 +135,7 @@ class ProcessWorker:
         self._deliver = deliver
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._outbox: queue.SimpleQueue[protocol.Command | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         self.process = context.Process(target=_process_main, args=(factory, theirs, compile_cache), name="engine", daemon=True)
         self.process.start()
         theirs.close()
@@ -142,7 +143,7 @@ class ProcessWorker:
             threading.Thread(target=target, name=f"engine{target.__name__}", daemon=True).start()
 
     def send(self, command: protocol.Command) -> None:
-        self._outbox.put(command)
+        self._outbox.put(ForkingPickler.dumps(command))  # here: what cannot be sent is the sender's error
 
     def kill(self) -> None:
         self.process.kill()
@@ -165,9 +166,9 @@ class ProcessWorker:
 
     def _write(self) -> None:
         # A thread of its own: the pipe may be full while the process is stopped, and nobody here should wait for that.
-        while (command := self._outbox.get()) is not None:
+        while (pickled := self._outbox.get()) is not None:
             with contextlib.suppress(OSError):
-                self._pipe.send(command)
+                self._pipe.send_bytes(pickled)
 
 
 def _process_main(factory: Factory, pipe: multiprocessing.connection.Connection, compile_cache: pathlib.Path | None) -> None:
