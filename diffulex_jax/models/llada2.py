@@ -57,13 +57,13 @@ def schema(config: ModelConfig) -> dict[str, Any]:
     moe = {
         "router": ((n, embed, experts), ("layer", "embed", None)),
         "router_bias": ((n, experts), ("layer", None)),
-        "experts_gate_up": ((n, experts, embed, 2 * width), ("layer", "expert", "embed", "mlp")),
-        "experts_down": ((n, experts, width, embed), ("layer", "expert", "mlp", "embed")),
+        "experts_gate_up": ((n, experts, embed, 2 * width), ("layer", "expert", "embed", None)),
+        "experts_down": ((n, experts, width, embed), ("layer", "expert", None, "embed")),
     }
     if c.num_shared_experts:
         moe |= mlp(n, "shared", width * c.num_shared_experts)
     tree: dict[str, Any] = {
-        "embed": ((c.vocab_size, embed), ("vocab", "embed")),
+        "embed": ((c.vocab_size, embed), (None, "embed")),  # on every device: looked up without an exchange
         "lm_head": ((c.vocab_size, embed), ("vocab", "embed")),
         "norm": ((embed,), ("embed",)),
     }

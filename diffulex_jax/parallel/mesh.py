@@ -11,19 +11,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "expert", "tensor")
 
-# Logical axis of a parameter, pool or state array -> mesh axis (None: replicated).
-LOGICAL_AXES: dict[str, str | None] = {
+# Logical axis of a parameter, pool or state array -> mesh axes (None: replicated). Slots and the pages they use are on the same
+# devices. Whatever can be is split over all devices that share a slot: each reads as little as possible in a step.
+LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "slot": "data",
+    "page": "data",
+    "expert": ("expert", "tensor"),
+    "vocab": ("expert", "tensor"),
+    "kv_heads": "tensor",
+    "mlp": "tensor",
     "block": None,
     "token": None,
     "embed": None,
-    "heads": "tensor",
-    "kv_heads": "tensor",
     "head_dim": None,
-    "expert": "expert",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "page": None,
     "layer": None,
 }
 

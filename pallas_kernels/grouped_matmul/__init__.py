@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul.xla import ragged
 from pallas_kernels.target import Target, pick
 
 
-__all__ = ["Backend", "choose_backend", "dense", "expert_mlp"]
+__all__ = ["Backend", "choose_backend", "dense", "expert_mlp", "ragged"]
 
 Backend = Literal["dense", "ragged", "cpu"]
 

@@ -19,15 +19,27 @@ def ragged(
     *,
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
+    first_expert: ArrayLike | None = None,
 ) -> jax.Array:
-    """See ``expert_mlp``. Right on every platform; on the CPU ``ragged_dot`` is a dense loop and slow."""
-    if layer is not None:
-        gate_up, down = gate_up[layer], down[layer]
-    num_experts = gate_up.shape[0]
+    """See ``expert_mlp``. Right on every platform; on the CPU ``ragged_dot`` is a dense loop and slow.
+
+    With ``first_expert`` the matrices hold only the experts from that id on, and what the others would add is left out.
+    """
+    num_experts = gate_up.shape[-3]
+    if first_expert is not None:
+        expert_ids = expert_ids - first_expert
+        here = (expert_ids >= 0) & (expert_ids < num_experts)
+        expert_ids, weights = jnp.where(here, expert_ids, num_experts), jnp.where(here, weights, 0)
     routing = route(expert_ids, num_experts=num_experts, valid=valid)
     sizes = jnp.sum(routing.expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    if layer is not None:
+        # The other layers' experts are groups without rows. Slicing the layer out would copy all its weights.
+        sizes = lax.dynamic_update_slice(jnp.zeros(gate_up.shape[0] * num_experts, jnp.int32), sizes, (jnp.int32(layer) * num_experts,))
+        gate_up, down = (a.reshape(-1, *a.shape[2:]) for a in (gate_up, down))
     both = lax.ragged_dot(x[routing.token], gate_up, sizes, preferred_element_type=jnp.float32)
     gate, up = jnp.split(both, 2, axis=-1)
     hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
     out = lax.ragged_dot(hidden, down, sizes, preferred_element_type=jnp.float32)
+    if first_expert is not None:
+        out = jnp.where((routing.expert < num_experts)[:, None], out, 0)
     return combine(out, routing, weights, valid=valid).astype(x.dtype)
