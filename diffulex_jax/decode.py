@@ -15,6 +15,7 @@ from jax import lax
 
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
+from diffulex_jax.parallel.mesh import first_index, shared_by
 from diffulex_jax.request_state import given_blocks
 from diffulex_jax.rules.base import Rule
 from diffulex_jax.rules.blocks import activate, stability
@@ -35,6 +36,7 @@ from diffulex_jax.state import (
     Trace,
 )
 from pallas_kernels import Kernels, block_attention, grouped_matmul, remask, token_merge
+from pallas_kernels.target import anywhere
 
 
 class Program(NamedTuple):
@@ -90,7 +92,8 @@ def denoise(
         i, pool, state, _ = carry
         finished = (live_before & ~state.live).any()
         starved = (state.live & state.ready & (_page_of(state.start, page_table, state) >= pool.k.shape[1])).any()
-        return (i < max_steps) & state.live.any() & ~starved & ~(stop_on_finish & finished)
+        going, halt = anywhere(jnp.stack([state.live.any(), starved | (stop_on_finish & finished)]))
+        return (i < max_steps) & going & ~halt
 
     def body(carry: Carry) -> Carry:
         i, pool, state, trace = carry
@@ -159,6 +162,8 @@ def _attention(program: Program, pool: KVPool, page_table: jax.Array) -> Callabl
 
 def _hidden(program: Program, params: llada2.Params) -> Callable[..., tuple[jax.Array, Any]]:
     experts = functools.partial(grouped_matmul.expert_mlp, backend=program.kernels.grouped_matmul)
+    if shared_by("expert") and "moe" in params:
+        experts = functools.partial(experts, first_expert=first_index("expert", params["moe"]["experts_down"].shape[1]))
     return functools.partial(llada2.hidden, params, program.config, experts=experts)
 
 
@@ -250,7 +255,7 @@ def predict(
 
         return hidden(x, positions, attend, valid=valid)
 
-    h, (k, v) = lax.cond(live.any(), with_pending, window_only)
+    h, (k, v) = lax.cond(anywhere(live.any()), with_pending, window_only)
     pages = jnp.where(live, _page_of(state.start - block, page_table, state), pool.k.shape[1])
     pool = _write(program, pool, k, v, pages)
     state = state.replace(
@@ -285,6 +290,7 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
         penalty=rows(s.penalty_lambda),
         banned=jnp.where(early[:, None], jnp.repeat(s.stop_ids, per_position, 0), -1),
         top_k=program.dims.candidates,
+        vocab_axes=shared_by("vocab"),
         backend=program.kernels.remask,
     )
     return Prediction(

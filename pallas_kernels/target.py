@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 
 
 class Target(NamedTuple):
@@ -44,3 +45,13 @@ def pick(operation: str, backend: str | None, choose: Callable[[Target], str], b
     if name not in backends:
         raise ValueError(f"unknown {operation} backend {name!r}; valid: {', '.join(backends)}")
     return backends[name]
+
+
+def anywhere(flag: jax.Array) -> jax.Array:
+    """Whether ``flag`` (bool, any shape) holds on some device of those that run this code in one ``jax.shard_map``; else ``flag``.
+
+    For the condition of a branch that holds exchanges: all devices must take the same.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in mesh.manual_axes if mesh.shape[name] > 1)
+    return lax.psum(flag.astype("int32"), axes) > 0 if axes else flag

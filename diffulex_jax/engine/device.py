@@ -15,6 +15,7 @@ from diffulex_jax import decode, request_state
 from diffulex_jax.engine.results import TraceStep
 from diffulex_jax.engine.scheduler import Tracked
 from diffulex_jax.models import llada2
+from diffulex_jax.parallel import programs
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import POOL_AXES, STATE_AXES, Canvas, DecodeState, KVPool, StepReport, Trace
@@ -55,7 +56,7 @@ class JaxDevice:
         sizes = whole if program.attention == "prefix_full" else [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
         self._prefill_sizes = sizes
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
-        self._jit_prefill = jax.jit(_exact(functools.partial(decode.prefill, program), dtype), donate_argnums=(1,), out_shardings=on_pool)
+        self._jit_prefill = jax.jit(_exact(functools.partial(programs.prefill, program), dtype), donate_argnums=(1,), out_shardings=on_pool)
         self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule, config.mask_token_id))
         self._jit_put, self._jit_release = jit_state(request_state.put), jit_state(request_state.release)
         self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
@@ -186,7 +187,7 @@ def _denoise(
     stop_on_finish: jax.Array,
 ) -> tuple[KVPool, DecodeState, jax.Array, Trace]:
     """``decode.denoise`` with the page tables and known positions, and the report, as one array each: one transfer each way."""
-    pool, state, report, trace = decode.denoise(
+    pool, state, report, trace = programs.denoise(
         program, params, pool, state, plan[:, :-1], plan[:, -1], steps=steps, max_steps=max_steps, stop_on_finish=stop_on_finish
     )
     return pool, state, jnp.concatenate([*(getattr(report, name)[:, None] for name in _SCALARS), report.tokens], 1), trace

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from diffulex_jax.config import ModelConfig
+from diffulex_jax.parallel.mesh import add_up
 from pallas_kernels import grouped_matmul
 
 
@@ -145,7 +146,7 @@ def hidden(
         heads = [project(rms_norm(x, w["attn_norm"], eps), w, config, table) for x, table in zip(xs, tables, strict=True)]
         out, aux = attend(layer, *heads[0])
         outs = [out] if len(heads) == 1 else [out, attend(layer, *heads[1], before=heads[0][1:])[0]]
-        return [x + jnp.einsum("rtkgh,kghd->rtd", o, w["out"]) for x, o in zip(xs, outs, strict=True)], aux
+        return [x + add_up(jnp.einsum("rtkgh,kghd->rtd", o, w["out"]), "kv_heads") for x, o in zip(xs, outs, strict=True)], aux
 
     def dense(hs: Sequence[jax.Array], w: Params, layer: jax.Array) -> list[jax.Array]:
         return [swiglu(h, w["mlp_gate_up"], w["mlp_down"]) for h in hs]
@@ -175,7 +176,7 @@ def hidden(
                 xs, aux = attention(xs, w, first + layer)
             with jax.named_scope("mlp"):
                 ys = mlp([rms_norm(x, w["mlp_norm"], eps) for x in xs], w, layer)
-                return [x + y for x, y in zip(xs, ys, strict=True)], aux
+                return [x + add_up(y, "mlp") for x, y in zip(xs, ys, strict=True)], aux
 
         scanned = {name: w for name, w in params[kind].items() if not name.startswith("experts_")}
         count = len(scanned["attn_norm"])

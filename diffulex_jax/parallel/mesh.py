@@ -1,11 +1,18 @@
-"""The one table from logical axes to mesh axes. A single device is the 1 x 1 x 1 mesh; nothing else counts devices."""
+"""The one table from logical axes to mesh axes, and programs that run on every device of a mesh.
+
+A single device is the 1 x 1 x 1 mesh; nothing else counts devices. Kernels cannot be partitioned by XLA, so a program for several
+devices is written for one of them (:func:`spread`): it works on its own slots and pages, heads, experts and part of the vocabulary,
+and exchanges what :func:`shared_by` says is shared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -18,8 +25,8 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "page": "data",
     "expert": ("expert", "tensor"),
     "vocab": ("expert", "tensor"),
+    "mlp": ("expert", "tensor"),
     "kv_heads": "tensor",
-    "mlp": "tensor",
     "block": None,
     "token": None,
     "embed": None,
@@ -41,9 +48,47 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = 1, exp
     return Mesh(np.array(devices[:need]).reshape(data, expert, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def spec(*axes: str | None) -> PartitionSpec:
+    """How an array whose dimensions carry the logical names ``axes`` (None: unnamed, replicated) is split."""
+    return PartitionSpec(*(None if axis is None else LOGICAL_AXES[axis] for axis in axes))
+
+
 def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    """The placement of an array whose dimensions carry the logical names ``axes`` (None: unnamed, replicated)."""
-    return NamedSharding(mesh, PartitionSpec(*(None if axis is None else LOGICAL_AXES[axis] for axis in axes)))
+    """The placement on ``mesh`` of an array whose dimensions carry the logical names ``axes``."""
+    return NamedSharding(mesh, spec(*axes))
+
+
+def spread(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """``function`` of whole arrays, run on every device of the current mesh with its parts; itself where there is one device.
+
+    Args:
+      function: what one device does. It takes positional arguments.
+      in_specs, out_specs: how arguments and results are split (:func:`spec`), prefixes of their trees. What a result is not split over,
+        all devices must agree on.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def shared_by(axis: str) -> tuple[str, ...]:
+    """The mesh axes over which the devices that run a :func:`spread` function share a logical axis; () where one device has all of it."""
+    mesh, names = jax.sharding.get_abstract_mesh(), LOGICAL_AXES[axis]
+    names = (names,) if isinstance(names, str) else names or ()
+    return tuple(name for name in names if name in mesh.manual_axes and mesh.shape[name] > 1)
+
+
+def first_index(axis: str, count: int) -> jax.Array | int:
+    """The first index along a shared logical axis that this device holds ``count`` of."""
+    names = shared_by(axis)
+    return lax.axis_index(names) * count if names else 0
+
+
+def add_up(x: jax.Array, axis: str) -> jax.Array:
+    """The sum of ``x`` over the devices that share a logical axis."""
+    names = shared_by(axis)
+    return lax.psum(x, names) if names else x
 
 
 def platform(mesh: Mesh) -> str:

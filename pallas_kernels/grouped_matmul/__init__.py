@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul.xla import ragged
 from pallas_kernels.target import Target, pick
 
 
-__all__ = ["Backend", "choose_backend", "dense", "expert_mlp", "ragged"]
+__all__ = ["Backend", "choose_backend", "dense", "expert_mlp"]
 
 Backend = Literal["dense", "ragged", "cpu"]
 
@@ -40,6 +40,7 @@ def expert_mlp(
     *,
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
+    first_expert: ArrayLike | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """The routed experts of one layer.
@@ -57,6 +58,8 @@ def expert_mlp(
         whole stack and the layer number instead of scanning over the weights: a scanned slice is copied on the CPU
         backend, which reads the stack in place.
       valid: ``[T]`` bool; False rows route nowhere, give zeros, and their ``x``, ids and weights mean nothing.
+      first_expert: int32 scalar: the matrices hold only the experts from this id on, and the result is their share of the sum. Devices
+        that share the experts add theirs up. Always by ``lax.ragged_dot``.
       backend: ``"dense"`` (every expert for every token; the only one meant to be differentiated), ``"ragged"``
         (``lax.ragged_dot``) or ``"cpu"``; None chooses by the platform of the current mesh, else the default one.
 
@@ -69,6 +72,8 @@ def expert_mlp(
     compute = pick("grouped_matmul", backend, choose_backend, _BACKENDS)
     _check_shapes(x, expert_ids, weights, gate_up, down, layer, valid)
     with jax.named_scope("expert_mlp"):
+        if first_expert is not None:
+            return ragged(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, first_expert=first_expert)
         return compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
 
 

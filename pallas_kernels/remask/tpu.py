@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.remask import reference
 from pallas_kernels.remask.reference import Best, Sampling
+from pallas_kernels.target import anywhere
 
 
 LANES = 128
@@ -138,11 +139,11 @@ def _predict(
         count = -(-rows // size)
         at = jnp.minimum(jnp.arange(count * size), rows - 1).reshape(count, size)
         nothing = jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.float32)
-        token, prob = lax.map(lambda rows: lax.cond(filtered[rows].any(), exact, lambda rows: nothing, rows), at)
+        token, prob = lax.map(lambda rows: lax.cond(anywhere(filtered[rows].any()), exact, lambda rows: nothing, rows), at)
         token, prob = token.reshape(-1)[:rows], prob.reshape(-1)[:rows]
         return best._replace(token=jnp.where(filtered, token, best.token), prob=jnp.where(filtered, prob, best.prob))
 
-    return lax.cond(filtered.any(), draw_filtered, lambda: best)
+    return lax.cond(anywhere(filtered.any()), draw_filtered, lambda: best)
 
 
 def _finish(parts: Partial, hot: jax.Array, *, top_k: int) -> Best:

@@ -1,0 +1,80 @@
+"""The programs an engine compiles, for the current mesh: :mod:`diffulex_jax.decode` on every device, each with its own part.
+
+Slots and pages are split over the mesh axis ``data``: the pages of a slot must be those of its devices, that is, the pages
+``[d N / n, (d + 1) N / n)`` for the slots ``[d S / n, (d + 1) S / n)``, where n devices share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from diffulex_jax import decode
+from diffulex_jax.config import ModelConfig
+from diffulex_jax.models import llada2
+from diffulex_jax.parallel.mesh import first_index, spec, spread
+from diffulex_jax.state import POOL_AXES, STATE_AXES, DecodeState, KVPool, StepReport, Trace
+
+
+def denoise(
+    program: decode.Program,
+    params: llada2.Params,
+    pool: KVPool,
+    state: DecodeState,
+    page_table: jax.Array,
+    known: jax.Array,
+    *,
+    steps: int,
+    max_steps: jax.Array,
+    stop_on_finish: jax.Array,
+) -> tuple[KVPool, DecodeState, StepReport, Trace]:
+    """See ``decode.denoise``. All devices make the same number of steps."""
+
+    def local(params: Any, pool: KVPool, state: Any, page_table: jax.Array, known: Any, max_steps: Any, stop: Any) -> Any:
+        here = program._replace(dims=dataclasses.replace(program.dims, slots=known.shape[0]))
+        table = _own(page_table, pool)
+        return decode.denoise(here, params, pool, state, table, known, steps=steps, max_steps=max_steps, stop_on_finish=stop)
+
+    slots, pages, every = spec(*STATE_AXES), spec(*POOL_AXES), PartitionSpec()
+    run = spread(
+        local,
+        (param_specs(program.config), pages, slots, slots, slots, every, every),
+        (pages, slots, slots, spec(None, *STATE_AXES)),
+    )
+    return run(params, pool, state, page_table, known, max_steps, stop_on_finish)
+
+
+def prefill(
+    program: decode.Program,
+    params: llada2.Params,
+    pool: KVPool,
+    tokens: jax.Array,
+    count: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    page_table: jax.Array,
+) -> KVPool:
+    """See ``decode.prefill``. All devices compute it, and those that have the request's pages write; the others see a wrong prefix."""
+
+    def local(params: Any, pool: KVPool, tokens: Any, count: Any, start: Any, length: Any, page_table: Any) -> KVPool:
+        return decode.prefill(program, params, pool, tokens, count, start, length, _own(page_table, pool))
+
+    pages, every = spec(*POOL_AXES), PartitionSpec()
+    run = spread(local, (param_specs(program.config), pages, *[every] * 5), pages)
+    return run(params, pool, tokens, count, start, length, page_table)
+
+
+def param_specs(config: ModelConfig) -> Any:
+    """How the parameters are split, as a tree of their structure."""
+    return jax.tree.map(lambda leaf: spec(*leaf[1]), llada2.schema(config), is_leaf=llada2.is_leaf)
+
+
+def _own(pages: jax.Array, pool: KVPool) -> jax.Array:
+    """Pages of the whole pool as pages of this device's part; those of other devices become one past it, which is none."""
+    count = pool.k.shape[1]
+    at = pages - first_index("page", count)
+    return jnp.where((at >= 0) & (at < count), at, count)
