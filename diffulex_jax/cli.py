@@ -1,4 +1,4 @@
-"""The command line: ``diffulex-jax generate``, ``serve``, ``bench decode`` and ``doctor``.
+"""The command line: ``diffulex-jax generate``, ``serve``, ``bench decode``, ``bench step`` and ``doctor``.
 
 Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``EngineConfig``.
 """
@@ -24,7 +24,7 @@ import typer
 
 from diffulex_jax.async_serving.async_engine import AsyncEngine
 from diffulex_jax.async_serving.settings import ServerSettings
-from diffulex_jax.bench import decode, machine
+from diffulex_jax.bench import decode, machine, step
 from diffulex_jax.bench.shapes import SHAPES
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.engine import Engine
@@ -218,6 +218,34 @@ def bench_decode(
     typer.echo(json.dumps(report) if as_json else decode.table(report))
 
 
+@bench.command("step")
+def bench_step(
+    *,
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}; the weights are random.")] = "llada2-mini",
+    batch: Annotated[str, typer.Option(help="Rows decoded together: 1,8,32.")] = "1,8,32",
+    strategy: Annotated[str, typer.Option(help=f"Of {_STRATEGIES}, separated by commas.")] = "llada2,dmax",
+    context: Annotated[str, typer.Option(help="Cached positions in front of the block: 128,2048.")] = "128,2048",
+    dtype: Annotated[str, typer.Option(help="Of weights, activations and cache: bfloat16 or float32.")] = "bfloat16",
+    kernels: Annotated[str, typer.Option(help="auto (the device's own kernels) or reference (plain XLA).")] = "auto",
+    repeats: Annotated[int, typer.Option(help="How many blocks of each combination are timed.")] = 10,
+    as_json: _AsJson = False,
+) -> None:
+    """Milliseconds a denoise step and each of its kernels, against the memory traffic they cannot do without."""
+    with _one_line_errors():
+        report = step.run(
+            shape=shape,
+            batches=_numbers("--batch", batch),
+            strategies=strategy.split(","),
+            contexts=_numbers("--context", context),
+            dtype=dtype,
+            kernels=kernels,
+            repeats=repeats,
+            progress=(lambda line: None) if as_json else typer.echo,
+        )
+    if as_json:
+        typer.echo(json.dumps(report))
+
+
 @app.command()
 def doctor(*, as_json: _AsJson = False) -> None:
     """Show what JAX sees on this machine and which kernels would be used."""
@@ -241,6 +269,14 @@ def _request(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
         return [int(part) for part in prompt_ids.split(",")]
     except ValueError:
         raise ValueError(f"--prompt-ids must be integers separated by commas, got {prompt_ids!r}") from None
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """``1,8,32`` as numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be integers separated by commas, got {text!r}") from None
 
 
 def _plain(output: Output) -> dict[str, Any]:

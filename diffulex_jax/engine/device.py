@@ -56,7 +56,7 @@ class JaxDevice:
         sizes = whole if program.attention == "prefix_full" else [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
         self._prefill_sizes = sizes
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
-        self._jit_prefill = jax.jit(_exact(functools.partial(programs.prefill, program), dtype), donate_argnums=(1,), out_shardings=on_pool)
+        self._jit_prefill = jax.jit(exact(functools.partial(programs.prefill, program), dtype), donate_argnums=(1,), out_shardings=on_pool)
         self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule, config.mask_token_id))
         self._jit_put, self._jit_release = jit_state(request_state.put), jit_state(request_state.release)
         self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
@@ -64,7 +64,7 @@ class JaxDevice:
         self._jit_write = jax.jit(_write_pages, donate_argnums=(0,), out_shardings=on_pool)
         self._jit_sequence = jax.jit(lambda state, slot: jax.tree.map(lambda a: a[slot], state.sequence), out_shardings=everywhere)
         self._jit_denoise = jax.jit(
-            _exact(functools.partial(_denoise, program, steps_per_dispatch), dtype),
+            exact(functools.partial(packed_denoise, program, steps_per_dispatch), dtype),
             donate_argnums=(1, 2),
             out_shardings=(on_pool, on_slots, everywhere, everywhere),
         )
@@ -176,7 +176,7 @@ class JaxDevice:
 _SCALARS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
 
 
-def _denoise(
+def packed_denoise(
     program: decode.Program,
     steps: int,
     params: llada2.Params,
@@ -223,7 +223,7 @@ def _slot(request: Tracked) -> np.int32:
     return np.int32(request.slot)
 
 
-def _exact(function: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+def exact(function: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
     """``function`` with matmuls as precise as ``dtype`` says: accelerators round float32 operands down unless told not to."""
 
     def traced(*args: Any, **kwargs: Any) -> Any:

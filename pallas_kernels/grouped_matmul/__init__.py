@@ -1,33 +1,42 @@
 """Grouped matmul: the SwiGLU experts of a mixture-of-experts layer, each token through its own few experts.
 
 ``expert_mlp`` computes ``y[t] = sum_k weights[t, k] * (silu(x[t] Wg) * (x[t] Wu)) Wd`` over the ``k`` experts that
-token ``t`` chose. Nothing is ever dropped: any routing is computed exactly.
+token ``t`` chose, ``swiglu`` one such expert for all tokens. Nothing is ever dropped: any routing is computed exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 from jax.typing import ArrayLike
 
 from pallas_kernels.grouped_matmul.cpu import streamed
-from pallas_kernels.grouped_matmul.reference import dense
+from pallas_kernels.grouped_matmul.reference import dense, swiglu
 from pallas_kernels.grouped_matmul.xla import ragged
 from pallas_kernels.target import Target, pick
 
 
-__all__ = ["Backend", "choose_backend", "dense", "expert_mlp"]
+__all__ = ["Backend", "choose_backend", "dense", "expert_mlp", "swiglu"]
 
-Backend = Literal["dense", "ragged", "cpu"]
+Backend = Literal["dense", "ragged", "cpu", "gpu"]
 
-_BACKENDS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "ragged": ragged, "cpu": streamed}
+
+def _hopper(*args: Any, **kwargs: Any) -> jax.Array:
+    from pallas_kernels.grouped_matmul.gpu import hopper  # Mosaic GPU is imported where it is used
+
+    return hopper(*args, **kwargs)
+
+
+_BACKENDS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "ragged": ragged, "cpu": streamed, "gpu": _hopper}
 assert tuple(_BACKENDS) == get_args(Backend)
 
 
 def choose_backend(target: Target) -> Backend:
     """The backend used on ``target`` unless told otherwise."""
+    if target.platform == "gpu" and 9.0 <= target.capability < 10.0:  # Hopper: its tensor core instructions exist nowhere else
+        return "gpu"
     return "cpu" if target.platform == "cpu" else "ragged"
 
 
@@ -41,9 +50,10 @@ def expert_mlp(
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
     first_expert: ArrayLike | None = None,
+    shared: tuple[jax.Array, jax.Array] | None = None,
     backend: str | None = None,
 ) -> jax.Array:
-    """The routed experts of one layer.
+    """The experts of one layer: the routed ones, and with ``shared`` the one that every token goes through.
 
     A token's output depends on its own row alone; with backend ``"cpu"`` to the last bit, whatever the batch holds.
     Sums over the contracted axes are in float32; the activated hidden values are rounded to ``x.dtype``.
@@ -60,8 +70,10 @@ def expert_mlp(
       valid: ``[T]`` bool; False rows route nowhere, give zeros, and their ``x``, ids and weights mean nothing.
       first_expert: int32 scalar: the matrices hold only the experts from this id on, and the result is their share of the sum. Devices
         that share the experts add theirs up. Always by ``lax.ragged_dot``.
+      shared: ``(gate_up [D, 2, S], down [S, D])`` of an expert that is added, unweighted, for every token; with ``layer`` both
+        have a leading L.
       backend: ``"dense"`` (every expert for every token; the only one meant to be differentiated), ``"ragged"``
-        (``lax.ragged_dot``) or ``"cpu"``; None chooses by the platform of the current mesh, else the default one.
+        (``lax.ragged_dot``), ``"cpu"`` or ``"gpu"`` (Hopper); None chooses by the current mesh's devices, else the default one.
 
     Returns:
       ``[T, D]`` in ``x.dtype``.
@@ -73,8 +85,12 @@ def expert_mlp(
     _check_shapes(x, expert_ids, weights, gate_up, down, layer, valid)
     with jax.named_scope("expert_mlp"):
         if first_expert is not None:
-            return ragged(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, first_expert=first_expert)
-        return compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
+            routed = ragged(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, first_expert=first_expert)
+        elif compute is _hopper:
+            return compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, shared=shared)
+        else:
+            routed = compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
+        return routed if shared is None else routed + swiglu(x, *shared, layer=layer)
 
 
 def _check_shapes(

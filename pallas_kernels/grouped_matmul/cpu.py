@@ -67,7 +67,7 @@ def streamed(
 
         wanted = jnp.sum(routing.expert < num_experts, dtype=jnp.int32)
         out = lax.fori_loop(0, -(-wanted // CHUNK), chunk, jnp.zeros((token.shape[0], embed), jnp.float32))
-    return combine(out, routing, weights, valid=valid).astype(x.dtype)
+    return combine(out, routing.place, weights, valid=valid).astype(x.dtype)
 
 
 def _matmul(x: jax.Array, w: jax.Array, first: jax.Array) -> jax.Array:

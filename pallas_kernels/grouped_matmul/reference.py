@@ -32,3 +32,14 @@ def dense(
     hidden = (jax.nn.silu(gate) * up).astype(x.dtype).astype(jnp.float32)
     out = jnp.einsum("tef,efd->ted", hidden, down)
     return jnp.einsum("te,ted->td", share, out).astype(x.dtype)
+
+
+def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array, *, layer: ArrayLike | None = None) -> jax.Array:
+    """``silu(x Wg) * (x Wu)`` through ``down [F, D]``, for ``x [..., D]``; ``gate_up [D, 2, F]`` holds Wg and Wu.
+
+    With ``layer`` both matrices have a leading axis of layers.
+    """
+    if layer is not None:
+        gate_up, down = gate_up[layer], down[layer]
+    h = jnp.einsum("...d,dcf->...cf", x, gate_up)
+    return jnp.einsum("...f,fd->...d", jax.nn.silu(h[..., 0, :]) * h[..., 1, :], down)

@@ -32,10 +32,10 @@ def route(expert_ids: jax.Array, *, num_experts: int, valid: jax.Array | None) -
     return Routing(order // expert_ids.shape[1], pairs[order], place)
 
 
-def combine(rows: jax.Array, routing: Routing, weights: jax.Array, *, valid: jax.Array | None) -> jax.Array:
-    """``[T, D]`` float32: each token's weighted sum of its ``rows [P, D]``, added in the order of its choices."""
+def combine(rows: jax.Array, place: jax.Array, weights: jax.Array, *, valid: jax.Array | None) -> jax.Array:
+    """``[T, D]`` float32: each token's weighted sum of its ``rows[place[t]]``, added in the order of its choices."""
     total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
     for j in range(weights.shape[1]):
-        total += weights[:, j, None] * rows[routing.place[:, j]]
+        total += weights[:, j, None] * rows[place[:, j]]
     # A select, not a product: what stands in rows that were never computed may be NaN.
     return total if valid is None else jnp.where(valid[:, None], total, 0)

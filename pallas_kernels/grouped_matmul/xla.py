@@ -42,4 +42,4 @@ def ragged(
     out = lax.ragged_dot(hidden, down, sizes, preferred_element_type=jnp.float32)
     if first_expert is not None:
         out = jnp.where((routing.expert < num_experts)[:, None], out, 0)
-    return combine(out, routing, weights, valid=valid).astype(x.dtype)
+    return combine(out, routing.place, weights, valid=valid).astype(x.dtype)

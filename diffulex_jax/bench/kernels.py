@@ -1,0 +1,116 @@
+"""Each operation of a denoise step by itself: its time against what its memory traffic alone takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from diffulex_jax.bench.traffic import expert_bytes
+from diffulex_jax.config import ModelConfig
+from diffulex_jax.models import llada2
+from pallas_kernels import Kernels, block_attention, grouped_matmul, remask, token_merge
+from pallas_kernels.token_merge import MergeSpec
+
+
+def measure(
+    config: ModelConfig, params: llada2.Params, kernels: Kernels, *, batch: int, context: int, block: int, bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    """Times one layer's routed experts with uniform routing, the vocabulary's prediction, token merge, and one layer's attention.
+
+    Each runs many times in one program, layer after layer, on inputs that depend on the result before.
+
+    Yields:
+      ``kernel``, ``tokens``, ``ms``, ``floor_ms`` (weights and cached keys and values, or gathered rows, read once at ``bandwidth``
+      bytes a second), ``floor_ratio``, and for the experts ``experts_touched``.
+    """
+    tokens, embed, dtype = batch * block, config.hidden_size, params["embed"].dtype
+    x = jax.random.normal(jax.random.key(0), (tokens, embed), dtype)
+
+    def result(kernel: str, ms: float, bytes_read: float, touched: float | None = None) -> dict[str, Any]:
+        floor = 1e3 * bytes_read / bandwidth
+        return {"kernel": kernel, "tokens": tokens, "ms": ms, "floor_ms": floor, "floor_ratio": ms / floor, "experts_touched": touched}
+
+    layers = config.num_moe_layers
+    if layers:
+        scores = jax.random.uniform(jax.random.key(1), (layers, tokens, config.num_experts))
+        weights, ids = lax.top_k(scores, config.num_experts_per_tok)
+
+        def experts(x: jax.Array, i: jax.Array, params: llada2.Params, ids: jax.Array, weights: jax.Array) -> jax.Array:
+            stacks = params["moe"]["experts_gate_up"], params["moe"]["experts_down"]
+            return x + grouped_matmul.expert_mlp(x, ids[i], weights[i], *stacks, layer=i, backend=kernels.grouped_matmul) * 1e-3
+
+        touched = statistics.mean(len(set(layer.reshape(-1).tolist())) for layer in jax.device_get(ids))
+        yield result("experts", _ms(experts, x, layers, params, ids, weights), touched * expert_bytes(config, dtype.itemsize), touched)
+
+    current = jnp.zeros(tokens, jnp.int32)
+
+    def prediction(x: jax.Array, i: jax.Array, params: llada2.Params, current: jax.Array) -> jax.Array:
+        still = jnp.zeros(tokens, jnp.float32)
+        best = remask.predict_from_hidden(
+            x,
+            params["lm_head"],
+            current,
+            forbidden_id=config.mask_token_id,
+            sampling=remask.Sampling(jax.random.split(jax.random.key(0), tokens), still, still + 1, current),
+            backend=kernels.remask,
+        )
+        return x + (best.prob * 1e-3).astype(dtype)[:, None]
+
+    yield result("prediction", _ms(prediction, x, 8, params, current), params["lm_head"].nbytes)
+
+    def merge(x: jax.Array, i: jax.Array, params: llada2.Params, ids: jax.Array) -> jax.Array:
+        probs = jax.nn.sigmoid(x[:, :1].astype(jnp.float32))
+        soft = jnp.ones(tokens, bool)
+        mixed = token_merge.merge(
+            params["embed"], ids[i], config.mask_token_id, ids[i][:, None], probs, soft, spec=MergeSpec(), backend=kernels.token_merge
+        )
+        return x + mixed
+
+    merged = jax.random.randint(jax.random.key(2), (64, tokens), 0, config.vocab_size)
+    yield result("token merge", _ms(merge, x, 64, params, merged), 2 * tokens * embed * dtype.itemsize)
+
+    groups, head = config.num_key_value_heads, config.head_dim
+    pages = context // block
+    pool = jax.random.normal(jax.random.key(3), (config.num_hidden_layers, batch * pages, block, groups, head), dtype)
+    q = jax.random.normal(jax.random.key(4), (batch, block, groups, config.queries_per_kv, head), dtype)
+    table = jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages)
+
+    def attention(q: jax.Array, i: jax.Array, pool: jax.Array, table: jax.Array) -> jax.Array:
+        out = block_attention.block_attention(
+            q,
+            q[..., 0, :],
+            q[..., 1, :],
+            pool_k=pool,
+            pool_v=pool,
+            layer=i,
+            page_table=table,
+            prefix_len=jnp.full(batch, context, jnp.int32),
+            lanes=jnp.ones((batch, 1), bool),
+            backend=kernels.block_attention,
+        )
+        return q + out * jnp.asarray(1e-3, dtype)
+
+    cached = 2 * batch * context * groups * head * dtype.itemsize
+    yield result("block attention", _ms(attention, q, config.num_hidden_layers, pool, table), cached)
+
+
+def _ms(body: Callable[..., jax.Array], carry: jax.Array, count: int, *args: Any, rounds: int = 7) -> float:
+    """Milliseconds of one ``body(carry, i, *args)``: the median over rounds of a program that runs it for ``i`` below ``count`` twice."""
+
+    @jax.jit
+    def loop(carry: jax.Array, *args: Any) -> jax.Array:
+        return lax.fori_loop(0, 2 * count, lambda i, c: body(c, lax.rem(i, jnp.int32(count)), *args).astype(c.dtype), carry)
+
+    jax.block_until_ready(loop(carry, *args))
+    spent = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        jax.block_until_ready(loop(carry, *args))
+        spent.append(1e3 * (time.perf_counter() - began) / (2 * count))
+    return statistics.median(spent)

@@ -1,0 +1,219 @@
+"""The denoise step on the device it runs on: its time against what its memory traffic alone takes, and the host's share."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffulex_jax import decode, request_state
+from diffulex_jax.bench import kernels as kernel_times
+from diffulex_jax.bench import traffic
+from diffulex_jax.bench.shapes import SHAPES, random_params
+from diffulex_jax.config import ModelConfig
+from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.device import exact, packed_denoise
+from diffulex_jax.models import llada2
+from diffulex_jax.parallel.mesh import make_mesh
+from diffulex_jax.rules import Rule, dims_for
+from diffulex_jax.sampling_params import SamplingParams
+from diffulex_jax.state import DecodeState, KVPool
+from diffulex_jax.strategies import resolve
+from pallas_kernels import REFERENCE, Kernels, choose
+
+
+BLOCK, STEPS = EngineConfig().block_size, EngineConfig().steps_per_dispatch
+
+
+def run(
+    *,
+    shape: str,
+    batches: Sequence[int],
+    strategies: Sequence[str],
+    contexts: Sequence[int],
+    dtype: str = "bfloat16",
+    kernels: str = "auto",
+    repeats: int = 10,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measures every combination of batch, strategy and context on the default device.
+
+    Weights are random (see ``shapes.random_params``), and so is what the cache holds.
+
+    Args:
+      shape: a name in ``SHAPES``.
+      batches: rows decoded together.
+      strategies: names of strategies.
+      contexts: cached positions in front of the first block, multiples of the block size.
+      dtype: of weights, activations and cache: ``"bfloat16"`` or ``"float32"``.
+      kernels: ``"auto"`` or ``"reference"``, as in ``EngineConfig``.
+      repeats: measurements of each combination.
+      progress: is given the report line by line as it comes.
+
+    Returns:
+      Plain data: what was measured on what; under ``steps`` the figures of :func:`measure` for each combination, and under
+      ``kernel_times`` those of ``kernels.measure`` for each batch.
+
+    Raises:
+      ValueError: for a name that does not exist or a number that will not do.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
+    settings = EngineConfig(dtype=dtype, kernels=kernels)
+    for name, numbers in {"batch": batches, "repeats": (repeats,), "context": contexts}.items():
+        if bad := [n for n in numbers if n < 1 or (name == "context" and n % BLOCK)]:
+            raise ValueError(f"{name}={bad[0]} must be positive" + (f" and a multiple of {BLOCK}" if name == "context" else ""))
+    rules = {name: resolve(name) for name in strategies}
+    config, device = SHAPES[shape], jax.devices()[0]
+    chosen = choose(device) if settings.kernels == "auto" else REFERENCE
+    with jax.set_mesh(make_mesh()):
+        bandwidth = traffic.copy_bandwidth(device)
+        params = random_params(config, settings.jax_dtype)
+        report: dict[str, Any] = {
+            "device": f"{device.platform}: {device.device_kind}",
+            "jax": jax.__version__,
+            "shape": shape,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "dtype": dtype,
+            "kernels": chosen._asdict(),
+            "copy_terabytes_per_second": bandwidth / 1e12,
+            "steps_per_dispatch": STEPS,
+            "steps": [],
+            "kernel_times": [],
+        }
+        progress(_head(report))
+        for context in contexts:
+            for batch in batches:
+                for name, rule in rules.items():
+                    figures = measure(config, params, rule, chosen, context=context, batch=batch, bandwidth=bandwidth, repeats=repeats)
+                    report["steps"].append({"strategy": name, "batch": batch, "context": context} | figures)
+                    progress(_line(_STEP_COLUMNS, report["steps"][-1]))
+        progress(_title(_KERNEL_COLUMNS))
+        for batch in batches:
+            for figures in kernel_times.measure(config, params, chosen, batch=batch, context=contexts[0], block=BLOCK, bandwidth=bandwidth):
+                report["kernel_times"].append({"batch": batch} | figures)
+                progress(_line(_KERNEL_COLUMNS, report["kernel_times"][-1]))
+    return report
+
+
+def measure(
+    config: ModelConfig, params: llada2.Params, rule: Rule, kernels: Kernels, *, context: int, batch: int, bandwidth: float, repeats: int
+) -> dict[str, Any]:
+    """Times whole blocks, one token of each row a step: dispatches of a few steps, the first of which also writes the block before.
+
+    They are timed as the engine runs them, each with its report read before the next is launched, and once more queued all at once:
+    what the former takes longer is the host's share.
+
+    Returns:
+      ``ms_median`` over blocks and ``ms_p90`` over dispatches, of a step; ``device_ms`` of a step with nobody waiting; ``host_share``
+      = 1 - device / median; ``experts_touched`` a layer; ``gigabytes`` that a step must read with so many; ``floor_ms``, those at
+      ``bandwidth`` bytes a second; ``floor_ratio`` = median / floor.
+    """
+    program, pool, state, plan = _mid_request(config, params, rule, kernels, context=context, batch=batch)
+    dispatch = jax.jit(exact(functools.partial(packed_denoise, program, STEPS), params["embed"].dtype), donate_argnums=(1, 2))
+    touched = traffic.experts_touched(program, params, pool, state, plan[:, :-1])
+
+    def block(pool: KVPool, state: DecodeState, *, read: bool) -> tuple[KVPool, DecodeState, list[float]]:
+        times = [time.perf_counter()]
+        for _ in range(BLOCK // STEPS):
+            pool, state, report, _ = dispatch(params, pool, state, plan, np.int32(STEPS), np.bool_(False))
+            if read:
+                np.asarray(report)
+                times.append(time.perf_counter())
+        jax.block_until_ready(report)
+        times[-1 if read else 1 :] = [time.perf_counter()]
+        return pool, state, [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
+
+    pool, state, _ = block(pool, state, read=True)  # the first block, which also compiles
+    touched += traffic.experts_touched(program, params, pool, state, plan[:, :-1])
+    spent: dict[bool, list[list[float]]] = {True: [], False: []}
+    for _ in range(repeats):
+        for read, times in spent.items():
+            own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            pool, own, each = block(pool, own, read=read)
+            times.append(each)
+            if int((own.nfe - state.nfe).min()) != BLOCK:
+                raise RuntimeError(f"a block of {BLOCK} tokens took {own.nfe - state.nfe} steps instead of one a token")
+    median, device = (statistics.median(sum(each) / BLOCK for each in spent[read]) for read in (True, False))
+    mean = statistics.mean(touched)
+    gigabytes = traffic.step_bytes(config, params["embed"].dtype.itemsize, batch=batch, context=context + BLOCK, experts=mean) / 1e9
+    floor = 1e12 * gigabytes / bandwidth
+    return {
+        "ms_median": median,
+        "ms_p90": float(np.percentile(np.array(spent[True]) / STEPS, 90)),
+        "device_ms": device,
+        "host_share": max(0.0, 1 - device / median),
+        "experts_touched": mean,
+        "gigabytes": gigabytes,
+        "floor_ms": floor,
+        "floor_ratio": median / floor,
+    }
+
+
+def _mid_request(
+    config: ModelConfig, params: llada2.Params, rule: Rule, kernels: Kernels, *, context: int, batch: int
+) -> tuple[decode.Program, KVPool, DecodeState, np.ndarray]:
+    """Every row behind ``context`` cached positions, with nothing decoded; and what the host sends along with a dispatch."""
+    pages = context // BLOCK + 3
+    dims = dims_for(rule, slots=batch, window=1, block=BLOCK, pages_per_slot=pages)
+    shape = (config.num_hidden_layers, batch * pages, BLOCK, config.num_key_value_heads, config.head_dim)
+    pool = KVPool(*(jax.random.normal(jax.random.key(i), shape, params["embed"].dtype) for i in range(2)))
+    sampling = SamplingParams(max_tokens=3 * BLOCK, accept_threshold=2.0, ignore_eos=True)
+    admit = jax.jit(functools.partial(request_state.admit, dims, rule, config.mask_token_id), donate_argnums=0)
+    state = request_state.empty_state(dims, rule, mask_id=config.mask_token_id)
+    for slot in range(batch):
+        prompt = np.random.default_rng(slot).integers(0, config.eos_token_id, context).astype(np.int32)
+        state = admit(state, np.int32(slot), request_state.make_request(dims, prompt=prompt, params=sampling, eos_ids=()))
+    own_pages = np.arange(batch * pages, dtype=np.int32).reshape(batch, pages)
+    return decode.Program(config, dims, rule, kernels), pool, state, np.append(own_pages, np.zeros((batch, 1), np.int32), 1)
+
+
+_STEP_COLUMNS = {
+    "strategy": ("strategy", "s"),
+    "batch": ("batch", "d"),
+    "context": ("context", "d"),
+    "ms": ("ms_median", ".3f"),
+    "p90": ("ms_p90", ".3f"),
+    "device": ("device_ms", ".3f"),
+    "host": ("host_share", ".1%"),
+    "experts": ("experts_touched", ".1f"),
+    "GB": ("gigabytes", ".2f"),
+    "floor": ("floor_ms", ".3f"),
+    "x floor": ("floor_ratio", ".2f"),
+}
+_KERNEL_COLUMNS = {
+    "kernel": ("kernel", "s"),
+    "batch": ("batch", "d"),
+    "tokens": ("tokens", "d"),
+    "ms": ("ms", ".4f"),
+    "floor": ("floor_ms", ".4f"),
+    "x floor": ("floor_ratio", ".2f"),
+    "experts": ("experts_touched", ".0f"),
+}
+
+
+def _head(report: dict[str, Any]) -> str:
+    used = ", ".join(f"{operation} {backend}" for operation, backend in report["kernels"].items())
+    return "\n".join(
+        [
+            f"{report['shape']} ({report['parameters'] / 1e9:.2f} G parameters), {report['dtype']}, random weights; "
+            f"{report['device']}, jax {report['jax']}; {used}",
+            f"floors: bytes that must be read, at {report['copy_terabytes_per_second']:.2f} TB/s, which a copy on this device reaches",
+            _title(_STEP_COLUMNS),
+        ]
+    )
+
+
+def _title(columns: dict[str, tuple[str, str]]) -> str:
+    return "  ".join(name.rjust(18 if form == "s" else 8) for name, (_, form) in columns.items())
+
+
+def _line(columns: dict[str, tuple[str, str]], row: dict[str, Any]) -> str:
+    cells = ((format(row[key], form) if row[key] is not None else "", form) for key, form in columns.values())
+    return "  ".join(cell.rjust(18 if form == "s" else 8) for cell, form in cells)

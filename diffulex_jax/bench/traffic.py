@@ -1,0 +1,87 @@
+"""Bytes: how fast the device moves them, and how many a step cannot do without."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffulex_jax import decode
+from diffulex_jax.config import ModelConfig
+from diffulex_jax.models import llada2
+from diffulex_jax.state import DecodeState, KVPool
+from pallas_kernels import block_attention, grouped_matmul
+
+
+def copy_bandwidth(device: jax.Device) -> float:
+    """Bytes a second that a large copy on ``device`` reads and writes, the best of several."""
+    count = 2**28 if device.platform == "gpu" else 2**22  # float32: far more than any cache holds
+    change = jax.jit(lambda x: x + 1, donate_argnums=0)  # as a copy, but one that no compiler leaves out
+    x = jax.block_until_ready(change(jnp.zeros(count, jnp.float32)))
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(10):
+            x = change(x)
+        jax.block_until_ready(x)
+        best = min(best, (time.perf_counter() - began) / 10)
+    return 2 * x.nbytes / best
+
+
+def experts_touched(program: decode.Program, params: llada2.Params, pool: KVPool, state: DecodeState, page_table: np.ndarray) -> list[int]:
+    """How many experts of each mixture-of-experts layer the tokens of the window go to."""
+    counts: list[int] = []
+
+    def spy(x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, **rest: Any) -> jax.Array:
+        touched = (ids.reshape(-1, 1) == jnp.arange(program.config.num_experts)).any(0).sum()
+        jax.debug.callback(lambda count: counts.append(int(count)), touched)
+        return grouped_matmul.expert_mlp(x, ids, weights, gate_up, down, **rest, backend=program.kernels.grouped_matmul)
+
+    @jax.jit
+    def forward(params: llada2.Params, pool: KVPool, state: DecodeState) -> jax.Array:
+        slots = len(state.live)
+        attend = functools.partial(
+            block_attention.block_attention,
+            pool_k=pool.k,
+            pool_v=pool.v,
+            page_table=jnp.asarray(page_table),
+            prefix_len=state.written_upto,
+            lanes=state.active,
+            backend=program.kernels.block_attention,
+        )
+        return llada2.hidden(
+            params,
+            program.config,
+            llada2.embed(params, state.tokens.reshape(slots, -1)),
+            state.positions.reshape(slots, -1),
+            lambda layer, q, k, v: (attend(q, k, v, layer=layer), ()),
+            experts=spy,
+        )[0]
+
+    jax.block_until_ready(forward(params, pool, state))
+    jax.effects_barrier()
+    return counts
+
+
+def expert_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Of one routed expert."""
+    return 3 * config.hidden_size * config.moe_intermediate_size * itemsize
+
+
+def step_bytes(config: ModelConfig, itemsize: int, *, batch: int, context: int, experts: float) -> float:
+    """What a denoise step must read: each weight once, of the routed experts ``experts`` a layer, and the cached context once.
+
+    Activations stay in caches and are not counted.
+    """
+    embed, heads = config.hidden_size, config.num_key_value_heads * config.head_dim
+    attention = embed * heads * (config.queries_per_kv + 2) + embed * heads * config.queries_per_kv
+    dense = 3 * embed * config.intermediate_size
+    moe = embed * config.num_experts + 3 * embed * config.moe_intermediate_size * config.num_shared_experts
+    weights = config.num_hidden_layers * attention + config.num_dense_layers * dense + config.num_moe_layers * moe
+    weights += config.vocab_size * embed
+    cache = 2 * config.num_hidden_layers * heads * context * batch
+    return (weights + cache) * itemsize + config.num_moe_layers * experts * expert_bytes(config, itemsize)
