@@ -55,6 +55,9 @@ class JaxDevice:
         whole = [2**i for i in range(dims.pages_per_slot.bit_length() + 1)][::-1]
         sizes = whole if program.attention == "prefix_full" else [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
         self._prefill_sizes = sizes
+        self._plan = np.full((dims.slots, dims.pages_per_slot + 1), num_pages, np.int32)
+        # The list of pages that each row of the plan was made from, and how many of them: only what is new is written.
+        self._placed: list[tuple[list[int], int]] = [([], 0)] * dims.slots
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
         self._jit_prefill = jax.jit(exact(functools.partial(programs.prefill, program), dtype), donate_argnums=(1,), out_shardings=on_pool)
         self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule, config.mask_token_id))
@@ -122,13 +125,17 @@ class JaxDevice:
             return jax.device_get(self._jit_sequence(self.state, _slot(request)))
 
     def launch(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> Launched:
-        dims = self.program.dims
-        # One small array goes to the device: for each slot its pages, and up to where its tokens are known here.
-        plan = np.full((dims.slots, dims.pages_per_slot + 1), self.num_pages, np.int32)
+        # One small array goes to the device: for each slot its pages, and up to where its tokens are known here. Slots that nothing
+        # runs in keep old pages: their rows are not live.
         for slot, request in running.items():
-            plan[slot, : len(request.pages)] = request.pages
-            plan[slot, -1] = request.known
-        report, trace = self._dispatch(plan, max_steps, stop_on_finish)
+            pages, placed = self._placed[slot]
+            if pages is not request.pages:
+                placed = 0
+                self._plan[slot] = self.num_pages
+            self._plan[slot, placed : len(request.pages)] = request.pages[placed:]
+            self._placed[slot] = request.pages, len(request.pages)
+            self._plan[slot, -1] = request.known
+        report, trace = self._dispatch(self._plan.copy(), max_steps, stop_on_finish)
         traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
         report.copy_to_host_async()
         return Launched(report, trace if traced else None, traced)
