@@ -43,26 +43,41 @@ def held_out(count: int, *, seed: int = SEED) -> list[tasks.Problem]:
     return tasks.generate("test", count, seed=seed, unique=True)
 
 
-def evaluate(model: str, problems: Sequence[tasks.Problem], *, dtype: str = "float32") -> dict[str, Any]:
-    """Decodes every problem with all of :data:`SETTINGS`, as a bare question and as a chat turn.
+def evaluate(
+    model: str,
+    problems: Sequence[tasks.Problem],
+    *,
+    dtype: str = "float32",
+    strategies: Sequence[str] | None = None,
+    forms: Sequence[str] | None = None,
+    buffer_sizes: Sequence[int] = (1,),
+) -> dict[str, Any]:
+    """Decodes every problem with the :data:`SETTINGS` of some strategies, as a bare question and as a chat turn.
 
     Args:
       model: a directory, or ``"embedded"``.
       problems: what to ask.
       dtype: of the engine.
+      strategies: names in :data:`SETTINGS`; default: all.
+      forms: names in :data:`PROMPTS`; default: all.
+      buffer_sizes: of the engine, each in turn.
 
     Returns:
-      Plain data: ``problems``, ``machine``, and for ``raw`` and ``chat`` the figures of :func:`measure` under ``"strategy name"``.
+      Plain data: ``problems``, ``machine``, and for every form the figures of :func:`measure` under ``"strategy name"``, with
+      ``"K=n"`` after it for buffer sizes above 1.
     """
-    results: dict[str, Any] = {"problems": len(problems), "machine": _machine(dtype), **{form: {} for form in PROMPTS}}
-    with tqdm(total=len(PROMPTS) * sum(map(len, SETTINGS.values())), unit="run") as bar:
-        for strategy, modes in SETTINGS.items():
+    forms = list(PROMPTS) if forms is None else forms
+    results: dict[str, Any] = {"problems": len(problems), "machine": _machine(dtype), **{form: {} for form in forms}}
+    settings = {strategy: SETTINGS[strategy] for strategy in (SETTINGS if strategies is None else strategies)}
+    with tqdm(total=len(forms) * len(buffer_sizes) * sum(map(len, settings.values())), unit="run") as bar:
+        for (strategy, modes), window in itertools.product(settings.items(), buffer_sizes):
             bar.set_description(f"{strategy}: compiling")
-            engine = Engine.from_pretrained(model, strategy=strategy, dtype=dtype, max_slots=SLOTS, max_model_len=data.CANVAS)
-            for (mode, params), (form, write) in itertools.product(modes.items(), PROMPTS.items()):
-                name = f"{strategy} {mode}"
+            sizes: dict[str, Any] = {"buffer_size": window, "max_slots": SLOTS, "max_model_len": data.CANVAS}
+            engine = Engine.from_pretrained(model, strategy=strategy, dtype=dtype, **sizes)
+            for (mode, params), form in itertools.product(modes.items(), forms):
+                name = f"{strategy} {mode}" + (f" K={window}" if window > 1 else "")
                 bar.set_description(f"{name}, {form}")
-                results[form][name] = measure(engine, problems, [write(p.question) for p in problems], params)
+                results[form][name] = measure(engine, problems, [PROMPTS[form](p.question) for p in problems], params)
                 bar.update()
     return results
 
@@ -97,7 +112,7 @@ def measure(engine: Engine, problems: Sequence[tasks.Problem], prompts: Sequence
 def report(results: dict[str, Any]) -> str:
     """Results of :func:`evaluate` as a table for each form of prompt."""
     lines = [f"{results['problems']} problems, {results['machine']}"]
-    for form in PROMPTS:
+    for form in (form for form in PROMPTS if form in results):
         lines += ["", f"{form + ' prompts':15} {'exact':>7} {'worked':>7} {'tokens/forward':>14} {'revised':>8} {'tokens/s':>8}"]
         for name, m in results[form].items():
             accuracy = f"{m['exact']:7.1%} {m['worked']:7.1%}"
@@ -117,11 +132,15 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=PROBLEMS)
     parser.add_argument("--seed", type=int, default=SEED, help="of the held-out problems")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--strategy", nargs="+", default=list(SETTINGS), choices=SETTINGS, dest="strategies")
+    parser.add_argument("--form", nargs="+", default=list(PROMPTS), choices=PROMPTS, dest="forms", help="of the question")
+    parser.add_argument("--buffer-size", nargs="+", default=[1], type=int, dest="buffer_sizes", help="blocks denoised together")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     args = parser.parse_args()
     if args.problems < 1:
         parser.error("--problems must be at least 1")
-    results = evaluate(args.model, held_out(args.problems, seed=args.seed), dtype=args.dtype)
+    chosen = {name: getattr(args, name) for name in ("dtype", "strategies", "forms", "buffer_sizes")}
+    results = evaluate(args.model, held_out(args.problems, seed=args.seed), **chosen)
     print(json.dumps(results, indent=1) if args.json else report(results))
 
 
