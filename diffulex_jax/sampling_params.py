@@ -31,6 +31,7 @@ class SamplingParams:
       init_tokens: ``{offset: token id}``, generated positions that start filled but may be revised (warm start).
       logprobs: return the log probability each token had when it was accepted.
       return_step_map: return the forward at which each token was first accepted and last revised.
+      cache_salt: cached prefixes are shared only among requests of the same salt (tenants that must not learn of each other).
       n: outputs for the prompt; output i uses seed + i.
       max_nfe: most forwards to spend; the contiguous decoded prefix is returned then. None: no limit.
       accept_threshold: a mask is filled when its prediction is more probable than this; 1 or more never accepts by threshold, so
@@ -62,6 +63,7 @@ class SamplingParams:
     init_tokens: Mapping[int, int] | None = None
     logprobs: bool = False
     return_step_map: bool = False
+    cache_salt: str = ""
     n: int = 1
     max_nfe: int | None = None
     accept_threshold: float = 0.9
@@ -105,6 +107,8 @@ class SamplingParams:
                 if not (math.isfinite(value) and value >= 0):
                     raise ValueError(f"{field.name}={value} must be finite and at least 0")
                 object.__setattr__(self, field.name, float(value))
+            elif field.type == "str" and not isinstance(value, str):
+                raise ValueError(f"{field.name}={value!r} must be text")
             elif field.type == "bool" and not isinstance(value, bool):
                 raise ValueError(f"{field.name}={value!r} must be True or False")
             elif field.type == "int" or (field.type == "int | None" and value is not None):

@@ -66,6 +66,7 @@ def asked(monkeypatch):
 # Types of settings -> arguments after the flag, and the value they mean.
 ARGUMENTS = {
     "bool": ([], True),
+    "str": (["other"], "other"),
     "float": (["0.625"], 0.625),
     "int": (["3"], 3),
     "int | None": (["3"], 3),

@@ -137,8 +137,8 @@ LIVE = {
 
 
 def test_every_setting_is_listed():
-    """``stop`` needs a tokenizer; see ``test_requests``."""
-    assert set(LIVE) | {"stop"} == {field.name for field in dataclasses.fields(SamplingParams)}
+    """``stop`` needs a tokenizer, and ``cache_salt`` changes no answer; see ``test_requests``."""
+    assert set(LIVE) | {"stop", "cache_salt"} == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 @pytest.mark.parametrize("name", LIVE)
@@ -189,6 +189,7 @@ def test_unknown_settings_are_errors():
         ({"num_to_transfer": 0}, "num_to_transfer=0 must be at least 1"),
         ({"max_post_edit_steps": -1}, "max_post_edit_steps=-1 must be at least 0"),
         ({"ignore_eos": 1}, "ignore_eos=1 must be True or False"),
+        ({"cache_salt": 1}, "cache_salt=1 must be text"),
     ],
 )
 def test_bad_settings(bad, message):

@@ -172,3 +172,8 @@ def test_a_row_that_is_not_a_number_ends_alone_and_leaves_nothing_behind():
     assert all(o.token_ids == [] for o in outputs if o.finish_reason == "error")
     assert [o.token_ids for o in engine.generate(good, settings)] == clean
     assert engine.stats["pages_held"] == 0
+
+
+def test_a_mesh_of_other_axes_or_several_data_shards_is_refused():
+    with pytest.raises(ValueError, match="takes a mesh of axes"):
+        Engine(CONFIG, PARAMS, mesh=jax.make_mesh((1,), ("x",)), **OPTIONS)

@@ -101,6 +101,16 @@ def test_logprobs_and_step_maps_agree_with_the_trace(engine_of):
     assert any(accepted < revised for accepted, revised in output.step_map)  # something was revised
 
 
+def test_a_salt_keeps_cached_prefixes_apart(engine):
+    prompt = [*range(100, 170)]  # two whole blocks
+    hits = []
+    for salt in ("", "a", "", "a", "b"):
+        before = engine.stats["prefix_cache_hits"]
+        engine.generate([prompt], SamplingParams(max_tokens=1, cache_salt=salt))
+        hits.append(engine.stats["prefix_cache_hits"] - before)
+    assert hits == [0, 0, 2, 2, 0]
+
+
 def test_n_outputs_are_those_of_the_next_seeds(engine):
     settings = {"max_tokens": 30, "temperature": 1.0, "ignore_eos": True}
     several = engine.generate([PROMPT, PROMPT[:5]], SamplingParams(n=3, seed=5, **settings))

@@ -24,7 +24,7 @@ from diffulex_jax.engine.snapshot import Snapshot
 from diffulex_jax.engine.stops import Cut, find_cut
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models import checkpoint, llada2
-from diffulex_jax.parallel.mesh import make_mesh
+from diffulex_jax.parallel.mesh import MESH_AXES, make_mesh
 from diffulex_jax.request_state import MAX_STOP_IDS
 from diffulex_jax.rules.base import Rule, dims_for
 from diffulex_jax.sampling_params import SamplingParams
@@ -66,6 +66,9 @@ class Engine:
         Raises:
           ValueError: for a setting that will not do, naming it.
         """
+        self.mesh = make_mesh() if mesh is None else mesh
+        if self.mesh.axis_names != MESH_AXES or self.mesh.shape["data"] > 1:
+            raise ValueError(f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {self.mesh.shape}")
         named = SUGGESTED.get(strategy, {}) if isinstance(strategy, str) else {}
         s = EngineConfig(**settings)
         window, attention = s.buffer_size or named.get("buffer_size", 1), s.attention or named.get("attention", "block_causal")
@@ -76,7 +79,6 @@ class Engine:
             )
         rule = resolve(strategy)
         self.config, self.tokenizer = config, tokenizer
-        self.mesh = make_mesh() if mesh is None else mesh
         whole_prompts = attention == "prefix_full"
         self.dims = dims_for(rule, slots=s.max_slots, window=window, block=s.block_size, pages_per_slot=s.pages_per_slot)
         page_bytes = 2 * config.num_hidden_layers * s.block_size * config.num_key_value_heads * config.head_dim * s.jax_dtype.itemsize

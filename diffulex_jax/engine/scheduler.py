@@ -256,7 +256,7 @@ class Scheduler:
         whole = request.prompt[: len(request.prompt) // self.block * self.block].reshape(-1, self.block)
         request.digests = []
         for tokens in whole:
-            request.digests.append(chain_digest(request.digests[-1] if request.digests else self._root, tokens))
+            request.digests.append(chain_digest(self._parent(request), tokens))
         shared = self.pages.match(request.digests)
         if self.pages.num_available < len(whole) - len(shared) + 1:
             self.pages.release(shared)
@@ -319,7 +319,10 @@ class Scheduler:
     def _publish(self, request: Tracked, written: int) -> None:
         """Blocks whose KV a step has written become findable; only the step's own report says so."""
         for i in range(request.written, written):
-            parent = request.digests[-1] if request.digests else self._root
-            request.digests.append(chain_digest(parent, request.block(i, self.block)))
+            request.digests.append(chain_digest(self._parent(request), request.block(i, self.block)))
             self.pages.publish(request.pages[i], request.digests[-1])
         request.written = written
+
+    def _parent(self, request: Tracked) -> bytes:
+        """What the digest of the request's next block continues: its last block's, or at first the engine's with its salt."""
+        return request.digests[-1] if request.digests else self._root + request.params.cache_salt.encode()
