@@ -1,0 +1,86 @@
+"""Requests that will not do: (name, path, raw body, status, what the message must hold)."""
+
+from __future__ import annotations
+
+import json
+
+import byte_model
+
+
+def _form(**fields) -> bytes:
+    return json.dumps({"prompt": "x", "max_tokens": 4} | fields).encode()
+
+
+COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
+
+CORPUS: list[tuple[str, str, bytes, int, str]] = [
+    ("not JSON", COMPLETIONS, b"{", 400, "JSON"),
+    ("no body", COMPLETIONS, b"", 400, ""),
+    ("a list", COMPLETIONS, b"[]", 400, ""),
+    ("null", GENERATE, b"null", 400, ""),
+    ("bad UTF-8", COMPLETIONS, b'{"prompt": "\xff\xfe"}', 400, ""),
+    ("half a surrogate pair", COMPLETIONS, b'{"prompt": "\\ud800"}', 400, "prompt"),
+    ("half a surrogate pair in a stop text", COMPLETIONS, b'{"prompt": "x", "stop": "\\udfff"}', 400, "stop"),
+    ("half a surrogate pair in a name", COMPLETIONS, b'{"prompt": "x", "a\\ud800": 1}', 400, ""),
+    ("deep JSON", COMPLETIONS, b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, ""),
+    ("deep objects", CHAT, b'{"a":' * 100_000 + b"1" + b"}" * 100_000, 400, ""),
+    ("NaN", COMPLETIONS, b'{"prompt": "x", "temperature": NaN}', 400, "temperature"),
+    ("infinity", COMPLETIONS, b'{"prompt": "x", "top_p": -Infinity}', 400, "top_p"),
+    ("1e308 tokens", COMPLETIONS, b'{"prompt": "x", "max_tokens": 1e308}', 400, "max_tokens"),
+    ("1e400", COMPLETIONS, b'{"prompt": "x", "temperature": 1e400}', 400, "temperature"),
+    ("ten thousand digits", COMPLETIONS, b'{"prompt": "x", "max_tokens": ' + b"9" * 10_000 + b"}", 400, ""),
+    ("a huge seed", COMPLETIONS, _form(seed=10**30), 400, "seed"),
+    ("a negative temperature", COMPLETIONS, _form(temperature=-1), 400, "temperature"),
+    ("no tokens", COMPLETIONS, _form(max_tokens=0), 400, "max_tokens"),
+    ("a number as text", COMPLETIONS, _form(max_tokens="4"), 400, "max_tokens"),
+    ("true as a number", COMPLETIONS, _form(max_tokens=True), 400, "max_tokens"),
+    ("no steps", COMPLETIONS, _form(max_nfe=0), 400, "max_nfe"),
+    ("an empty prompt", COMPLETIONS, _form(prompt=""), 400, "prompt"),
+    ("no prompt tokens", COMPLETIONS, _form(prompt=[]), 400, "prompt"),
+    ("an empty prompt among others", COMPLETIONS, _form(prompt=["x", ""]), 400, "prompt"),
+    ("a huge id", COMPLETIONS, _form(prompt=[2**40]), 400, "prompt"),
+    ("a negative id", COMPLETIONS, _form(prompt=[-1]), 400, "prompt"),
+    ("an id outside the vocabulary", COMPLETIONS, _form(prompt=[5000]), 400, "outside the vocabulary"),
+    ("the mask's id", COMPLETIONS, _form(prompt=[byte_model.MASK]), 400, "mask token"),
+    ("the mask's text", COMPLETIONS, _form(prompt="a<|mask|>b"), 400, "mask token"),
+    ("a prompt that is too long", COMPLETIONS, _form(prompt="x" * 200), 400, "max_model_len"),
+    ("more tokens than there is room", COMPLETIONS, _form(max_tokens=10_000), 400, "max_model_len"),
+    ("a million outputs", COMPLETIONS, _form(n=1_000_000), 400, "n"),
+    ("an unknown field", COMPLETIONS, _form(surprise=1), 400, "'surprise'"),
+    ("an unsupported field", COMPLETIONS, _form(echo=True), 400, "echo"),
+    ("alternatives", COMPLETIONS, _form(logprobs=3), 400, "logprobs"),
+    ("a penalty", COMPLETIONS, _form(presence_penalty=0.5), 400, "presence_penalty"),
+    ("a bias", COMPLETIONS, _form(logit_bias={"5": 1.0}), 400, "logit_bias"),
+    ("usage without a stream", COMPLETIONS, _form(stream_options={"include_usage": True}), 400, "stream_options"),
+    ("patches without a stream", COMPLETIONS, _form(diffusion={"provisional": True}), 400, "diffusion.provisional"),
+    ("an empty stop text", COMPLETIONS, _form(stop=""), 400, "stop"),
+    ("a hundred stop texts", COMPLETIONS, _form(stop=["x"] * 100), 400, "stop"),
+    ("too many stop tokens", COMPLETIONS, _form(stop_token_ids=list(range(50))), 400, "stop_token_ids"),
+    ("a pinned mask", COMPLETIONS, _form(pinned={"0": byte_model.MASK}), 400, "pinned"),
+    ("a pinned nowhere", COMPLETIONS, _form(pinned={"-1": 5}), 400, "pinned"),
+    ("another model", COMPLETIONS, _form(model="gpt-4"), 404, "gpt-4"),
+    ("no messages", CHAT, b'{"messages": []}', 400, "messages"),
+    ("an unknown role", CHAT, b'{"messages": [{"role": "wizard", "content": "x"}]}', 400, "messages.0.role"),
+    ("a picture", CHAT, b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, "messages.0.content"),
+    ("tools", CHAT, b'{"messages": [{"role": "user", "content": "x"}], "tools": []}', 400, "tools"),
+    (
+        "two limits",
+        CHAT,
+        b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "max_completion_tokens": 3}',
+        400,
+        "max_tokens",
+    ),
+    (
+        "another format",
+        CHAT,
+        b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}',
+        400,
+        "format",
+    ),
+    ("an unknown mode", GENERATE, _form(stream=True, stream_mode="fast"), 400, "stream_mode"),
+    ("a body of 10 MB", GENERATE, b'{"prompt": "' + b"x" * 10_000_000 + b'"}', 413, "4194304 bytes"),
+    ("nothing to tokenise", "/tokenize", b"{}", 400, "prompt"),
+    ("an id that is none", "/detokenize", b'{"tokens": [1048576]}', 400, "outside the vocabulary"),
+    ("a request that is not there", "/abort", b'{"request_id": "nobody"}', 404, "nobody"),
+    ("no such route", "/v1/embeddings", b"{}", 404, ""),
+]
