@@ -67,6 +67,7 @@ def build(factory: Factory, emit: Deliver) -> Engine | None:
         "vocab_size": engine.config.vocab_size,
         "mask_token_id": engine.config.mask_token_id,
         "platform": jax.default_backend(),
+        "pid": os.getpid(),
     }
     tokenizer = copy.copy(engine.tokenizer)  # as it is before it is loaded, which is cheap to send
     if engine.tokenizer is not None:

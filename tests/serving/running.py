@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import httpx
+import psutil
 
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -61,6 +63,23 @@ class Server:
         self.client.close()
         self.process.send_signal(sig)
         return self.process.wait(seconds)
+
+
+def still_alive(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended in time; what nobody has asked for the exit code of (a zombie) has ended."""
+    deadline = time.monotonic() + seconds
+    while True:
+        alive = [p for p in processes if _is_alive(p)]
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.02)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager
