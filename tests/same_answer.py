@@ -17,8 +17,10 @@ from diffulex_jax import Engine, SamplingParams
 Request = tuple[list[int], SamplingParams]
 
 
-def requests(count: int, temperatures: Sequence[float], *, vocab: int = 1000, longest: int = 150, seed: int = 0) -> list[Request]:
-    """``count`` prompts of random tokens and length, each at every temperature; a third of them begin alike."""
+def requests(
+    count: int, temperatures: Sequence[float], *, longest: int = 150, most: int = 100, vocab: int = 1000, seed: int = 0
+) -> list[Request]:
+    """``count`` prompts of up to ``longest`` random tokens, each at every temperature, for up to ``most`` more; a third begin alike."""
     rng = np.random.default_rng(seed)
     shared = rng.integers(0, vocab, longest).tolist()
     made = []
@@ -27,7 +29,9 @@ def requests(count: int, temperatures: Sequence[float], *, vocab: int = 1000, lo
         if i % 3 == 2:
             prompt[: len(prompt) // 2] = shared[: len(prompt) // 2]
         for t in temperatures:
-            params = SamplingParams(max_tokens=int(rng.integers(20, 100)), temperature=t, seed=i, accept_threshold=0.6, ignore_eos=True)
+            params = SamplingParams(
+                max_tokens=int(rng.integers(most // 5, most)), temperature=t, seed=i, accept_threshold=0.6, ignore_eos=True
+            )
             made.append((prompt, params))
     return made
 

@@ -12,8 +12,8 @@ from diffulex_jax.strategies import STRATEGIES
 
 
 TRAINED = str(GOLDEN / "tiny-llada2-trained")
-REQUESTS = same_answer.requests(64, [0.0, 0.7])
-SLOTS, LENGTH = 16, 256
+REQUESTS = same_answer.requests(64, [0.0, 0.7], longest=96, most=48)
+SLOTS, LENGTH = 16, 160
 CASES = [(name, window) for name in STRATEGIES for window in ((1, 2) if name in ("llada2", "llada2_edit", "dmax") else (None,))]
 
 
@@ -56,7 +56,7 @@ def test_preempted_at_every_step_index(case):
 
 def test_restored_from_a_snapshot_in_another_process(case, tmp_path, request):
     options, engine, alone = case
-    long = [i for i, (_, params) in enumerate(REQUESTS) if params.max_tokens > 60][:16]
+    long = [i for i, (_, params) in enumerate(REQUESTS) if params.max_tokens > 30][:16]
     cache = str(request.config.cache.mkdir("jax"))
     some = [REQUESTS[i] for i in long]
     assert same_answer.restored(engine, some, options=options, steps=6, folder=tmp_path, cache=cache) == [alone[i] for i in long]
