@@ -1,4 +1,4 @@
-"""The command line: ``diffulex-jax generate``, ``serve``, ``bench decode``, ``bench step`` and ``doctor``.
+"""The command line: ``diffulex-jax generate``, ``serve``, ``bench serve``, ``bench decode``, ``bench step`` and ``doctor``.
 
 Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``EngineConfig``.
 """
@@ -25,6 +25,8 @@ import typer
 from diffulex_jax.async_serving.async_engine import AsyncEngine
 from diffulex_jax.async_serving.settings import ServerSettings
 from diffulex_jax.bench import decode, machine, step
+from diffulex_jax.bench.load import Load
+from diffulex_jax.bench.load import text as load_text
 from diffulex_jax.bench.shapes import SHAPES
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.engine import Engine
@@ -244,6 +246,45 @@ def bench_step(
         )
     if as_json:
         typer.echo(json.dumps(report))
+
+
+@bench.command("serve")
+@settings_as_options(SamplingParams, Load, leave_out=("logprobs", "return_step_map", "pinned", "init_tokens"))
+def bench_serve(
+    *,
+    url: Annotated[str, typer.Option(help="The server, without a path.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str, typer.Option(help="Sent with every request.")] = "",
+    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times. Default: built-in questions.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Random token ids of this length instead.")] = None,
+    plot: Annotated[pathlib.Path | None, typer.Option(help="Draw the load into this PNG file.")] = None,
+    as_json: _AsJson = False,
+    **settings: Any,
+) -> None:
+    """Put load on a running server: latencies, throughput, goodput, forwards."""
+    with _one_line_errors():
+        from diffulex_jax.bench import serve, serve_plots  # late: their packages come with the extra "serve"
+
+        if prompt and prompt_tokens:
+            raise ValueError("give --prompt or --prompt-tokens, not both")
+        mine = {field.name for field in dataclasses.fields(Load)}
+        load = Load(**{name: value for name, value in settings.items() if name in mine})
+        sampling, _ = _split({name: value for name, value in settings.items() if name not in mine})
+        figures, seen = serve.run(
+            url=url,
+            prompts=prompt_tokens or prompt or decode.QUESTIONS,
+            settings=_asked_for(sampling),
+            load=load,
+            api_key=api_key,
+        )
+        if plot is not None:
+            serve_plots.draw(seen, load, plot)
+    typer.echo(json.dumps(figures) if as_json else load_text(figures))
+
+
+def _asked_for(sampling: SamplingParams) -> dict[str, Any]:
+    """Settings that differ from their defaults, as JSON has them."""
+    plain, usual = dataclasses.asdict(sampling), SamplingParams()
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items() if v != getattr(usual, name)}
 
 
 @app.command()
