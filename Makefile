@@ -4,7 +4,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 get off. How many people are on the bus?
 
-.PHONY: run test clean
+.PHONY: run test test-soak clean
 
 # Answers a question with the model that comes with the package.
 run: $(VENV)/.installed
@@ -16,6 +16,11 @@ test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n 2 --dist loadfile
+
+# What serving must stand, at full length: about an hour, on a machine with nothing else to do.
+test-soak: $(VENV)/.installed-dev
+	$(PIP) "lm-eval[api]>=0.4.9"
+	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_serving.py tests/soak/soak_lm_eval.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,25 +6,13 @@ import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
 
-import byte_model
 import pytest
 import running
+from fixtures import compiled, model
+from running import SMALL
 
 
-SMALL = ["--block-size", "8", "--max-model-len", "128", "--max-slots", "4"]
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A tiny model with a tokenizer of multi-byte pieces."""
-    return byte_model.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="session")
-def compiled(pytestconfig: pytest.Config) -> pathlib.Path:
-    """Where compiled programs are kept from run to run."""
-    assert pytestconfig.cache is not None
-    return pytestconfig.cache.mkdir("jax")
+__all__ = ["compiled", "model"]
 
 
 @pytest.fixture(scope="session")

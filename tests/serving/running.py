@@ -20,6 +20,7 @@ import psutil
 ROOT = pathlib.Path(__file__).parent.parent.parent
 COMMAND = [sys.executable, "-c", "from diffulex_jax.cli import app; app()", "serve"]
 START_SECONDS = 120
+SMALL = ["--block-size", "8", "--max-model-len", "128", "--max-slots", "4"]
 
 
 class Server:

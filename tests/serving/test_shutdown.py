@@ -11,7 +11,7 @@ import httpx
 import pytest
 import running
 import shutdown
-from conftest import SMALL
+from running import SMALL
 from typer.testing import CliRunner
 
 from diffulex_jax import cli
