@@ -18,7 +18,7 @@ from diffulex_jax.models import llada2
 from diffulex_jax.parallel import programs
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.state import POOL_AXES, STATE_AXES, Canvas, DecodeState, KVPool, StepReport, Trace
+from diffulex_jax.state import STATE_AXES, Canvas, DecodeState, KVPool, StepReport, Trace
 
 
 _PREFILL_BLOCKS = (8, 1)  # compiled prefill sizes, in blocks, largest first
@@ -50,7 +50,7 @@ class JaxDevice:
         self.program, self.mesh, self.num_pages = program, mesh, num_pages
         self._params, self.eos_ids = params, eos_ids
         config, dims = program.config, program.dims
-        on_pool, on_slots, everywhere = (sharding(mesh, axes) for axes in (POOL_AXES, STATE_AXES, ()))
+        on_pool, on_slots, everywhere = programs.pool_placement(mesh), sharding(mesh, STATE_AXES), sharding(mesh, ())
         # A prompt that sees all of itself cannot be cut into chunks: then there is a size for every power of two.
         whole = [2**i for i in range(dims.pages_per_slot.bit_length() + 1)][::-1]
         sizes = whole if program.attention == "prefix_full" else [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
@@ -66,20 +66,9 @@ class JaxDevice:
         self._jit_read = jax.jit(_read_pages, out_shardings=everywhere)
         self._jit_write = jax.jit(_write_pages, donate_argnums=(0,), out_shardings=on_pool)
         self._jit_sequence = jax.jit(lambda state, slot: jax.tree.map(lambda a: a[slot], state.sequence), out_shardings=everywhere)
-        self._jit_denoise = jax.jit(
-            exact(functools.partial(packed_denoise, program, steps_per_dispatch), dtype),
-            donate_argnums=(1, 2),
-            out_shardings=(on_pool, on_slots, everywhere, everywhere),
-        )
-
-        def empty() -> tuple[KVPool, DecodeState]:
-            shape = (config.num_hidden_layers, num_pages, dims.block, config.num_key_value_heads, config.head_dim)
-            return KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), request_state.empty_state(
-                dims, program.rule, mask_id=config.mask_token_id
-            )
-
+        self._jit_denoise = jit_denoise(program, mesh, dtype=dtype, steps=steps_per_dispatch)
         with jax.set_mesh(mesh):
-            self.pool, self.state = jax.jit(empty, out_shardings=(on_pool, on_slots))()
+            self.pool, self.state = jax.jit(lambda: empty(program, dtype, num_pages), out_shardings=(on_pool, on_slots))()
         self._warm_up()
 
     def prefill(self, request: Tracked, first: int, count: int) -> None:
@@ -181,6 +170,28 @@ class JaxDevice:
 
 
 _SCALARS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
+
+
+def jit_denoise(program: decode.Program, mesh: Mesh, *, dtype: Any, steps: int) -> Any:
+    """The compiled denoise loop of an engine.
+
+    ``(params, pool, state, plan, max_steps, stop_on_finish) -> (pool, state, report, trace)``; pool and state are donated; ``plan``
+    ``[S, P + 1]`` int32 holds each slot's pages and up to where its tokens are known, the report ``[S, ...]`` int32 is packed.
+    """
+    on_pool, on_slots, everywhere = programs.pool_placement(mesh), sharding(mesh, STATE_AXES), sharding(mesh, ())
+    return jax.jit(
+        exact(functools.partial(packed_denoise, program, steps), dtype),
+        donate_argnums=(1, 2),
+        out_shardings=(on_pool, on_slots, everywhere, everywhere),
+    )
+
+
+def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, DecodeState]:
+    """A pool of zeros and a state whose slots are all free."""
+    config, dims = program.config, program.dims
+    shape = (config.num_hidden_layers, num_pages, dims.block, config.num_key_value_heads, config.head_dim)
+    state = request_state.empty_state(dims, program.rule, mask_id=config.mask_token_id)
+    return KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), state
 
 
 def packed_denoise(

@@ -11,13 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffulex_jax import decode
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
-from diffulex_jax.parallel.mesh import first_index, spec, spread
+from diffulex_jax.parallel.mesh import first_index, platform, sharding, spec, spread
 from diffulex_jax.state import POOL_AXES, STATE_AXES, DecodeState, KVPool, StepReport, Trace
+from pallas_kernels.block_attention.tpu import POOL_ORDER
 
 
 def denoise(
@@ -66,6 +68,12 @@ def prefill(
     pages, every = spec(*POOL_AXES), PartitionSpec()
     run = spread(local, (param_specs(program.config), pages, *[every] * 5), pages)
     return run(params, pool, tokens, count, start, length, page_table)
+
+
+def pool_placement(mesh: Mesh) -> NamedSharding | Format:
+    """Where the pool is, and on TPU in which order, so that the kernels read and write it where it lies."""
+    where = sharding(mesh, POOL_AXES)
+    return Format(Layout(major_to_minor=POOL_ORDER), where) if platform(mesh) == "tpu" else where
 
 
 def param_specs(config: ModelConfig) -> Any:

@@ -63,8 +63,8 @@ def predict(
         return jnp.exp(jnp.take_along_axis(logits, token[..., None] if token.ndim == 1 else token, -1) - peak[:, None]) / total[:, None]
 
     token = lax.cond((sampling.temperature > 0).any(), lambda: _sample(logits, sampling, greedy), lambda: greedy)
-    if top_k == 1:
-        top_ids = greedy[:, None]
+    if top_k <= 1:
+        top_ids = greedy[:, None][:, :top_k]
     else:
         top_ids = lax.top_k(logits, top_k)[1].astype(jnp.int32)
     return Best(token, prob_of(token)[:, 0], prob_of(current)[:, 0], top_ids, prob_of(top_ids))

@@ -7,6 +7,7 @@ vocabulary are joined by :func:`_finish`, which turns them into probabilities.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -112,8 +113,7 @@ def _predict(
     part = _stream(
         source, columns, hot, (banned >= 0).any(1), offset, forbidden_id=forbidden_id, top_k=top_k, tile=tile, interpret=interpret
     )
-    gathered = lax.all_gather(part, vocab_axes) if vocab_axes else jax.tree.map(lambda a: a[None], part)
-    best = _finish(Partial(*gathered), hot, top_k=top_k)
+    best = _finish(_exchange(part, vocab_axes) if vocab_axes else jax.tree.map(lambda a: a[None], part), hot, top_k=top_k)
 
     filtered = hot & ((sampling.top_p < 1) | (sampling.top_k > 0))
 
@@ -144,6 +144,15 @@ def _predict(
         return best._replace(token=jnp.where(filtered, token, best.token), prob=jnp.where(filtered, prob, best.prob))
 
     return lax.cond(anywhere(filtered.any()), draw_filtered, lambda: best)
+
+
+def _exchange(part: Partial, axes: tuple[str, ...]) -> Partial:
+    """The partials of all devices, ``[n, R, ...]`` each, in one exchange."""
+    columns = [a if a.dtype == jnp.int32 else lax.bitcast_convert_type(a, jnp.int32) for a in part]
+    everyones = lax.all_gather(jnp.concatenate(columns, 1), axes)
+    ends = list(itertools.accumulate(a.shape[1] for a in part))
+    parts = (everyones[..., end - a.shape[1] : end] for a, end in zip(part, ends, strict=True))
+    return Partial(*(p if a.dtype == jnp.int32 else lax.bitcast_convert_type(p, jnp.float32) for p, a in zip(parts, part, strict=True)))
 
 
 def _finish(parts: Partial, hot: jax.Array, *, top_k: int) -> Best:

@@ -7,20 +7,20 @@ from typing import Literal
 import jax
 
 from pallas_kernels.target import Target, pick
-from pallas_kernels.token_merge import reference
+from pallas_kernels.token_merge import reference, tpu
 from pallas_kernels.token_merge.reference import MergeSpec
 
 
 __all__ = ["Backend", "MergeSpec", "choose_backend", "merge"]
 
-Backend = Literal["reference"]
+Backend = Literal["reference", "tpu"]
 
-_BACKENDS = {"reference": reference.merge}
+_BACKENDS = {"reference": reference.merge, "tpu": tpu.merge}
 
 
 def choose_backend(target: Target) -> Backend:
     """The backend used on ``target`` unless told otherwise."""
-    return "reference"
+    return "tpu" if target.platform == "tpu" else "reference"
 
 
 def merge(
