@@ -162,7 +162,7 @@ class Isolation(enum.Enum):
 def serve(
     *,
     model: Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")] = "embedded",
-    strategy: Annotated[str, typer.Option(help=f"One of {_STRATEGIES}.")] = "llada2",
+    strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {_STRATEGIES}. Default: llada2.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
     isolation: Annotated[Isolation, typer.Option(help="A process, watched and restarted, or a thread.")] = Isolation.PROCESS,
@@ -179,7 +179,7 @@ def serve(
         engine_settings = {k: v for k, v in settings.items() if k not in mine}
         http.log_as_json()
         engine = AsyncEngine(
-            functools.partial(http.build_engine, model, strategy=strategy, **engine_settings),
+            functools.partial(http.build_engines, model, strategy or ["llada2"], **engine_settings),
             isolation=isolation.value,
             compile_cache=compile_cache or _cache_directory(),
             **watching,

@@ -17,6 +17,7 @@ from diffulex_jax.async_serving.supervisor import Health, Supervisor
 from diffulex_jax.async_serving.worker import Deliver, Factory, ProcessWorker, ThreadWorker, Worker
 from diffulex_jax.engine.engine import Engine, Prompt
 from diffulex_jax.engine.tokenizer import Tokenizer
+from diffulex_jax.rules.base import Rule
 from diffulex_jax.sampling_params import SamplingParams
 
 
@@ -52,7 +53,8 @@ class AsyncEngine:
         silence_seconds: float = 3.0,
         tick_seconds: float = 120.0,
     ):
-        """Args are those of :meth:`from_pretrained`; ``factory`` makes the engine (and is pickled where that happens in a process)."""
+        """Args are those of :meth:`from_pretrained`; ``factory`` makes the engine, or several by strategy (and is pickled where that
+        happens in a process)."""
         if isolation not in ("thread", "process"):
             raise ValueError(f"isolation={isolation!r} must be 'thread' or 'process'")
         cache = None if compile_cache is None else pathlib.Path(compile_cache)
@@ -78,6 +80,7 @@ class AsyncEngine:
         cls,
         model: str,
         *,
+        strategy: str | Rule | Sequence[str | Rule] = "llada2",
         isolation: Literal["thread", "process"] = "thread",
         compile_cache: str | os.PathLike[str] | None = None,
         silence_seconds: float = 3.0,
@@ -88,6 +91,8 @@ class AsyncEngine:
 
         Args:
           model: as for ``Engine.from_pretrained``.
+          strategy: one, or several. Each has slots and pages of its own, all share the parameters; requests choose by name, and the
+            first is the default.
           isolation: ``"thread"`` runs the engine in this process. ``"process"`` gives it one of its own, which is watched and, if it
             crashes, falls silent or hangs, ended and started anew; a script that asks for it needs the usual
             ``if __name__ == "__main__"``.
@@ -96,8 +101,9 @@ class AsyncEngine:
           tick_seconds: (``"process"``) longest time one step may take.
           **engine_settings: of ``Engine.from_pretrained``.
         """
+        strategies = [strategy] if isinstance(strategy, (str, Rule)) else list(strategy)
         return cls(
-            functools.partial(Engine.from_pretrained, model, **engine_settings),
+            functools.partial(Engine.for_strategies, model, strategies, **engine_settings),
             isolation=isolation,
             compile_cache=compile_cache,
             silence_seconds=silence_seconds,
@@ -136,13 +142,24 @@ class AsyncEngine:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the engine is: ``max_model_len``, ``vocab_size``, ``num_pages`` and the like; empty before :meth:`start`."""
+        """What the engine is: ``max_model_len``, ``vocab_size``, ``strategies`` and the like; empty before :meth:`start`."""
         return self.supervisor.ready.facts if self.supervisor.ready is not None else {}
 
     @property
     def in_flight(self) -> Sequence[str]:
         """Ids of requests that wait for an answer."""
         return list(self._inboxes)
+
+    def strategy_named(self, name: str | None) -> str:
+        """The name, or the default's where it is None.
+
+        Raises:
+          RequestError: (400) where there is no such strategy.
+        """
+        there = list(self.facts["strategies"])
+        if name is not None and name not in there:
+            raise RequestError(400, f"strategy {name[:100]!r} is not served here; choose one of {', '.join(there)}")
+        return name or there[0]
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text.
@@ -161,6 +178,7 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         id: str | None = None,
+        strategy: str | None = None,
         commits: bool = True,
         provisional: bool = False,
     ) -> AsyncGenerator[protocol.RequestEvent, None]:
@@ -170,6 +188,7 @@ class AsyncEngine:
           prompt: a text or token ids.
           params: the request's settings.
           id: what :meth:`abort` will call it; default: a new one.
+          strategy: one of those there are; default: the first.
           commits: yield text as it becomes final; otherwise only Replies.
           provisional: yield every denoise step, too.
 
@@ -184,10 +203,13 @@ class AsyncEngine:
             raise RequestError(503, "the server is shutting down")
         if id in self._inboxes:
             raise RequestError(400, f"the request id {id!r} is in use")
+        strategy = self.strategy_named(strategy)
         inbox = self._inboxes[id] = asyncio.Queue()
         outstanding = params.n
         try:
-            self.supervisor.send(protocol.Generate(id=id, prompt=tuple(ids), params=params, commits=commits, provisional=provisional))
+            self.supervisor.send(
+                protocol.Generate(id=id, prompt=tuple(ids), params=params, strategy=strategy, commits=commits, provisional=provisional)
+            )
             while outstanding:
                 event = await inbox.get()
                 if isinstance(event, protocol.Failure):
@@ -200,13 +222,15 @@ class AsyncEngine:
             if outstanding:
                 self.supervisor.send(protocol.Abort(id))
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, id: str | None = None) -> list[protocol.Reply]:
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, id: str | None = None, strategy: str | None = None
+    ) -> list[protocol.Reply]:
         """The Replies of a request, in the order of their index.
 
         Raises:
           RequestError: as :meth:`stream`.
         """
-        async with contextlib.aclosing(self.stream(prompt, params, id=id, commits=False)) as events:
+        async with contextlib.aclosing(self.stream(prompt, params, id=id, strategy=strategy, commits=False)) as events:
             replies = [event async for event in events if isinstance(event, protocol.Reply)]
         return sorted(replies, key=lambda reply: reply.index)
 

@@ -1,7 +1,8 @@
-"""The owner loop: (engine, serving state, commands) -> events. One thread runs it, and nothing else touches the engine.
+"""The owner loop: (engines, serving state, commands) -> events. One thread runs it, and nothing else touches the engines.
 
-``Engine.step`` collects the dispatch that the previous step launched and launches the next before it returns, so everything here
-(text, events, admission) is done while the device computes.
+There is an engine for each strategy, all over the same parameters; they take turns. ``Engine.step`` collects the dispatch that the
+previous step launched and launches the next before it returns, so everything here (text, events, admission) is done while the device
+computes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ class ServingRequestState:
 
     Attributes:
       command: the request it belongs to, and its ``index`` among the request's outputs.
+      engine: of the command's strategy.
       engine_id: the engine's number of it.
       text: None where the model has no tokenizer or no Commits are wanted.
       committed: tokens given out. They follow the text: while a possible stop text is held back, so are its tokens.
@@ -38,6 +40,7 @@ class ServingRequestState:
 
     command: protocol.Generate
     index: int
+    engine: Engine
     engine_id: int
     text: Detokenizer | None
     committed: int = 0
@@ -47,43 +50,51 @@ class ServingRequestState:
 
 @dataclasses.dataclass
 class ServingState:
-    """Everything the loop knows beside the engine: its outputs by the engine's number of them; programs compiled since it began."""
+    """Everything the loop knows beside the engines: outputs by strategy and the engine's number of them; programs compiled since it
+    began."""
 
-    requests: dict[int, ServingRequestState] = dataclasses.field(default_factory=dict)
+    requests: dict[tuple[str, int], ServingRequestState] = dataclasses.field(default_factory=dict)
     draining: bool = False
     recompiles: int = 0
     profiling: bool = False
     stats: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def tick(engine: Engine, state: ServingState, commands: Iterable[protocol.Command]) -> list[protocol.Event]:
-    """Obeys the commands, lets the engine work once, and says what came of it.
+def tick(engines: Mapping[str, Engine], state: ServingState, commands: Iterable[protocol.Command]) -> list[protocol.Event]:
+    """Obeys the commands, lets each engine work once, and says what came of it.
 
     Raises:
-      Exception: whatever the engine's step raised; the engine cannot be used any more then. What concerns one request alone
+      Exception: whatever an engine's step raised; that engine cannot be used any more then. What concerns one request alone
         becomes that request's Failure instead.
     """
     events: list[protocol.Event] = []
     for command in commands:
-        events += obey(engine, state, command)
-    if engine.has_work:
-        outputs = engine.step()
-        for engine_id, request in list(state.requests.items()):
-            if engine_id in state.requests:  # not dropped with an output of the same request
-                events += report(engine, state, request, outputs.get(engine_id))
-    if (stats := engine.stats | {"recompiles": state.recompiles}) != state.stats:
+        events += obey(engines, state, command)
+    for strategy, engine in engines.items():
+        if engine.has_work:
+            outputs = engine.step()
+            for key, request in list(state.requests.items()):
+                if key[0] == strategy and key in state.requests:  # not dropped with an output of the same request
+                    events += report(state, request, outputs.get(request.engine_id))
+    if (stats := stats_of(engines) | {"recompiles": state.recompiles}) != state.stats:
         state.stats = stats
         events.append(protocol.Status(stats))
     return events
 
 
-def obey(engine: Engine, state: ServingState, command: protocol.Command) -> Sequence[protocol.Event]:
+def stats_of(engines: Mapping[str, Engine]) -> dict[str, int]:
+    """``Engine.stats``, summed."""
+    each = [engine.stats for engine in engines.values()]
+    return {name: sum(stats[name] for stats in each) for name in each[0]}
+
+
+def obey(engines: Mapping[str, Engine], state: ServingState, command: protocol.Command) -> Sequence[protocol.Event]:
     """Carries out one command."""
     match command:
         case protocol.Generate():
-            return _generate(engine, state, command)
+            return _generate(engines[command.strategy], state, command)
         case protocol.Abort(id):
-            return [protocol.Failure(id=id, code=499, message="the request was aborted")] if drop(engine, state, id) else []
+            return [protocol.Failure(id=id, code=499, message="the request was aborted")] if drop(state, id) else []
         case protocol.Drain():
             state.draining = True
         case protocol.StartProfile(directory) if not state.profiling:
@@ -95,29 +106,29 @@ def obey(engine: Engine, state: ServingState, command: protocol.Command) -> Sequ
     return []
 
 
-def drop(engine: Engine, state: ServingState, id: str) -> bool:
+def drop(state: ServingState, id: str) -> bool:
     """Ends the outputs of a request that are still going; says whether there were any."""
     going = [request for request in state.requests.values() if request.command.id == id]
     for request in going:
-        del state.requests[request.engine_id]
+        del state.requests[request.command.strategy, request.engine_id]
         with contextlib.suppress(Exception):  # it finished in this very step, or has no text; slot and pages are free either way
-            engine.abort(request.engine_id)
+            request.engine.abort(request.engine_id)
     return bool(going)
 
 
-def report(engine: Engine, state: ServingState, request: ServingRequestState, output: Output | None) -> Sequence[protocol.Event]:
+def report(state: ServingState, request: ServingRequestState, output: Output | None) -> Sequence[protocol.Event]:
     """What is new about one output; a Failure of its request where that cannot be told."""
     try:
         if output is None:
-            return _advance(engine, request) if request.command.commits or request.command.provisional else []
-        del state.requests[request.engine_id]
+            return _advance(request) if request.command.commits or request.command.provisional else []
+        del state.requests[request.command.strategy, request.engine_id]
         if output.finish_reason != "error":
             return _finish(request, output)
         message = "the model's prediction for this request was not finite (NaN)"
     except Exception as error:  # whatever it is, it is this request's alone
         logger.exception("request %s failed", request.command.id)
         message = str(error) or type(error).__name__
-    drop(engine, state, request.command.id)
+    drop(state, request.command.id)
     return [protocol.Failure(id=request.command.id, code=500, message=message)]
 
 
@@ -139,12 +150,13 @@ def _generate(engine: Engine, state: ServingState, command: protocol.Generate) -
     for index, engine_id in enumerate(ids):
         text = Detokenizer(engine.tokenizer.decode, command.params.stop) if engine.tokenizer is not None and command.commits else None
         confidence = np.zeros(command.params.max_tokens, np.float32) if traced else None
-        state.requests[engine_id] = ServingRequestState(command, index, engine_id, text, confidence=confidence)
+        request = ServingRequestState(command, index, engine, engine_id, text, confidence=confidence)
+        state.requests[command.strategy, engine_id] = request
     return [protocol.Accepted(id=command.id)]
 
 
-def _advance(engine: Engine, request: ServingRequestState) -> list[protocol.Event]:
-    progress = engine.progress(request.engine_id)
+def _advance(request: ServingRequestState) -> list[protocol.Event]:
+    progress = request.engine.progress(request.engine_id)
     events = _steps(request, progress.trace)
     text, tokens = "", progress.tokens[request.committed :]
     if request.text is not None:
@@ -237,7 +249,9 @@ def _steps(request: ServingRequestState, trace: Sequence[TraceStep] | None) -> l
     return events
 
 
-def run(engine: Engine, receive: Callable[[bool], list[protocol.Command]], emit: Callable[[list[protocol.Event]], None]) -> None:
+def run(
+    engines: Mapping[str, Engine], receive: Callable[[bool], list[protocol.Command]], emit: Callable[[list[protocol.Event]], None]
+) -> None:
     """Runs until a Stop. ``receive(wait)`` gives the commands there are, and waits for one where ``wait``."""
     state = ServingState()
 
@@ -246,8 +260,8 @@ def run(engine: Engine, receive: Callable[[bool], list[protocol.Command]], emit:
 
     jax.monitoring.register_event_duration_secs_listener(count)
     while True:
-        commands = receive(not engine.has_work)
+        commands = receive(not any(engine.has_work for engine in engines.values()))
         if any(isinstance(command, protocol.Stop) for command in commands):
             return
-        if events := tick(engine, state, commands):
+        if events := tick(engines, state, commands):
             emit(events)

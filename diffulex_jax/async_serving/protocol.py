@@ -34,6 +34,7 @@ class Generate:
       id: the client's name of the request, in use by no other.
       prompt: token ids.
       params: the request's settings.
+      strategy: of the engine that is to do it.
       commits: send Commits as text becomes final; otherwise only the Reply.
       provisional: send every denoise step.
     """
@@ -41,6 +42,7 @@ class Generate:
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    strategy: str
     commits: bool = True
     provisional: bool = False
 
@@ -162,7 +164,8 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """The engine is built; ``tokenizer`` is its model's. Sent once, before anything else."""
+    """The engines are built; ``tokenizer`` is their model's, ``facts`` what is true of all, and under ``strategies`` of each. Sent
+    once, before anything else."""
 
     tokenizer: Tokenizer | None
     facts: dict[str, Any]
@@ -170,7 +173,7 @@ class Ready:
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """``Engine.stats``, sent when it changed."""
+    """``Engine.stats``, summed over the engines; sent when it changed."""
 
     stats: dict[str, int]
 

@@ -18,9 +18,9 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.reduction import ForkingPickler
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -30,7 +30,8 @@ from diffulex_jax.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-Factory = Callable[[], Engine]
+Engines = Mapping[str, Engine]
+Factory = Callable[[], Engine | Engines]
 Deliver = Callable[[list[protocol.Event]], None]
 
 BEAT_SECONDS = 0.25
@@ -51,10 +52,10 @@ class Worker(Protocol):
         """Waits for its end; says whether it came."""
 
 
-def build(factory: Factory, emit: Deliver) -> Engine | None:
-    """Makes the engine and says so; None where that failed."""
+def build(factory: Factory, emit: Deliver) -> Engines | None:
+    """Makes the engines, by strategy, and says so; None where that failed."""
     try:
-        engine = factory()
+        made = factory()
     except (ValueError, OSError) as error:
         emit([protocol.Stopped(" ".join(str(error).split()), refused=True)])
         return None
@@ -62,27 +63,38 @@ def build(factory: Factory, emit: Deliver) -> Engine | None:
         logger.exception("the engine could not be built")
         emit([protocol.Stopped(f"{type(error).__name__}: {error}")])
         return None
-    facts = dataclasses.asdict(engine.settings) | {
-        "num_pages": engine.stats["pages"],
-        "vocab_size": engine.config.vocab_size,
-        "mask_token_id": engine.config.mask_token_id,
+    engines = made if isinstance(made, Mapping) else {made.strategy: made}
+    tokenizer = next(iter(engines.values())).tokenizer
+    unloaded = copy.copy(tokenizer)  # cheap to send
+    for engine in engines.values():
+        if engine.tokenizer is not None:
+            engine.tokenizer.decode([0])  # load it now, not in the first request's time
+    emit([protocol.Ready(unloaded, facts_of(engines)), protocol.Status(loop.stats_of(engines))])
+    return engines
+
+
+def facts_of(engines: Engines) -> dict[str, Any]:
+    """What is true of all engines, and under ``strategies`` what is of each; the first is the default."""
+    first = next(iter(engines.values()))
+    own = ("buffer_size", "attention", "num_pages")
+    settings = {name: dataclasses.asdict(engine.settings) | {"num_pages": engine.stats["pages"]} for name, engine in engines.items()}
+    return {
+        **{name: value for name, value in dataclasses.asdict(first.settings).items() if name not in own},
+        "strategies": {strategy: {name: values[name] for name in own} for strategy, values in settings.items()},
+        "vocab_size": first.config.vocab_size,
+        "mask_token_id": first.config.mask_token_id,
         "platform": jax.default_backend(),
         "pid": os.getpid(),
     }
-    tokenizer = copy.copy(engine.tokenizer)  # as it is before it is loaded, which is cheap to send
-    if engine.tokenizer is not None:
-        engine.tokenizer.decode([0])  # load it now, not in the first request's time
-    emit([protocol.Ready(tokenizer, facts), protocol.Status(engine.stats)])
-    return engine
 
 
 def own(factory: Factory, receive: Callable[[bool], list[protocol.Command]], emit: Deliver) -> None:
-    """A worker's life: builds the engine and runs its loop until a Stop or a fault."""
-    engine = build(factory, emit)
-    if engine is None:
+    """A worker's life: builds the engines and runs their loop until a Stop or a fault."""
+    engines = build(factory, emit)
+    if engines is None:
         return
     try:
-        loop.run(engine, receive, emit)
+        loop.run(engines, receive, emit)
     except Exception as error:
         logger.exception("the engine failed")
         emit([protocol.Stopped(f"{type(error).__name__}: {error}")])

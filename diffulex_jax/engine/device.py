@@ -216,11 +216,11 @@ def _unpack(packed: np.ndarray) -> StepReport:
     return StepReport(**fields)
 
 
-def default_num_pages(device: jax.Device, page_bytes: int, *, needed: int) -> int:
+def default_num_pages(device: jax.Device, page_bytes: int, *, needed: int, share: float) -> int:
     """How many pages of ``page_bytes`` to make, now that the parameters are on the device.
 
-    What accelerators have left, less a tenth of their memory for the step's temporaries, up to eight times ``needed``: beyond that
-    even a prefix cache gains nothing. A CPU shares its memory with everything else; there it is what all slots need.
+    ``share`` of what accelerators have left, less a tenth of their memory for the step's temporaries, up to eight times ``needed``:
+    beyond that even a prefix cache gains nothing. A CPU shares its memory with everything else; there it is what all slots need.
 
     Raises:
       ValueError: when no page fits.
@@ -228,7 +228,7 @@ def default_num_pages(device: jax.Device, page_bytes: int, *, needed: int) -> in
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return needed
-    free = int(0.9 * stats["bytes_limit"]) - stats["bytes_in_use"]
+    free = int(share * (0.9 * stats["bytes_limit"] - stats["bytes_in_use"]))
     if free < page_bytes:
         raise ValueError(
             f"no KV page fits: {stats['bytes_in_use'] / 2**30:.1f} of {stats['bytes_limit'] / 2**30:.1f} GiB are taken on {device}"

@@ -49,6 +49,7 @@ class Engine:
         eos_ids: tuple[int, ...] | None = None,
         model_id: str = "",
         mesh: Mesh | None = None,
+        memory_share: float = 1.0,
         **settings: Any,
     ):
         """Compiles everything it will run.
@@ -56,11 +57,12 @@ class Engine:
         Args:
           config: the model's shape.
           params: its parameters, on the mesh.
-          strategy: a name from ``diffulex_jax.strategies``, or a rule of your own.
+          strategy: a name from ``diffulex_jax.strategies``, or a rule of your own, whose name is ``"custom"``.
           tokenizer: for prompts and outputs as text.
           eos_ids: tokens that end an output; default: the config's.
           model_id: keeps cached prefixes and snapshots of different models apart.
           mesh: where to run; default: the first device.
+          memory_share: of the memory that is free now, how much the KV pool may take where ``num_pages`` is not given.
           **settings: see :class:`EngineConfig`.
 
         Raises:
@@ -69,6 +71,7 @@ class Engine:
         self.mesh = make_mesh() if mesh is None else mesh
         if self.mesh.axis_names != MESH_AXES or self.mesh.shape["data"] > 1:
             raise ValueError(f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {self.mesh.shape}")
+        self.strategy = _name(strategy)
         named = SUGGESTED.get(strategy, {}) if isinstance(strategy, str) else {}
         s = EngineConfig(**settings)
         window, attention = s.buffer_size or named.get("buffer_size", 1), s.attention or named.get("attention", "block_causal")
@@ -82,7 +85,9 @@ class Engine:
         whole_prompts = attention == "prefix_full"
         self.dims = dims_for(rule, slots=s.max_slots, window=window, block=s.block_size, pages_per_slot=s.pages_per_slot)
         page_bytes = 2 * config.num_hidden_layers * s.block_size * config.num_key_value_heads * config.head_dim * s.jax_dtype.itemsize
-        num_pages = s.num_pages or default_num_pages(self.mesh.devices.flat[0], page_bytes, needed=s.max_slots * s.pages_per_slot)
+        num_pages = s.num_pages or default_num_pages(
+            self.mesh.devices.flat[0], page_bytes, needed=s.max_slots * s.pages_per_slot, share=memory_share
+        )
         # Soft inputs leave other KV than a prompt of the same tokens would, and where a prompt sees all of itself its KV depends on
         # what follows: such pages must not be found by their tokens.
         shareable = not whole_prompts and (rule.merge is None or not rule.merge.commit_soft)
@@ -128,20 +133,39 @@ class Engine:
         Raises:
           ValueError: for a model, checkpoint or setting that will not do, naming it.
         """
+        (engine,) = cls.for_strategies(model, [strategy], mesh=mesh, **settings).values()
+        return engine
+
+    @classmethod
+    def for_strategies(
+        cls, model: str, strategies: Sequence[str | Rule], *, mesh: Mesh | None = None, **settings: Any
+    ) -> dict[str, Engine]:
+        """An engine for each strategy by its name, with slots and pages of its own, all over the same parameters.
+
+        Args and errors are those of :meth:`from_pretrained`.
+        """
         dtype = EngineConfig(**settings).jax_dtype
+        names = [_name(strategy) for strategy in strategies]  # an unknown one should not cost a load
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"strategies must be one or more, each with a name of its own; got {names}")
         path = checkpoint.resolve(str(model))
         mesh = make_mesh() if mesh is None else mesh
         config, params = checkpoint.load(path, mesh, dtype=dtype)
-        return cls(
-            config,
-            params,
-            strategy=strategy,
-            tokenizer=Tokenizer.load(path),
-            eos_ids=checkpoint.load_eos_ids(path),
-            model_id=str(model),
-            mesh=mesh,
-            **settings,
-        )
+        tokenizer, eos_ids = Tokenizer.load(path), checkpoint.load_eos_ids(path)
+        return {
+            name: cls(
+                config,
+                params,
+                strategy=strategy,
+                tokenizer=tokenizer,
+                eos_ids=eos_ids,
+                model_id=str(model),
+                mesh=mesh,
+                memory_share=1 / (len(names) - i),
+                **settings,
+            )
+            for i, (name, strategy) in enumerate(zip(names, strategies, strict=True))
+        }
 
     def generate(
         self,
@@ -394,3 +418,13 @@ class Engine:
             step_map=step_map,
             trace=request.trace,
         )
+
+
+def _name(strategy: str | Rule) -> str:
+    """What requests call a strategy.
+
+    Raises:
+      ValueError, TypeError: as ``strategies.resolve``.
+    """
+    resolve(strategy)
+    return strategy if isinstance(strategy, str) else "custom"

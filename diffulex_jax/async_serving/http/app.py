@@ -7,12 +7,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 
+from diffulex_jax.async_serving import page
 from diffulex_jax.async_serving.async_engine import AsyncEngine, RequestError
 from diffulex_jax.async_serving.http import native, openai
 from diffulex_jax.async_serving.http import requests as forms
@@ -43,7 +44,7 @@ def create_app(engine: AsyncEngine, *, model: str, settings: ServerSettings) -> 
         engine=engine,
         model=settings.served_model_name or model,
         settings=settings,
-        places=Places(outputs=facts["max_slots"] + settings.max_queue, tokens=settings.max_queue_tokens),
+        places=Places(facts["strategies"], slots=facts["max_slots"], queue=settings.max_queue, tokens=settings.max_queue_tokens),
         metrics=Metrics(engine, block_size=facts["block_size"]),
     )
     app = FastAPI(title="diffulex-jax", version=VERSION, responses={400: {"description": "The request will not do; the error says why."}})
@@ -94,10 +95,16 @@ def _generation(app: FastAPI, service: Service) -> None:
 
 def _administration(app: FastAPI, service: Service) -> None:
     engine = service.engine
+    html, policy = page.document()
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> Response:
+        headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+        return HTMLResponse(html, headers=headers | {"cache-control": "no-cache"})
 
     def model_card() -> dict[str, Any]:
         card = {"id": service.model, "object": "model", "created": service.began, "owned_by": "diffulex-jax"}
-        return card | {"max_model_len": engine.facts["max_model_len"]}
+        return card | {"max_model_len": engine.facts["max_model_len"], "strategies": list(engine.facts["strategies"])}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

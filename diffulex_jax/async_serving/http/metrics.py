@@ -63,8 +63,8 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"diffulex:{name}", text, labels, registry=registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
-            return Histogram(f"diffulex:{name}", text, buckets=buckets, registry=registry)
+        def histogram(name: str, text: str, buckets: tuple[float, ...] = _SECONDS, *labels: str) -> Histogram:
+            return Histogram(f"diffulex:{name}", text, labels, buckets=buckets, registry=registry)
 
         self.http_requests = counter("http_requests", "HTTP requests by route and status.", "route", "status")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
@@ -73,8 +73,8 @@ class Metrics:
         self.denoise_steps = counter("denoise_steps", "Denoise steps (forwards), summed over outputs.")
         self.revised = counter("revised_tokens", "How often a filled token was changed.")
         self.remasked = counter("remasked_tokens", "How often a filled token was masked again.")
-        self.nfe = histogram("nfe_per_request", "Denoise steps of an output.", _COUNTS)
-        self.per_forward = histogram("tokens_per_forward", "Tokens of an output for each of its denoise steps.", _PER_FORWARD)
+        self.nfe = histogram("nfe_per_request", "Denoise steps of an output.", _COUNTS, "strategy")
+        self.per_forward = histogram("tokens_per_forward", "Tokens of an output for each of its denoise steps.", _PER_FORWARD, "strategy")
         self.first_block = histogram("time_to_first_block_seconds", "From arrival to the first committed text of a stream.")
         self.inter_block = histogram("inter_block_latency_seconds", "Between commits of a stream.")
         self.block_commit = histogram("block_commit_latency_seconds", "Time of a stream for each block it commits, after the first commit.")
@@ -91,6 +91,7 @@ class Watch:
     """Times one request's events."""
 
     metrics: Metrics
+    strategy: str
     clock: Callable[[], float] = time.monotonic
     began: float = 0.0
     committed_at: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -116,8 +117,8 @@ class Watch:
         m.denoise_steps.inc(event.nfe)
         m.revised.inc(event.revised_tokens)
         m.remasked.inc(event.remasked_tokens)
-        m.nfe.observe(event.nfe)
+        m.nfe.labels(self.strategy).observe(event.nfe)
         if event.nfe:
-            m.per_forward.observe(len(event.token_ids) / event.nfe)
+            m.per_forward.labels(self.strategy).observe(len(event.token_ids) / event.nfe)
         m.end_to_end.observe(seconds)
         m.queue_time.observe(max(0.0, seconds - event.seconds))

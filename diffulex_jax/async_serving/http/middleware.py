@@ -21,7 +21,7 @@ from diffulex_jax.async_serving.http.service import Service, full
 
 logger = logging.getLogger(__name__)
 
-OPEN_ROUTES = ("/health", "/ready")
+OPEN_ROUTES = ("/", "/health", "/ready")  # the page asks for a key itself
 GENERATING_ROUTES = ("/v1/completions", "/v1/chat/completions", "/generate")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 

@@ -27,6 +27,7 @@ async def generate(service: Service, form: Generate, request: Request) -> Respon
         id=request.state.request_id,
         prompts=await work.prompts_of(service, form.prompt),
         params=params,
+        strategy=service.engine.strategy_named(form.strategy),
         commits=form.stream,
         provisional=denoise,
     )

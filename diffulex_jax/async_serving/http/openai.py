@@ -39,6 +39,7 @@ async def completions(service: Service, form: Completion, request: Request) -> R
         id=request.state.request_id,
         prompts=await work.prompts_of(service, form.prompt),
         params=params,
+        strategy=service.engine.strategy_named(form.strategy),
         commits=bool(form.stream),
         provisional=form.diffusion.provisional,
     )
@@ -60,6 +61,7 @@ async def chat_completions(service: Service, form: Chat, request: Request) -> Re
         id=request.state.request_id,
         prompts=[prompt],
         params=params,
+        strategy=service.engine.strategy_named(form.strategy),
         commits=bool(form.stream),
         provisional=form.diffusion.provisional,
     )

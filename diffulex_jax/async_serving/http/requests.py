@@ -26,8 +26,10 @@ Given = Annotated[dict[str, TokenId], Field(description='token ids by offset: {"
 
 
 class Sampling(Strict):
-    """The fields of ``SamplingParams``, where each is explained; null means its default. They go beside OpenAI's own."""
+    """``strategy``, one of those the server has, and the fields of ``SamplingParams``, where each is explained; null means the
+    default. They go beside OpenAI's own."""
 
+    strategy: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
@@ -75,10 +76,10 @@ def log_as_json() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
-def build_engine(model: str, **settings: Any) -> Engine:
-    """``Engine.from_pretrained`` in the engine's process, whose logs are JSON, too."""
+def build_engines(model: str, strategies: Sequence[str], **settings: Any) -> dict[str, Engine]:
+    """``Engine.for_strategies`` in the engine's process, whose logs are JSON, too."""
     log_as_json()
-    return Engine.from_pretrained(model, **settings)
+    return Engine.for_strategies(model, strategies, **settings)
 
 
 async def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settings: ServerSettings) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from types import TracebackType
+from collections.abc import Iterable, Iterator
 
 from diffulex_jax.async_serving.async_engine import AsyncEngine
 from diffulex_jax.async_serving.http.errors import ApiError
@@ -13,50 +14,41 @@ from diffulex_jax.async_serving.settings import ServerSettings
 
 
 class Places:
-    """Room in the server, taken before any work is done for a request."""
+    """Room in the server, taken before any work is done for a request. Every strategy has ``slots`` of its own; ``queue`` outputs may
+    wait, and there may be ``tokens`` of prompts, of all strategies together."""
 
-    def __init__(self, *, outputs: int, tokens: int):
-        self.outputs, self.tokens = outputs, tokens
-        self._outputs = self._tokens = 0
+    def __init__(self, strategies: Iterable[str], *, slots: int, queue: int, tokens: int):
+        self.slots, self.queue, self.tokens = slots, queue, tokens
+        self._outputs, self._tokens = dict.fromkeys(strategies, 0), 0
+
+    def _waiting(self, strategy: str = "", outputs: int = 0) -> int:
+        """Outputs that have no slot, were there ``outputs`` more of a strategy."""
+        return sum(max(0, there + outputs * (name == strategy) - self.slots) for name, there in self._outputs.items())
 
     @property
     def full(self) -> bool:
-        """Whether not even one more output has room."""
-        return self._outputs >= self.outputs
+        """Whether not even one more output of any strategy has room."""
+        return all(self._waiting(strategy, 1) > self.queue for strategy in self._outputs)
 
-    def take(self, outputs: int, tokens: int) -> Taken:
-        """Room for a request, given back at the end of a ``with``.
+    @contextlib.contextmanager
+    def take(self, strategy: str, outputs: int, tokens: int) -> Iterator[None]:
+        """Room for a request for the time of a ``with``.
 
         Raises:
           ApiError: 429 where there is none now, 400 where there could never be.
         """
-        if outputs > self.outputs:
-            raise ApiError(400, f"the request asks for {outputs} outputs; the server has room for {self.outputs}", param="n")
+        if outputs > self.slots + self.queue:
+            message = f"the request asks for {outputs} outputs; the server has room for {self.slots + self.queue}"
+            raise ApiError(400, message, param="n")
         if tokens > self.tokens:
             raise ApiError(400, f"the prompts have {tokens} tokens; the server has room for {self.tokens}", param="prompt")
-        if self._outputs + outputs > self.outputs or self._tokens + tokens > self.tokens:
+        if self._waiting(strategy, outputs) > self.queue or self._tokens + tokens > self.tokens:
             raise full()
-        self._outputs, self._tokens = self._outputs + outputs, self._tokens + tokens
-        return Taken(self, outputs, tokens)
-
-    def give_back(self, outputs: int, tokens: int) -> None:
-        """The opposite of :meth:`take`."""
-        self._outputs, self._tokens = self._outputs - outputs, self._tokens - tokens
-
-
-@dataclasses.dataclass
-class Taken:
-    """Room that a request has taken; leaving the ``with`` gives it back."""
-
-    places: Places
-    outputs: int
-    tokens: int
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.places.give_back(self.outputs, self.tokens)
+        self._outputs[strategy], self._tokens = self._outputs[strategy] + outputs, self._tokens + tokens
+        try:
+            yield
+        finally:
+            self._outputs[strategy], self._tokens = self._outputs[strategy] - outputs, self._tokens - tokens
 
 
 def full() -> ApiError:

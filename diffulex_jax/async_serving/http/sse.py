@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
@@ -35,7 +36,8 @@ def as_api_error(error: BaseException) -> ApiError:
         case ApiError():
             return error
         case RequestError(code=code, message=message):
-            return ApiError(code, message, param="prompt" if code == 400 and message.startswith("prompt") else None)
+            blamed = re.match(r"(prompt|strategy)\b", message) if code == 400 else None
+            return ApiError(code, message, param=blamed[0] if blamed else None)
         case TimeoutError():
             return ApiError(504, "the request took longer than the server allows")
         case _:

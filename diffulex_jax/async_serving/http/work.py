@@ -25,12 +25,14 @@ class Job:
       id: of the answer.
       prompts: token ids.
       params: for each prompt.
+      strategy: the one that decodes them.
       commits, provisional: which events are wanted beside Replies.
     """
 
     id: str
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
+    strategy: str
     commits: bool = False
     provisional: bool = False
 
@@ -51,17 +53,24 @@ async def events(service: Service, job: Job) -> AsyncGenerator[RequestEvent, Non
       ApiError: 429 where the server has no room.
       RequestError: as ``AsyncEngine.stream``.
     """
-    with service.places.take(job.num_outputs, job.prompt_tokens):
+    with service.places.take(job.strategy, job.num_outputs, job.prompt_tokens):
         async with contextlib.AsyncExitStack() as stack:
             streams = [
                 await stack.enter_async_context(
                     contextlib.aclosing(
-                        service.engine.stream(prompt, job.params, id=f"{job.id}/{i}", commits=job.commits, provisional=job.provisional)
+                        service.engine.stream(
+                            prompt,
+                            job.params,
+                            id=f"{job.id}/{i}",
+                            strategy=job.strategy,
+                            commits=job.commits,
+                            provisional=job.provisional,
+                        )
                     )
                 )
                 for i, prompt in enumerate(job.prompts)
             ]
-            watch = Watch(service.metrics)
+            watch = Watch(service.metrics, job.strategy)
             accepted = await asyncio.gather(*(anext(stream) for stream in streams), return_exceptions=True)
             for outcome in accepted:
                 if isinstance(outcome, BaseException):
