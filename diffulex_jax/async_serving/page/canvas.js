@@ -25,7 +25,7 @@ function show(lane, moving) {
   const end = lane.final && at === lane.frames.length - 1, length = lane.final ? lane.final.token_ids.length : Infinity;
   Object.assign(lane, { frame, settled: end ? Infinity : frame.settled });
   while (lane.nodes.length < lane.frames.at(-1).cells.length) addCell(lane);
-  lane.nodes.forEach((node, i) => draw(node, frame.cells[i] ?? MASK, i < lane.settled, i >= length, moving && step === at));
+  lane.nodes.forEach((node, i) => draw(node, frame.cells[i] ?? WAITING, i < lane.settled, i >= length, moving && step === at));
   showFigures(lane, frame, at, length);
   showAnswer(lane, frame, end, length);
   Object.assign(lane.head.style, { width: `${100 / (last() + 1)}%`, left: `${(100 * at) / (last() + 1)}%` });
@@ -45,9 +45,9 @@ function draw(node, cell, settled, past, moving) {
   Object.assign(node, { cell, settled, past });
   const masked = cell.id === null, text = masked ? "" : printable(cell.text);
   node.textContent = text;
-  node.dataset.kind = masked ? "mask" : settled ? "settled" : "filled";
+  node.dataset.kind = cell === WAITING ? "waiting" : masked ? "mask" : settled ? "settled" : "filled";
   node.dataset.event = cell.event;
-  node.className = `cell${text.length > 8 ? " longer" : text.length > 5 ? " long" : ""}${past ? " past" : ""}`;
+  node.className = `cell${text.length > 8 ? " longer" : text.length > 5 ? " long" : ""}${cell.text.trim() ? "" : " blank"}${past ? " past" : ""}`;
   Object.assign(node.style, masked ? { backgroundColor: "", color: "" } : paint(cell.first ? cell.p : 1, settled));
   if (moving && cell.event && !calm.matches) flash(node, cell.event);
 }
@@ -88,7 +88,8 @@ function drawFilm(lane) {
 function tell(lane, node) {
   if (!node.classList.contains("cell") || !lane.frame) return;
   const { cell } = node, lines = [];
-  if (cell.id === null) lines.push(cell.first ? `masked again in forward ${cell.last}` : "masked");
+  if (cell === WAITING) lines.push("not begun yet");
+  else if (cell.id === null) lines.push(cell.first ? `masked again in forward ${cell.last}` : "masked");
   else lines.push(`“${cell.text}”  token ${cell.id}`, cell.first ? `probability ${(100 * cell.p).toFixed(1)} %` : "given with the request");
   if (cell.first) lines.push(`first accepted in forward ${cell.first}`);
   if (cell.first && cell.id !== null) lines.push(cell.last > cell.first ? `last revised in forward ${cell.last}` : "never revised");

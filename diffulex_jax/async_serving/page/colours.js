@@ -15,7 +15,7 @@ function readColours() {
 function colour(p, settled) {
   const at = Math.min(1, Math.max(0, p)) * (ramp.length - 1), low = Math.min(ramp.length - 2, Math.floor(at));
   const full = mix(ramp[low], ramp[low + 1], at - low);
-  return settled ? mix(full, card, 0.6) : full;
+  return settled ? mix(full, card, 0.68) : full;
 }
 
 function paint(p, settled) {

@@ -1,6 +1,7 @@
 "use strict"; // The canvas after each forward. Frame 0 is what the model starts from; cells that stay the same are shared.
 
 const MASK = { id: null, text: "", p: 0, event: "", first: 0, last: 0, edits: 0 };
+const WAITING = { ...MASK }; // a position that the model has not come to yet
 const textOf = (patch, i) => patch.tokens?.[i] ?? ` ${patch.token_ids[i]}`;
 
 // A record buffer_snapshot of the stream, as the lane's next frame.

@@ -1,0 +1,232 @@
+"""The page in a real browser, against a real server with the embedded model."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import httpx
+import pytest
+import running
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+
+KEY = "open-sesame"
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync", "--window-size=1280,1400"]
+SETTINGS = ["--max-slots", "2", "--max-model-len", "512", "--steps-per-dispatch", "2", "--api-key", KEY]
+QUESTION = "A farm has 40 cows and 12 sheep. 9 cows are sold. How many animals are left?"
+
+
+@pytest.fixture(scope="module")
+def server(compiled):
+    with running.serving("embedded", "--strategy", "llada2", "--strategy", "dmax", *SETTINGS, cache=compiled) as server:
+        server.client.headers["authorization"] = f"Bearer {KEY}"
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The page as a user has it before their eyes."""
+
+    def __init__(self, browser, server):
+        self.browser = browser
+        browser.get(server.url)
+
+    def one(self, selector):
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector):
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def until(self, condition, seconds=60):
+        return WebDriverWait(self.browser, seconds, poll_frequency=0.05).until(lambda _: condition())
+
+    def write(self, selector, text):
+        field = self.one(selector)
+        field.clear()
+        field.send_keys(text)
+
+    def sign_in(self, key=KEY):
+        self.until(lambda: self.one("#key").is_displayed())
+        self.write("#key", key + Keys.TAB)
+        self.until(lambda: "llada2, dmax" in self.one("#server").text)
+        return self
+
+    def ask(self, prompt=QUESTION, *, form="chat"):
+        self.write("#prompt", prompt)
+        self.one(f"input[name=form][value={form}]").click()
+        self.one("#start").click()
+        if self.one("#transport").is_displayed():
+            Select(self.one("#speed")).select_by_value("30")
+
+    def set(self, **settings):
+        """Opens "More settings" and fills them in."""
+        if not self.one("details").get_attribute("open"):
+            self.one("summary").click()
+        for name, value in settings.items():
+            self.write(f"[name={name}]", value)
+
+    def finished(self, lanes=1):
+        self.until(lambda: len(self.all(".lane[data-state=finished]")) == lanes and self.one("#play").get_attribute("aria-label") == "Play")
+
+    def cells(self, kind):
+        return self.all(f".lane:first-child .cell[data-kind={kind}]:not(.past)")
+
+    def scrub_to(self, step):
+        slider = self.one("#scrubber")
+        slider.send_keys(Keys.HOME + Keys.ARROW_RIGHT * step)
+        assert slider.get_attribute("value") == str(step)
+
+
+@pytest.fixture
+def opened(browser, server):
+    opened = Page(browser, server).sign_in()
+    browser.get_log("browser")
+    yield opened
+    # A refused request shows in the console, as it should; a broken script or a blocked style must not.
+    assert [entry for entry in browser.get_log("browser") if "server responded with a status of 4" not in entry["message"]] == []
+
+
+def test_the_page_is_one_document_that_asks_no_other_host_for_anything(server):
+    answer = httpx.get(server.url)
+    assert answer.status_code == 200 and answer.headers["content-type"] == "text/html; charset=utf-8"
+    policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'"
+    assert policy["script-src"].count("'sha256-") == answer.text.count("<script>") > 1 and "unsafe" not in str(policy)
+    assert not re.findall(r"<(?:script|img|iframe)[^>]+src|href=.(?!data:)|@import|url\(", answer.text)
+
+
+def test_only_the_page_itself_is_open_to_those_without_a_key(server):
+    assert {path: httpx.get(server.url + path).status_code for path in ("/", "/server_info", "/v1/models")} == {
+        "/": 200,
+        "/server_info": 401,
+        "/v1/models": 401,
+    }
+
+
+def test_a_wrong_key_is_told_and_a_right_one_opens_the_page(browser, server):
+    opened = Page(browser, server)
+    opened.until(lambda: "wants an API key" in opened.one("#server").text)
+    assert not opened.one("#error").is_displayed()
+    opened.write("#key", "wrong" + Keys.TAB)
+    opened.until(lambda: opened.one("#error").is_displayed())
+    assert opened.one("#error").text.startswith("401: ") and opened.one("#key").get_attribute("aria-invalid") == "true"
+    opened.sign_in()
+    assert not opened.one("#error").is_displayed()
+    assert [option.text for option in Select(opened.one("[name=strategy]")).options] == ["llada2", "dmax"]
+
+
+def test_what_settles_is_the_answer_without_a_stream(opened, server):
+    opened.ask()
+    opened.finished()
+    chat = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64, "accept_threshold": 0.9}
+    whole = server.post("/v1/chat/completions", **chat, diffusion={"usage": True}).json()
+    text, details = whole["choices"][0]["message"]["content"], whole["usage"]["completion_tokens_details"]
+    assert opened.one(".answer").get_property("textContent") == text != ""
+    assert opened.one("[data-figure=forwards]").text == str(details["nfe"])
+    assert opened.one("[data-figure=rate]").text == f"{details['tokens_per_forward']:.2f}"
+    assert len(opened.cells("settled")) == whole["usage"]["completion_tokens"] and not opened.cells("mask")
+
+
+def test_plain_text_is_not_put_through_the_chat_template(opened, server):
+    opened.ask(form="text")
+    opened.finished()
+    plain = server.post("/generate", prompt=QUESTION, accept_threshold=0.9).json()
+    assert opened.one(".answer").get_property("textContent") == plain["text"]
+
+
+def test_scrubbing_back_shows_the_canvas_of_every_step(opened):
+    opened.ask()
+    opened.finished()
+    opened.scrub_to(1)
+    after_one = len(opened.cells("mask"))
+    assert after_one and opened.cells("filled") and not opened.cells("settled")
+    assert {cell.get_attribute("data-event") for cell in opened.cells("filled")} == {"new"}
+    opened.one("[data-go=back]").click()
+    assert opened.one("#where").text.startswith("forward 0 of ")
+    assert len(opened.cells("mask")) > after_one and not opened.cells("filled")
+    opened.one("#play").click()
+    opened.finished()
+    assert not opened.cells("mask")
+
+
+def test_a_cell_tells_its_probability_and_when_it_was_accepted(opened):
+    opened.ask()
+    opened.finished()
+    opened.browser.execute_script("arguments[0].focus()", opened.one(".lane .cell"))
+    tip = opened.one("#tip").text
+    assert re.search(r"^“First”  token \d+\nprobability \d+\.\d %\nfirst accepted in forward \d+\nnever revised\nposition 0, settled$", tip)
+    opened.browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert "position 1, settled" in opened.one("#tip").text
+    opened.browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not opened.one("#tip").is_displayed()
+
+
+def test_two_strategies_side_by_side(opened, server):
+    opened.one("#both").click()
+    opened.ask()
+    opened.finished(lanes=2)
+    opened.until(lambda: opened.one("#comparison").is_displayed())
+    ids = server.post("/tokenize", messages=[{"role": "user", "content": QUESTION}]).json()["tokens"]
+    alone = [
+        server.post("/generate", prompt=ids, strategy=strategy, accept_threshold=threshold).json()
+        for strategy, threshold in (("llada2", 0.9), ("dmax", 0.5))
+    ]
+    assert [answer.get_property("textContent") for answer in opened.all(".answer")] == [one["text"] for one in alone]
+    rows = {row.text.splitlines()[0]: row.text.splitlines()[1:] for row in opened.all("#comparison tr")}
+    assert rows["forwards"] == [str(one["nfe"]) for one in alone]
+    assert rows["tokens a forward"] == [f"{one['tokens_per_forward']:.2f}" for one in alone]
+    assert alone[1]["nfe"] < alone[0]["nfe"] and opened.one(".verdict").text.startswith("dmax took ")
+
+
+def test_a_running_request_is_seen_live_and_aborted(opened, server):
+    opened.set(max_tokens="400", others='{"ignore_eos": true}')
+    opened.write("[name=accept_threshold]", "1")  # a token a forward
+    opened.ask()
+    opened.until(lambda: len(opened.cells("filled")) > 1)
+    assert opened.all(".lane[data-state=denoising]")
+    opened.one("#abort").click()
+    opened.until(lambda: opened.all(".lane[data-state=aborted]"))
+    opened.until(lambda: server.metric("kv_pages_used") == 0)
+    assert not opened.one("#abort").is_enabled() and not opened.one("#error").is_displayed()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("temperature", "-1", "400: temperature=-1.0 must be finite and at least 0"),
+        ("seed", "many", "400: seed: Input should be a valid integer"),
+        ("others", '{"colour": "red"}', "400: the field 'colour' is unknown or not supported"),
+        ("others", "red", "other settings must be a JSON object"),
+    ],
+)
+def test_a_bad_setting_is_an_error_that_names_it(opened, field, value, message):
+    opened.set(**{field: value})
+    opened.ask()
+    opened.until(lambda: opened.one("#error").is_displayed())
+    assert opened.one("#error").text.startswith(message)
+    blamed = [element.get_attribute("name") for element in opened.all("[aria-invalid=true]")]
+    assert blamed == ([] if "colour" in value else [field])
+    opened.until(lambda: opened.one("#start").is_enabled())  # and another try is possible
+
+
+def test_a_server_that_is_gone_is_an_error(opened):
+    opened.browser.execute_script("window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
+    opened.ask()
+    opened.until(lambda: opened.one("#error").is_displayed())
+    assert opened.one("#error").text == "the server cannot be reached"
