@@ -4,14 +4,14 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 get off. How many people are on the bus?
 
-.PHONY: run test test-soak clean
+.PHONY: run test test-soak browser clean
 
 # Answers a question with the model that comes with the package.
 run: $(VENV)/.installed
 	$(VENV)/bin/diffulex-jax generate --model embedded --strategy dmax --accept-threshold 0.5 --chat --prompt "$(QUESTION)"
 
 # Lint, format, types, tests.
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev browser
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -21,6 +21,11 @@ test: $(VENV)/.installed-dev
 test-soak: $(VENV)/.installed-dev
 	$(PIP) "lm-eval[api]>=0.4.9"
 	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_serving.py tests/soak/soak_lm_eval.py
+
+# The page is tested in a real browser.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		{ apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

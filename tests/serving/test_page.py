@@ -177,6 +177,10 @@ def test_a_cell_tells_its_probability_and_when_it_was_accepted(opened):
     assert not opened.one("#tip").is_displayed()
 
 
+def cells_of(row):
+    return row.find_elements(By.CSS_SELECTOR, "th, td")
+
+
 def test_two_strategies_side_by_side(opened, server):
     opened.one("#both").click()
     opened.ask()
@@ -188,7 +192,7 @@ def test_two_strategies_side_by_side(opened, server):
         for strategy, threshold in (("llada2", 0.9), ("dmax", 0.5))
     ]
     assert [answer.get_property("textContent") for answer in opened.all(".answer")] == [one["text"] for one in alone]
-    rows = {row.text.splitlines()[0]: row.text.splitlines()[1:] for row in opened.all("#comparison tr")}
+    rows = {label.text: [cell.text for cell in cells] for label, *cells in map(cells_of, opened.all("#comparison tr")[1:])}
     assert rows["forwards"] == [str(one["nfe"]) for one in alone]
     assert rows["tokens a forward"] == [f"{one['tokens_per_forward']:.2f}" for one in alone]
     assert alone[1]["nfe"] < alone[0]["nfe"] and opened.one(".verdict").text.startswith("dmax took ")
