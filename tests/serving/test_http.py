@@ -155,7 +155,7 @@ def test_metrics(server):
 @pytest.fixture
 def strict(server_of):
     """A server with keys, CORS, no queue, and little patience with silence."""
-    options = {"--cors-origin": "https://example.org", "--max-queue": "0", "--ping-seconds": "0.02"}
+    options = {"--cors-origin": "https://example.org", "--max-queue": "0", "--ping-seconds": "0.001"}
     return server_of("--api-key", "first", "--api-key", "second", *itertools.chain(*options.items()))
 
 
