@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
 
 from diffulex_jax import Engine, SamplingParams
 from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import make_mesh
 
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODEL = GOLDEN / "tiny-llada2-trained"
 BLOCK, MASK, POISON = 8, 1021, 1000
 OPTIONS = {"block_size": BLOCK, "max_slots": 2, "max_model_len": 64}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 
 import pytest
 import same_answer
-from conftest import GOLDEN
 
 from diffulex_jax import Engine, SamplingParams
 from diffulex_jax.engine.snapshot import Snapshot
 
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 TRAINED = str(GOLDEN / "tiny-llada2-trained")
 REQUESTS = same_answer.requests(8, [0.0, 0.7])
 PROMPTS, PARAMS = zip(*REQUESTS, strict=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import same_answer
-from conftest import GOLDEN
 
 from diffulex_jax import Engine
 from diffulex_jax.rules import levenshtein
 from diffulex_jax.strategies import STRATEGIES
 
 
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 TRAINED = str(GOLDEN / "tiny-llada2-trained")
 REQUESTS = same_answer.requests(64, [0.0, 0.7], longest=96, most=48)
 SLOTS, LENGTH = 16, 160
