@@ -17,10 +17,10 @@ test: $(VENV)/.installed-dev browser
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n 2 --dist loadfile
 
-# What serving must stand, at full length: about an hour, on a machine with nothing else to do.
+# The long tests: the same answers in every way of running, and what serving must stand. More than an hour, on a machine with nothing else to do.
 test-soak: $(VENV)/.installed-dev
 	$(PIP) "lm-eval[api]>=0.4.9"
-	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_serving.py tests/soak/soak_lm_eval.py
+	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_every_answer.py tests/soak/soak_serving.py tests/soak/soak_lm_eval.py
 
 # The page is tested in a real browser.
 browser:
