@@ -5,7 +5,6 @@ Settings of a request and of the engine become options by themselves, read from 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import enum
@@ -184,7 +183,7 @@ def serve(
             compile_cache=compile_cache or _cache_directory(),
             **watching,
         )
-        asyncio.run(http.serve(engine, model=model, host=host, port=port, settings=ServerSettings(**chosen)))
+        http.serve(engine, model=model, host=host, port=port, settings=ServerSettings(**chosen))
 
 
 def _cache_directory() -> pathlib.Path:

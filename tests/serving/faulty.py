@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import concurrent.futures
 import functools
 import os
@@ -142,7 +141,7 @@ def main() -> None:
         compile_cache=options.compile_cache,
         silence_seconds=SILENCE_SECONDS,
     )
-    asyncio.run(http.serve(engine, model=options.model, host="127.0.0.1", port=int(options.port), settings=ServerSettings()))
+    http.serve(engine, model=options.model, host="127.0.0.1", port=int(options.port), settings=ServerSettings())
 
 
 COMMAND = [sys.executable, str(pathlib.Path(__file__))]

@@ -51,6 +51,11 @@ def test_a_good_request_beside_bad_ones_is_unaffected(server):
     assert beside == [alone] * 5
 
 
+def test_a_form_that_is_not_json_is_told_what_is_wanted(server):
+    response = server.client.post("/generate", data={"prompt": "x"})
+    assert "content-type: application/json" in check_error(response, 400)["message"]
+
+
 def test_a_wrong_method_is_an_error_too(server):
     check_error(server.client.get("/generate"), 405)
 

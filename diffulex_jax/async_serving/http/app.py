@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp
 
 from diffulex_jax.async_serving import page
 from diffulex_jax.async_serving.async_engine import AsyncEngine, RequestError
@@ -31,7 +32,7 @@ _TYPES = ("str", "int", "float", "bool")
 VERSION = importlib.metadata.version("diffulex-jax")
 
 
-def create_app(engine: AsyncEngine, *, model: str, settings: ServerSettings) -> FastAPI:
+def create_app(engine: AsyncEngine, *, model: str, settings: ServerSettings) -> ASGIApp:
     """The ASGI application around an engine that has been started; starting and stopping it is the caller's.
 
     Args:
@@ -54,17 +55,17 @@ def create_app(engine: AsyncEngine, *, model: str, settings: ServerSettings) -> 
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_middleware(Guard, service=service)
+    # Around the application, not in it: what is refused should not go through its layers.
+    guarded: ASGIApp = Guard(app, service)
     if settings.cors_origin:
-        app.add_middleware(
-            CORSMiddleware,
+        guarded = CORSMiddleware(
+            guarded,
             allow_origins=list(settings.cors_origin),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(RequestLog, service=service)
-    return app
+    return RequestLog(guarded, service)
 
 
 def _generation(app: FastAPI, service: Service) -> None:
@@ -155,7 +156,9 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     # Locations name the member of a union that was tried, too ("constrained-str"); fields and positions are what a client knows.
     where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part not in _TYPES))
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "model_attributes_type" and not where:
+        message = "send a JSON object, with the header content-type: application/json"
+    elif first["type"] == "extra_forbidden":
         message = f"the field {where!r} is unknown or not supported"
     else:
         message = f"{where}: {first['msg']}" if where else first["msg"]

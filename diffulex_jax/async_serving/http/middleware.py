@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
 import re
 import time
 import uuid
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_ROUTES = ("/", "/health", "/ready")  # the page asks for a key itself
 GENERATING_ROUTES = ("/v1/completions", "/v1/chat/completions", "/generate")
+_REFUSALS_FIRST_SECONDS = 0.05
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -33,6 +34,16 @@ async def send_error(error: ApiError, send: Send) -> None:
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Gives a body that has been read, then what comes after it."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return first.pop() if first else await receive()
+
+    return receive_again
 
 
 class RequestLog:
@@ -48,8 +59,7 @@ class RequestLog:
         began, status = time.monotonic(), 0
         asked = Headers(scope=scope).get("x-request-id", "")
         id_ = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-        notes: dict[str, Any] = {}
-        scope.setdefault("state", {}).update(request_id=id_, notes=notes)
+        scope.setdefault("state", {}).update(request_id=id_)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -72,7 +82,9 @@ class RequestLog:
             self._service.metrics.http_requests.labels(route, str(status)).inc()
             facts = {"request_id": id_, "method": scope["method"], "path": scope["path"], "status": status}
             seconds = round(time.monotonic() - began, 6)
-            logger.info("request", extra={"facts": facts | {"seconds": seconds} | notes})
+            # Under a flood of requests that find no room, their lines would cost more than refusing them; they are counted.
+            level = logging.DEBUG if status == 429 else logging.INFO
+            logger.log(level, "request", extra={"facts": facts | {"seconds": seconds}})
 
 
 class Guard:
@@ -86,25 +98,26 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        try:
-            if self._keys and scope["path"] not in OPEN_ROUTES:
-                self._check_key(Headers(scope=scope))
-            if scope["path"] in GENERATING_ROUTES and self._service.places.full:
-                raise full()  # before anything is read
-            body = await self._body(scope, receive)
-        except ApiError as error:
-            await send_error(error, send)
-            return
-        replayed = False
+        with contextlib.ExitStack() as arrival:
+            try:
+                if self._keys and scope["path"] not in OPEN_ROUTES:
+                    self._check_key(Headers(scope=scope))
+                if scope["path"] in GENERATING_ROUTES:
+                    scope["state"]["arrival"] = arrival
+                    await self._arrive(arrival)
+                body = await self._body(scope, receive)
+            except ApiError as error:
+                await send_error(error, send)
+                return
+            await self._app(scope, _replay(body, receive), send)
 
-        async def receive_again() -> Message:
-            nonlocal replayed
-            if replayed:
-                return await receive()
-            replayed = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, receive_again, send)
+    async def _arrive(self, arrival: contextlib.ExitStack) -> None:
+        places = self._service.places
+        if places.full:
+            raise full()  # before anything is read
+        arrival.enter_context(places.kept())
+        if places.busy:  # it will wait for a slot in any case: those who are refused hear of it first
+            await asyncio.sleep(_REFUSALS_FIRST_SECONDS)
 
     def _check_key(self, headers: Headers) -> None:
         kind, _, key = headers.get("authorization", "").partition(" ")

@@ -25,6 +25,7 @@ async def generate(service: Service, form: Generate, request: Request) -> Respon
     denoise = form.stream and form.stream_mode == "denoise"
     job = work.Job(
         id=request.state.request_id,
+        arrival=request.state.arrival,
         prompts=await work.prompts_of(service, form.prompt),
         params=params,
         strategy=service.engine.strategy_named(form.strategy),

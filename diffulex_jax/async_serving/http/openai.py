@@ -37,6 +37,7 @@ async def completions(service: Service, form: Completion, request: Request) -> R
     )
     job = work.Job(
         id=request.state.request_id,
+        arrival=request.state.arrival,
         prompts=await work.prompts_of(service, form.prompt),
         params=params,
         strategy=service.engine.strategy_named(form.strategy),
@@ -59,6 +60,7 @@ async def chat_completions(service: Service, form: Chat, request: Request) -> Re
     )
     job = work.Job(
         id=request.state.request_id,
+        arrival=request.state.arrival,
         prompts=[prompt],
         params=params,
         strategy=service.engine.strategy_named(form.strategy),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import socket
@@ -82,7 +83,7 @@ def build_engines(model: str, strategies: Sequence[str], **settings: Any) -> dic
     return Engine.for_strategies(model, strategies, **settings)
 
 
-async def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settings: ServerSettings) -> None:
+def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settings: ServerSettings) -> None:
     """Starts the engine, serves until a signal, and stops it.
 
     Args:
@@ -97,14 +98,25 @@ async def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settin
       OSError: when the address cannot be had.
     """
     listening = socket.create_server((host, port), backlog=2048)  # first: that an address is taken should not cost a load
-    try:
-        await engine.start()
-        app = create_app(engine, model=model, settings=settings)
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS
-        )
-        logger.info("listening", extra={"facts": {"host": host, "port": listening.getsockname()[1], "model": model}})
-        await DrainingServer(config, engine, drain_seconds=settings.drain_seconds).serve([listening])
-    finally:
-        listening.close()
-        await engine.stop()
+    configure = functools.partial(
+        uvicorn.Config,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
+    )
+
+    async def run() -> None:
+        try:
+            await engine.start()
+            app = create_app(engine, model=model, settings=settings)
+            logger.info("listening", extra={"facts": {"host": host, "port": listening.getsockname()[1], "model": model}})
+            await DrainingServer(configure(app), engine, drain_seconds=settings.drain_seconds).serve([listening])
+        finally:
+            listening.close()
+            await engine.stop()
+
+    with asyncio.Runner(loop_factory=configure("").get_loop_factory()) as runner:
+        runner.run(run())

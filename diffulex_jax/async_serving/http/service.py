@@ -20,6 +20,7 @@ class Places:
     def __init__(self, strategies: Iterable[str], *, slots: int, queue: int, tokens: int):
         self.slots, self.queue, self.tokens = slots, queue, tokens
         self._outputs, self._tokens = dict.fromkeys(strategies, 0), 0
+        self._kept = 0
 
     def _waiting(self, strategy: str = "", outputs: int = 0) -> int:
         """Outputs that have no slot, were there ``outputs`` more of a strategy."""
@@ -28,7 +29,21 @@ class Places:
     @property
     def full(self) -> bool:
         """Whether not even one more output of any strategy has room."""
-        return all(self._waiting(strategy, 1) > self.queue for strategy in self._outputs)
+        return all(self._waiting(strategy, self._kept + 1) > self.queue for strategy in self._outputs)
+
+    @property
+    def busy(self) -> bool:
+        """Whether every strategy has an output for each of its slots."""
+        return all(there + self._kept > self.slots for there in self._outputs.values())
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """A place kept for a request that has arrived, until its outputs are counted and it can :meth:`take` its own."""
+        self._kept += 1
+        try:
+            yield
+        finally:
+            self._kept -= 1
 
     @contextlib.contextmanager
     def take(self, strategy: str, outputs: int, tokens: int) -> Iterator[None]:

@@ -26,6 +26,7 @@ class Job:
       prompts: token ids.
       params: for each prompt.
       strategy: the one that decodes them.
+      arrival: holds the place that was kept for the request since it arrived.
       commits, provisional: which events are wanted beside Replies.
     """
 
@@ -33,6 +34,7 @@ class Job:
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
     strategy: str
+    arrival: contextlib.ExitStack
     commits: bool = False
     provisional: bool = False
 
@@ -53,6 +55,7 @@ async def events(service: Service, job: Job) -> AsyncGenerator[RequestEvent, Non
       ApiError: 429 where the server has no room.
       RequestError: as ``AsyncEngine.stream``.
     """
+    job.arrival.close()
     with service.places.take(job.strategy, job.num_outputs, job.prompt_tokens):
         async with contextlib.AsyncExitStack() as stack:
             streams = [
