@@ -164,7 +164,10 @@ def _hidden(program: Program, params: llada2.Params) -> Callable[..., tuple[jax.
     experts = functools.partial(grouped_matmul.expert_mlp, backend=program.kernels.grouped_matmul)
     if shared_by("expert") and "moe" in params:
         experts = functools.partial(experts, first_expert=first_index("expert", params["moe"]["experts_down"].shape[1]))
-    return functools.partial(llada2.hidden, params, program.config, experts=experts)
+    # Where devices share a layer, each computes its part of it in plain XLA; in float32 rows are independent to the last bit.
+    whole = not any(map(shared_by, ("expert", "mlp", "kv_heads")))
+    streamed = program.kernels.grouped_matmul == "gpu" and whole and params["embed"].dtype == jnp.bfloat16
+    return functools.partial(llada2.hidden, params, program.config, experts=experts, streamed=streamed)
 
 
 def _write(program: Program, pool: KVPool, k: jax.Array, v: jax.Array, pages: jax.Array) -> KVPool:
@@ -237,7 +240,7 @@ def predict(
     hidden = _hidden(program, params)
     attention = _attention(program, pool, page_table)
 
-    def with_pending() -> tuple[jax.Array, Any]:
+    def with_pending(pool: KVPool) -> tuple[jax.Array, KVPool]:
         def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, before: Any = None) -> tuple[jax.Array, Any]:
             lanes, before = (live[:, None], None) if before is None else (active, (*before, live))
             return attention(q, k, v, layer=layer, prefix_len=state.written_upto, lanes=lanes, before=before), (k, v)
@@ -245,19 +248,17 @@ def predict(
         both = jnp.concatenate([embed(state.pending.tokens, state.pending.merge), x], 1)
         at = jnp.concatenate([positions[:, :1] - block + jnp.arange(block), positions], 1)
         mask = jnp.concatenate([jnp.repeat(live[:, None], block, 1), valid], 1)
-        h, fresh = hidden(both, at, attend, leading=block, valid=mask)
-        return h[:, block:], fresh
+        h, (k, v) = hidden(both, at, attend, leading=block, valid=mask)
+        pages = jnp.where(live, _page_of(state.start - block, page_table, state), pool.k.shape[1])
+        return h[:, block:], _write(program, pool, k, v, pages)
 
-    def window_only() -> tuple[jax.Array, Any]:
+    def window_only(pool: KVPool) -> tuple[jax.Array, KVPool]:
         def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            out = attention(q, k, v, layer=layer, prefix_len=state.written_upto, lanes=active)
-            return out, (jnp.zeros_like(k[:, :block]), jnp.zeros_like(v[:, :block]))
+            return attention(q, k, v, layer=layer, prefix_len=state.written_upto, lanes=active), ()
 
-        return hidden(x, positions, attend, valid=valid)
+        return hidden(x, positions, attend, valid=valid)[0], pool
 
-    h, (k, v) = lax.cond(anywhere(live.any()), with_pending, window_only)
-    pages = jnp.where(live, _page_of(state.start - block, page_table, state), pool.k.shape[1])
-    pool = _write(program, pool, k, v, pages)
+    h, pool = lax.cond(anywhere(live.any()), with_pending, window_only, pool)
     state = state.replace(
         written_upto=jnp.where(live, state.start, state.written_upto),
         pending=state.pending.replace(live=jnp.zeros_like(live)),

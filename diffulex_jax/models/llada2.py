@@ -9,6 +9,7 @@ F expert hidden width, V vocabulary, L layers of one kind.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,10 @@ policy of the caller. ``layer`` is the index over all layers; ``aux`` comes back
 Experts = Callable[..., jax.Array]
 """``experts(x [N, D], expert_ids [N, k], weights [N, k], gate_up [L, E, D, 2F], down [L, E, F, D], layer=i, valid=[N]) -> [N, D]``:
 layer i of the stacked experts. They get the whole stack, because slicing a layer of it out would copy what only a part of is read."""
+
+
+Times = Callable[[jax.Array, str], jax.Array]
+"""``times(x, name)``: x, its last axes contracted, times a matrix of the current layer."""
 
 
 # One entry per parameter: shape and logical axes. `parallel.mesh` maps the axes to the machine.
@@ -117,6 +122,7 @@ def hidden(
     leading: int = 0,
     valid: jax.Array | None = None,
     experts: Experts = grouped_matmul.expert_mlp,
+    streamed: bool = False,
 ) -> tuple[jax.Array, Any]:
     """Runs all layers and the final norm.
 
@@ -130,38 +136,49 @@ def hidden(
         not depend, to the bit, on whether there are any: a matmul's rounding may change with its shape.
       valid: ``[R, T]`` bool; False rows route to no expert (their output means nothing).
       experts: how the routed experts are computed; a token's result must not depend on the others.
+      streamed: for a GPU, where in bfloat16 a token's last bits may depend on what else is there. A layer's weights are then read where
+        they lie in the stack (``grouped_matmul.linear``) instead of sliced out of it, ``experts`` gets the shared expert to go along
+        with the routed ones, experts are chosen without sorting, and only attention tells leading tokens from the others.
 
     Returns:
       ``(hidden [R, T, D], aux)``; ``aux`` has every leaf of the policy's aux stacked over all layers.
     """
-    split = (lambda a: (a[:, :leading], a[:, leading:])) if leading else (lambda a: (a,))
+
+    def both(a: jax.Array) -> tuple[jax.Array, ...]:
+        return (a[:, :leading], a[:, leading:]) if leading else (a,)
+
+    split = (lambda a: (a,)) if streamed else both
     tables = [rope_table(p, config) for p in split(positions)]
     valid = None if valid is None else valid.reshape(-1)
     eps = config.rms_norm_eps
 
     def join(parts: Sequence[jax.Array]) -> jax.Array:
-        return jnp.concatenate(parts, 1) if leading else parts[0]
+        return jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0]
 
-    def attention(xs: Sequence[jax.Array], w: Params, layer: jax.Array) -> tuple[list[jax.Array], Any]:
-        heads = [project(rms_norm(x, w["attn_norm"], eps), w, config, table) for x, table in zip(xs, tables, strict=True)]
-        out, aux = attend(layer, *heads[0])
-        outs = [out] if len(heads) == 1 else [out, attend(layer, *heads[1], before=heads[0][1:])[0]]
-        return [x + add_up(jnp.einsum("rtkgh,kghd->rtd", o, w["out"]), "kv_heads") for x, o in zip(xs, outs, strict=True)], aux
+    def attention(xs: Sequence[jax.Array], w: Params, times: Times, at: jax.Array) -> tuple[list[jax.Array], Any]:
+        heads = [rotated_heads(times(rms_norm(x, w["attn_norm"], eps), "qkv"), w, config, t) for x, t in zip(xs, tables, strict=True)]
+        if streamed:
+            heads = list(zip(*map(both, heads[0]), strict=True))
+        out, aux = attend(at, *heads[0])
+        outs = [out] if len(heads) == 1 else [out, attend(at, *heads[1], before=heads[0][1:])[0]]
+        if streamed:
+            outs = [join(outs)]
+        return [x + add_up(times(o, "out"), "kv_heads") for x, o in zip(xs, outs, strict=True)], aux
 
-    def dense(hs: Sequence[jax.Array], w: Params, layer: jax.Array) -> list[jax.Array]:
-        return [swiglu(h, w["mlp_gate_up"], w["mlp_down"]) for h in hs]
+    def dense(hs: Sequence[jax.Array], w: Params, times: Times, layer: jax.Array) -> list[jax.Array]:
+        return [gated(h, "mlp", times) for h in hs]
 
-    def moe(hs: Sequence[jax.Array], w: Params, layer: jax.Array) -> list[jax.Array]:
-        routed = [
-            [r.reshape(*h.shape[:2], -1) for r in route(h.reshape(-1, h.shape[-1]), w["router"], w["router_bias"], config)] for h in hs
-        ]
+    def moe(hs: Sequence[jax.Array], w: Params, times: Times, layer: jax.Array) -> list[jax.Array]:
+        choose = functools.partial(route, router=w["router"], bias=w["router_bias"], config=config, by_rank=streamed)
+        routed = [[r.reshape(*h.shape[:2], -1) for r in choose(h.reshape(-1, h.shape[-1]))] for h in hs]
         flat, ids, weights = (join(parts).reshape(-1, parts[0].shape[-1]) for parts in (hs, *zip(*routed, strict=True)))
         stack = params["moe"]
-        y = experts(flat, ids, weights, stack["experts_gate_up"], stack["experts_down"], layer=layer, valid=valid)
+        along = {"shared": (stack["shared_gate_up"], stack["shared_down"])} if streamed and config.num_shared_experts else {}
+        y = experts(flat, ids, weights, stack["experts_gate_up"], stack["experts_down"], layer=layer, valid=valid, **along)
         ys = split(y.reshape(len(x), -1, y.shape[-1]))
-        if not config.num_shared_experts:
+        if along or not config.num_shared_experts:
             return list(ys)
-        return [y + swiglu(h, w["shared_gate_up"], w["shared_down"]) for y, h in zip(ys, hs, strict=True)]
+        return [y + gated(h, "shared", times) for y, h in zip(ys, hs, strict=True)]
 
     first, auxes, xs = 0, [], list(split(x))
     for kind, mlp in (("dense", dense), ("moe", moe)):
@@ -169,13 +186,17 @@ def hidden(
             continue
 
         def block(
-            xs: list[jax.Array], scanned: tuple[jax.Array, Params], mlp: Any = mlp, first: int = first
+            xs: list[jax.Array], scanned: tuple[jax.Array, Params], kind: str = kind, mlp: Any = mlp, first: int = first
         ) -> tuple[list[jax.Array], Any]:
             layer, w = scanned
+
+            def times(x: jax.Array, name: str) -> jax.Array:
+                return grouped_matmul.linear(x, params[kind][name], layer) if streamed else _contract(x, w[name])
+
             with jax.named_scope("attention"):
-                xs, aux = attention(xs, w, first + layer)
+                xs, aux = attention(xs, w, times, first + layer)
             with jax.named_scope("mlp"):
-                ys = mlp([rms_norm(x, w["mlp_norm"], eps) for x in xs], w, layer)
+                ys = mlp([rms_norm(x, w["mlp_norm"], eps) for x in xs], w, times, layer)
                 return [x + add_up(y, "mlp") for x, y in zip(xs, ys, strict=True)], aux
 
         scanned = {name: w for name, w in params[kind].items() if not name.startswith("experts_")}
@@ -187,23 +208,34 @@ def hidden(
     return join([rms_norm(x, params["norm"], eps) for x in xs]), aux
 
 
-def project(x: jax.Array, w: Params, config: ModelConfig, table: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries ``[R, T, KV, G, H]``, keys and values ``[R, T, KV, H]``; per-head RMSNorm comes before RoPE."""
-    eps, group = config.rms_norm_eps, config.queries_per_kv
-    qkv = jnp.einsum("rtd,dkgh->rtkgh", x, w["qkv"])
-    q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
-    q = rope(rms_norm(q, w["q_norm"], eps), *(t[:, :, None, None] for t in table))
-    k = rope(rms_norm(k, w["k_norm"], eps), *(t[:, :, None] for t in table))
-    return q, k, v
+def rotated_heads(
+    qkv: jax.Array, w: Params, config: ModelConfig, table: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries ``[R, T, KV, G, H]``, keys and values ``[R, T, KV, H]`` of ``[R, T, KV, G + 2, H]``; per-head RMSNorm comes before RoPE.
+
+    All heads go through both together, which makes two kernels of it on a GPU; the values then are taken as they came.
+    """
+    group = config.queries_per_kv
+    value = (jnp.arange(group + 2) == group + 1)[:, None]
+    scale = jnp.concatenate([jnp.broadcast_to(w["q_norm"], (group, config.head_dim)), jnp.stack([w["k_norm"]] * 2)])
+    normed = rms_norm(qkv, scale, config.rms_norm_eps)
+    heads = jnp.where(value, qkv, rope(normed, *(t[:, :, None, None] for t in table)))
+    return heads[..., :group, :], heads[..., group, :], heads[..., group + 1, :]
 
 
-def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-    """``silu(x Wg) * (x Wu)`` through ``down``; ``gate_up [D, 2, F]`` holds Wg and Wu."""
-    h = jnp.einsum("...d,dcf->...cf", x, gate_up)
-    return jnp.einsum("...f,fd->...d", jax.nn.silu(h[..., 0, :]) * h[..., 1, :], down)
+def gated(x: jax.Array, prefix: str, times: Times) -> jax.Array:
+    """``silu(x Wg) * (x Wu)`` through ``{prefix}_down``; ``{prefix}_gate_up [D, 2, F]`` holds Wg and Wu."""
+    h = times(x, f"{prefix}_gate_up")
+    return times(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], f"{prefix}_down")
 
 
-def route(x: jax.Array, router: jax.Array, bias: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def _contract(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Contracts the last axes of ``x [R, T, ...]`` with the first of ``w``."""
+    axes = x.ndim - 2
+    return jnp.tensordot(x, w, axes)
+
+
+def route(x: jax.Array, router: jax.Array, bias: jax.Array, config: ModelConfig, *, by_rank: bool = False) -> tuple[jax.Array, jax.Array]:
     """Group-limited top-k routing with a selection-only bias (DeepSeek-V3's scheme, as LLaDA2 uses it), in float32.
 
     Scores are sigmoids. Bias added, the ``topk_group`` groups with the largest sum of their two best experts stay, and
@@ -214,23 +246,74 @@ def route(x: jax.Array, router: jax.Array, bias: jax.Array, config: ModelConfig)
       x: ``[N, D]``.
       router: ``[D, E]``.
       bias: ``[E]``.
+      by_rank: compare every expert with every other instead of sorting: the same choice, in a few fused kernels where sorting takes
+        several slow ones, for ``E**2`` comparisons a token.
 
     Returns:
       ``(expert ids [N, k] int32, weights [N, k] float32)``.
     """
     c = config
-    score = jax.nn.sigmoid(jnp.einsum("nd,de->ne", x.astype(jnp.float32), router.astype(jnp.float32)))
+    # bfloat16 products are exact in float32, so that on an accelerator the operands need not be widened.
+    wide = (x, router) if by_rank and x.dtype == jnp.bfloat16 else (x.astype(jnp.float32), router.astype(jnp.float32))
+    score = jax.nn.sigmoid(jnp.einsum("nd,de->ne", *wide, preferred_element_type=jnp.float32))
     biased = score + bias.astype(jnp.float32)
     if c.topk_group < c.n_group:
         grouped = biased.reshape(-1, c.n_group, c.num_experts // c.n_group)
-        best_two = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
-        kept = jax.nn.one_hot(lax.top_k(best_two, c.topk_group)[1], c.n_group, dtype=jnp.bool_).any(-2)
+        if by_rank:
+            kept = jnp.stack(_among_best([*jnp.moveaxis(_sum_of_best_two(grouped), -1, 0)], c.topk_group), -1)
+        else:
+            best_two = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+            kept = jax.nn.one_hot(lax.top_k(best_two, c.topk_group)[1], c.n_group, dtype=jnp.bool_).any(-2)
         biased = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(biased.shape)
-    ids = lax.top_k(biased, c.num_experts_per_tok)[1]
-    weights = jnp.take_along_axis(score, ids, -1)
+    if by_rank:
+        ids, weights = _of_rank(_rank(lax.optimization_barrier(biased)), score, c.num_experts_per_tok)
+    else:
+        ids = lax.top_k(biased, c.num_experts_per_tok)[1]
+        weights = jnp.take_along_axis(score, ids, -1)
     if c.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        # Added up one by one, the sum is part of whatever kernel uses the weights.
+        total = sum(weights[:, i : i + 1] for i in range(weights.shape[1])) if by_rank else weights.sum(-1, keepdims=True)
+        weights = weights / (total + 1e-20)
     return ids.astype(jnp.int32), weights * c.routed_scaling_factor
+
+
+def _rank(x: jax.Array) -> jax.Array:
+    """``[..., n]`` int32: how many come before each in a descending sort of the last axis; of equals the first comes first."""
+    index = jnp.arange(x.shape[-1])
+    ahead = (x[..., None, :] > x[..., None]) | ((x[..., None, :] == x[..., None]) & (index < index[:, None]))
+    return jnp.sum(ahead, -1, dtype=jnp.int32)
+
+
+def _among_best(values: Sequence[jax.Array], count: int) -> list[jax.Array]:
+    """Which of a few arrays are, at each position, among the ``count`` largest; of equals the first. Elementwise: no kernel of its own."""
+
+    def ahead(i: int, j: int) -> jax.Array:
+        return values[j] >= values[i] if j < i else values[j] > values[i]
+
+    return [sum(ahead(i, j).astype(jnp.int32) for j in range(len(values)) if j != i) < count for i in range(len(values))]
+
+
+def _sum_of_best_two(x: jax.Array) -> jax.Array:
+    """Of the last axis, as ``lax.top_k(x, 2)[0].sum(-1)``; of the only one where there is just one."""
+    none = jnp.float32(-jnp.inf)
+
+    def best(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jnp.maximum(a[0], b[0]), jnp.maximum(jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1]))
+
+    first, second = lax.reduce((x, jnp.full_like(x, none)), (none, none), best, (x.ndim - 1,))
+    return first + second if x.shape[-1] > 1 else first
+
+
+def _of_rank(rank: jax.Array, score: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """``[N, count]`` each: index and score of those ranked below ``count``, in order. Where a score is NaN, so are its row's."""
+    hit = rank[:, None] == jnp.arange(count)[:, None]
+    index = jnp.arange(rank.shape[-1], dtype=jnp.int32)
+
+    def join(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jnp.maximum(a[0], b[0]), a[1] + b[1]  # one hit each; none out of range even where NaN breaks the order
+
+    parts = (jnp.where(hit, index, 0), jnp.where(hit, score[:, None], 0.0))
+    return tuple(lax.reduce(parts, (jnp.int32(0), jnp.float32(0)), join, (2,)))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -1,7 +1,7 @@
 """Grouped matmul: the SwiGLU experts of a mixture-of-experts layer, each token through its own few experts.
 
 ``expert_mlp`` computes ``y[t] = sum_k weights[t, k] * (silu(x[t] Wg) * (x[t] Wu)) Wd`` over the ``k`` experts that
-token ``t`` chose, ``swiglu`` one such expert for all tokens. Nothing is ever dropped: any routing is computed exactly.
+token ``t`` chose. Nothing is ever dropped: any routing is computed exactly.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import jax
 from jax.typing import ArrayLike
 
 from pallas_kernels.grouped_matmul.cpu import streamed
-from pallas_kernels.grouped_matmul.reference import dense, swiglu
+from pallas_kernels.grouped_matmul.reference import add_shared, dense
 from pallas_kernels.grouped_matmul.xla import ragged
 from pallas_kernels.target import Target, pick
 
 
-__all__ = ["Backend", "choose_backend", "dense", "expert_mlp", "swiglu"]
+__all__ = ["Backend", "choose_backend", "dense", "expert_mlp", "linear"]
 
 Backend = Literal["dense", "ragged", "cpu", "gpu"]
 
@@ -27,6 +27,21 @@ def _hopper(*args: Any, **kwargs: Any) -> jax.Array:
     from pallas_kernels.grouped_matmul.gpu import hopper  # Mosaic GPU is imported where it is used
 
     return hopper(*args, **kwargs)
+
+
+def linear(x: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
+    """``x`` times matrix ``layer`` of a stack, read where it lies: a slice of a stack that a loop goes through is copied on a GPU.
+
+    For few rows of bfloat16 on a Hopper GPU; anything else is a slice and a matmul.
+
+    Args:
+      x: ``[R, T, ...]``.
+      stack: ``[L, ..., ...]``: behind L the axes of x behind T, and then those of the result.
+      layer: int32 scalar.
+    """
+    from pallas_kernels.grouped_matmul.gpu import from_stack
+
+    return from_stack(x, stack, layer)
 
 
 _BACKENDS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "ragged": ragged, "cpu": streamed, "gpu": _hopper}
@@ -90,7 +105,7 @@ def expert_mlp(
             return compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, shared=shared)
         else:
             routed = compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
-        return routed if shared is None else routed + swiglu(x, *shared, layer=layer)
+        return add_shared(routed, x, shared, layer=layer, valid=valid)
 
 
 def _check_shapes(

@@ -9,14 +9,17 @@ every token belongs to.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from pallas_kernels.grouped_matmul.gpu_kernel import Groups, Tile, fits, matmul
-from pallas_kernels.grouped_matmul.reference import swiglu
+from pallas_kernels.grouped_matmul.reference import add_shared
 from pallas_kernels.grouped_matmul.routing import combine
 from pallas_kernels.grouped_matmul.xla import ragged
 
@@ -26,7 +29,7 @@ _COMPARED_PAIRS = 8192
 
 
 class _Plan(NamedTuple):
-    """Where rows go: ``source [P + T]`` token of each row (the shared expert's rows last), ``place [T, k]`` row of each pair."""
+    """Where rows go: ``source [P]`` the token of each row, ``place [T, k]`` the row of each pair."""
 
     groups: Groups
     source: jax.Array
@@ -48,21 +51,22 @@ def hopper(
     alike = shared is None or shared[1].shape[-2] == down.shape[-2]
     if x.dtype != jnp.bfloat16 or gate_up.dtype != x.dtype or not alike or not fits(gate_up.shape[-2:], down.shape[-2:]):
         routed = ragged(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
-        return routed if shared is None else routed + swiglu(x, *shared, layer=layer)
+        return add_shared(routed, x, shared, layer=layer, valid=valid)
     if layer is None:
         layer, gate_up, down = 0, gate_up[None], down[None]
         shared = None if shared is None else (shared[0][None], shared[1][None])
-    tokens, per_token = expert_ids.shape
-    rows = _rows_per_tile(tokens * per_token / gate_up.shape[1])
-    plan = _plan(expert_ids, valid, num_experts=gate_up.shape[1], tile_rows=rows, shared=shared is not None)
-    index = jnp.asarray(layer, jnp.int32)
-    wide = None if shared is None else shared[0].reshape(*shared[0].shape[:2], -1)
-    hidden = matmul(x[plan.source], gate_up, wide, index, plan.groups, swiglu=True, tile=Tile(rows, 128))
-    out = matmul(hidden, down, None if shared is None else shared[1], index, plan.groups, swiglu=False, tile=Tile(rows, 256))
-    total = combine(out, plan.place, weights, valid=valid)
-    if shared is not None:
-        total += out[tokens * per_token :]
-    return total.astype(x.dtype)
+    num_groups, mean = gate_up.shape[1], expert_ids.size / gate_up.shape[1]
+    if shared is not None:  # one more expert, of which every token is sure
+        shared = (shared[0].reshape(*shared[0].shape[:2], -1), shared[1])
+        expert_ids = jnp.pad(expert_ids, ((0, 0), (0, 1)), constant_values=num_groups)
+        weights = jnp.pad(weights, ((0, 0), (0, 1)), constant_values=1)
+        num_groups += 1
+    rows = _rows_per_tile(mean)
+    plan = _plan(expert_ids, valid, num_groups=num_groups, tile_rows=rows)
+    index, extra = jnp.asarray(layer, jnp.int32), shared or (None, None)
+    hidden = matmul(x[plan.source], gate_up, extra[0], index, plan.groups, swiglu=True, tile=Tile(rows, 128))
+    out = matmul(hidden, down, extra[1], index, plan.groups, swiglu=False, tile=Tile(rows, 256))
+    return combine(out, plan.place, weights, valid=valid).astype(x.dtype)
 
 
 def _rows_per_tile(mean: float) -> int:
@@ -73,27 +77,49 @@ def _rows_per_tile(mean: float) -> int:
     return next((rows for most, rows in ((4, 16), (12, 32), (48, 64)) if mean <= most), 128)
 
 
-def _plan(expert_ids: jax.Array, valid: jax.Array | None, *, num_experts: int, tile_rows: int, shared: bool) -> _Plan:
-    """Sorts pairs by expert without sorting: a pair's place is how many come before it, which one fused comparison counts."""
-    tokens, per_token = expert_ids.shape
-    pairs = tokens * per_token
+def _plan(expert_ids: jax.Array, valid: jax.Array | None, *, num_groups: int, tile_rows: int) -> _Plan:
+    """Sorts pairs by expert by counting: a pair's place is how many come before it. Few kernels, each over all pairs at once."""
+    pairs, per_token = expert_ids.size, expert_ids.shape[1]
     if valid is not None:
-        expert_ids = jnp.where(valid[:, None], expert_ids, num_experts)
+        expert_ids = jnp.where(valid[:, None], expert_ids, num_groups)
     of, index = expert_ids.reshape(-1), jnp.arange(pairs, dtype=jnp.int32)
-    experts = jnp.arange(num_experts, dtype=jnp.int32)
-    size = jnp.sum(of[None] == experts[:, None], 1, dtype=jnp.int32)
-    start = jnp.sum(of[None] < experts[:, None], 1, dtype=jnp.int32)
-    if pairs > _COMPARED_PAIRS:
-        order = jnp.argsort(of, stable=True).astype(jnp.int32)
-        source, place = order // per_token, jnp.zeros_like(order).at[order].set(index, unique_indices=True)
+    groups = jnp.arange(num_groups, dtype=jnp.int32)
+    if pairs <= _COMPARED_PAIRS:
+        # Groups and pairs are counted for alike: behind the groups' starts come the pairs' places.
+        key, own = jnp.concatenate([groups, of])[:, None], jnp.arange(num_groups + pairs, dtype=jnp.int32)[:, None] - num_groups
+        same = of == key
+        start, size = _counts((of < key) | (same & (index < own)), same)
+        place = start[num_groups:]
     else:
-        before = (of[None] < of[:, None]) | ((of[None] == of[:, None]) & (index[None] < index[:, None]))
-        place = jnp.sum(before, 1, dtype=jnp.int32)
-        if pairs <= 1024:
-            source = jnp.sum(jnp.where(place[None] == index[:, None], (index // per_token)[None], 0), 1, dtype=jnp.int32)
-        else:
-            source = jnp.zeros_like(index).at[place].set(index // per_token, unique_indices=True, mode="promise_in_bounds")
-    if shared:
-        size, start = jnp.append(size, tokens), jnp.append(start, pairs)
-        source = jnp.append(source, jnp.arange(tokens, dtype=jnp.int32))
-    return _Plan(Groups.of(start, size, tile_rows), source, place.reshape(expert_ids.shape))
+        order = jnp.argsort(of, stable=True).astype(jnp.int32)
+        place = jnp.zeros_like(order).at[order].set(index, unique_indices=True, mode="promise_in_bounds")
+        start, size = _counts(of < groups[:, None], of == groups[:, None])
+    token = np.arange(pairs, dtype=np.int32) // per_token
+    if pairs <= 4096:
+        source = jnp.sum(jnp.where(place == index[:, None], token, 0), 1, dtype=jnp.int32)
+    else:
+        source = jnp.zeros_like(index).at[place].set(token, unique_indices=True, mode="promise_in_bounds")
+    return _Plan(Groups.of(start, size, num_groups, tile_rows), source, place.reshape(expert_ids.shape))
+
+
+def _counts(*where: jax.Array) -> tuple[jax.Array, ...]:
+    """How many are true in each row; all in one pass."""
+    ones, zeros = tuple(w.astype(jnp.int32) for w in where), (jnp.int32(0),) * len(where)
+    return tuple(lax.reduce(ones, zeros, lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), (1,)))
+
+
+_STREAMED_ROWS = 1024
+"""Up to this many rows a matmul is bound by its weights."""
+
+
+def from_stack(x: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
+    """See ``linear``: a grouped matmul with one group."""
+    axes = x.ndim - 2
+    rows, depth, width = math.prod(x.shape[:2]), math.prod(x.shape[2:]), math.prod(stack.shape[1 + axes :])
+    shape = (*x.shape[:2], *stack.shape[1 + axes :])
+    if x.dtype != jnp.bfloat16 or stack.dtype != x.dtype or rows > _STREAMED_ROWS or depth % 64 or width % 64:
+        return jnp.tensordot(x, stack[layer], axes)
+    tile = min(128, max(8, 1 << (rows - 1).bit_length()))
+    one = [jnp.array([n], jnp.int32) for n in (0, rows, -(-rows // tile))]
+    flat, weights = x.reshape(rows, depth), stack.reshape(len(stack), 1, depth, width)
+    return matmul(flat, weights, None, layer, Groups(*one), swiglu=False, tile=Tile(tile, 64 if rows <= 512 else 128)).reshape(shape)

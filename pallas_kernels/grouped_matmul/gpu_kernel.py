@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,11 @@ _UNIT = 64
 _ALIGN = 8
 """Tiles start at multiples of this many rows; what belongs to a neighbouring group there is computed and not stored."""
 
-_SHARED_MEMORY = 208 * 1024
-"""Bytes of shared memory for tiles in flight, of the 227 KiB a block may have."""
+_SHARED_MEMORY = 224 * 1024
+"""Bytes of shared memory for tiles, of the 227 KiB a block may have; barriers need the rest."""
+
+_STAGES = 12
+"""Steps in flight at the most."""
 
 
 class Tile(NamedTuple):
@@ -29,11 +33,12 @@ class Tile(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Which rows belong to which group, ``[G]`` int32 each; a group's rows follow each other.
+    """Which rows belong to which group; a group's rows follow each other.
 
     Attributes:
-      start, size: the rows of a group are ``[start, start + size)``.
-      upto: how many tiles of rows this group and those before it have.
+      start, size: ``[G]`` int32, the rows of a group are ``[start, start + size)``. Longer arrays are not read any further: a slice
+        would be a kernel.
+      upto: ``[G]`` int32, how many tiles of rows this group and those before it have.
     """
 
     start: jax.Array
@@ -41,11 +46,12 @@ class Groups(NamedTuple):
     upto: jax.Array
 
     @classmethod
-    def of(cls, start: jax.Array, size: jax.Array, tile_rows: int) -> Groups:
-        """``upto`` for tiles of ``tile_rows``, a power of two."""
-        tiles = jnp.where(size > 0, (start % _ALIGN + size + tile_rows - 1) >> (tile_rows.bit_length() - 1), 0)
-        index = jnp.arange(len(size))
-        return cls(start, size, jnp.sum(jnp.where(index[None] <= index[:, None], tiles[None], 0), 1, dtype=jnp.int32))
+    def of(cls, start: jax.Array, size: jax.Array, count: int, tile_rows: int) -> Groups:
+        """``upto`` of the first ``count`` groups, for tiles of ``tile_rows``, a power of two."""
+        tiles = (start[:count] % _ALIGN + size[:count] + tile_rows - 1) >> (tile_rows.bit_length() - 1)
+        tiles = lax.optimization_barrier(jnp.where(size[:count] > 0, tiles, 0))  # else computed again for each pair of groups
+        index = jnp.arange(count)
+        return cls(start, size, jnp.sum(jnp.where(index <= index[:, None], tiles, 0), 1, dtype=jnp.int32))
 
 
 def fits(*matrices: tuple[int, ...]) -> bool:
@@ -65,6 +71,7 @@ def staged(shape: tuple[int, ...]) -> Any:
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, _UNIT)), plgpu.SwizzleTransform(128)))
 
 
+@functools.partial(jax.jit, static_argnames=("swiglu", "tile"))  # traced once for all its uses
 def matmul(
     x: jax.Array, weights: jax.Array, extra: jax.Array | None, layer: jax.Array, groups: Groups, *, swiglu: bool, tile: Tile
 ) -> jax.Array:
@@ -82,12 +89,12 @@ def matmul(
     Returns:
       ``[M, N]``, or ``[M, N / 2]`` with ``swiglu``. Rows of no group are not written.
     """
-    depth, num_groups = x.shape[1], len(groups.size)
+    depth, num_groups = x.shape[1], len(groups.upto)
     width = weights.shape[-1] // (2 if swiglu else 1)
     parts = range(2 if swiglu else 1)
     rows, columns = tile.rows, next(c for c in (256, 128, 64) if c <= tile.columns and width % c == 0)
     workers, across, steps = columns // _UNIT, width // columns, depth // _UNIT
-    stages = min(_SHARED_MEMORY // (2 * _UNIT * (len(parts) * columns + rows)), 8)
+    stages = min((_SHARED_MEMORY - 2 * rows * columns) // (2 * _UNIT * (len(parts) * columns + rows)), _STAGES)
     blocks = num_multiprocessors()
     search = [1 << bit for bit in reversed(range((num_groups - 1).bit_length()))]
 

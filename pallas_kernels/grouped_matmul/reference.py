@@ -34,12 +34,18 @@ def dense(
     return jnp.einsum("te,ted->td", share, out).astype(x.dtype)
 
 
-def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array, *, layer: ArrayLike | None = None) -> jax.Array:
-    """``silu(x Wg) * (x Wu)`` through ``down [F, D]``, for ``x [..., D]``; ``gate_up [D, 2, F]`` holds Wg and Wu.
-
-    With ``layer`` both matrices have a leading axis of layers.
-    """
-    if layer is not None:
-        gate_up, down = gate_up[layer], down[layer]
-    h = jnp.einsum("...d,dcf->...cf", x, gate_up)
-    return jnp.einsum("...f,fd->...d", jax.nn.silu(h[..., 0, :]) * h[..., 1, :], down)
+def add_shared(
+    routed: jax.Array,
+    x: jax.Array,
+    shared: tuple[jax.Array, jax.Array] | None,
+    *,
+    layer: ArrayLike | None = None,
+    valid: jax.Array | None = None,
+) -> jax.Array:
+    """``routed`` plus what ``expert_mlp``'s ``shared`` expert makes of ``x``, if there is one; nothing where not ``valid``."""
+    if shared is None:
+        return routed
+    gate_up, down = shared if layer is None else (a[layer] for a in shared)
+    h = jnp.einsum("td,dcf->tcf", x, gate_up)
+    y = jnp.einsum("tf,fd->td", jax.nn.silu(h[:, 0]) * h[:, 1], down)
+    return routed + (y if valid is None else jnp.where(valid[:, None], y, 0))

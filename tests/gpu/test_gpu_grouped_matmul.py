@@ -1,0 +1,113 @@
+"""The experts on a Hopper GPU against the formula in float32, computed row by row."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from pallas_kernels.grouped_matmul import expert_mlp, linear
+
+
+LAYERS, EXPERTS, CHOSEN, EMBED, WIDTH = 3, 64, 8, 512, 256
+
+
+def make(key, tokens, *, crowded=False):
+    """(x, ids, weights, gate_up, down, shared); crowded: nearly all tokens choose the same experts."""
+    keys = jax.random.split(key, 8)
+
+    def normal(key, *shape):
+        return (jax.random.normal(key, shape) / shape[-2] ** 0.5).astype(jnp.bfloat16)
+
+    scores = jax.random.uniform(keys[1], (tokens, EXPERTS)) + 3 * crowded * jnp.arange(EXPERTS)
+    weights, ids = lax.top_k(jnp.where(jnp.arange(tokens)[:, None] == 0, -scores, scores), CHOSEN)
+    shared = normal(keys[5], LAYERS, EMBED, 2 * WIDTH).reshape(LAYERS, EMBED, 2, WIDTH), normal(keys[6], LAYERS, WIDTH, EMBED)
+    x = jax.random.normal(keys[0], (tokens, EMBED), jnp.bfloat16)
+    weights = jax.random.uniform(keys[7], weights.shape)
+    return x, ids, weights, normal(keys[2], LAYERS, EXPERTS, EMBED, 2 * WIDTH), normal(keys[3], LAYERS, EXPERTS, WIDTH, EMBED), shared
+
+
+@jax.jit
+def exact(x, ids, weights, gate_up, down, shared, layer):
+    """float32 throughout: nothing rounded between the matmuls."""
+    wide = [a.astype(jnp.float32) for a in (gate_up[layer], down[layer], shared[0][layer].reshape(EMBED, -1), shared[1][layer])]
+
+    def mlp(row, gate_up, down):
+        gate, up = jnp.split(row @ gate_up, 2)
+        return (jax.nn.silu(gate) * up) @ down
+
+    def one(row, ids, weights):
+        routed = jax.vmap(mlp, (None, 0, 0))(row, wide[0][ids], wide[1][ids])
+        return weights @ routed, mlp(row, wide[2], wide[3])
+
+    with jax.default_matmul_precision("highest"):
+        return lax.map(lambda row: one(*row), (x.astype(jnp.float32), ids, weights))
+
+
+def run(args, *, shared=None, **options):
+    return jax.jit(lambda *a: expert_mlp(*a[:5], layer=a[5], shared=a[6], backend="gpu", **options))(*args[:5], jnp.int32(1), shared)
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("tokens", [1, 7, 32, 64, 256, 1024, 1500])
+def test_the_kernels_compute_the_formula(key, relative_error, tokens, crowded):
+    args = make(key, tokens, crowded=crowded)
+    routed, shared = exact(*args, 1)
+    error, together = relative_error(run(args), routed), relative_error(run(args, shared=args[5]), routed + shared)
+    print(f"relative error at {tokens} tokens: {error:.5f}, with the shared expert {together:.5f}")
+    assert error < 5e-3  # bfloat16 has eight bits: hidden values, rows and result are rounded once each
+    assert together < 5e-3
+
+
+def test_as_near_the_formula_as_plain_xla_in_bfloat16(key, relative_error):
+    args = make(key, 256)
+    routed, _ = exact(*args, 1)
+    plain = jax.jit(lambda *a: expert_mlp(*a, layer=jnp.int32(1), backend="ragged"))(*args[:5])
+    assert relative_error(run(args), routed) < 1.5 * relative_error(plain, routed)
+
+
+def test_float32_goes_another_way_and_is_float32(key, relative_error):
+    x, ids, weights, gate_up, down, shared = make(key, 64)
+    args = (x.astype(jnp.float32), ids, weights, gate_up.astype(jnp.float32), down.astype(jnp.float32))
+    with jax.default_matmul_precision("highest"):
+        got = run(args)
+    assert relative_error(got, exact(*args, shared, 1)[0]) < 1e-5
+
+
+def test_masked_rows_are_zero_and_change_nothing(key):
+    x, ids, weights, gate_up, down, shared = make(key, 100)
+    valid = jnp.arange(100) % 3 != 1
+    want = run((x, ids, weights, gate_up, down), shared=shared)
+    bad = (jnp.where(valid[:, None], x, jnp.nan), jnp.where(valid[:, None], ids, 5), jnp.where(valid[:, None], weights, jnp.nan))
+    got = run((*bad, gate_up, down), shared=shared, valid=valid)
+    np.testing.assert_array_equal(got, jnp.where(valid[:, None], want, 0))
+    nothing = run((*bad, gate_up, down), shared=shared, valid=jnp.zeros(100, bool))
+    np.testing.assert_array_equal(nothing, jnp.zeros_like(x))
+
+
+def test_a_row_that_is_not_a_number_stays_alone(key):
+    x, ids, weights, gate_up, down, _ = make(key, 64)
+    want = run((x, ids, weights, gate_up, down))
+    got = run((x.at[9].set(jnp.nan), ids, weights, gate_up, down))
+    assert bool(jnp.isnan(got[9]).all())
+    np.testing.assert_array_equal(jnp.delete(got, 9, 0), jnp.delete(want, 9, 0))
+
+
+def test_the_stack_is_read_at_the_layer_asked_for(key):
+    args = make(key, 40)
+    alone = jax.jit(lambda *a: expert_mlp(*a, backend="gpu"))(*args[:3], args[3][1], args[4][1])
+    np.testing.assert_array_equal(run(args), alone)
+
+
+@pytest.mark.parametrize("rows", [1, 32, 100, 256, 1024, 1100])
+def test_linear_is_a_slice_and_a_matmul(key, relative_error, rows):
+    keys = jax.random.split(key, 2)
+    x = jax.random.normal(keys[0], (1, rows, 512), jnp.bfloat16)
+    stack = (jax.random.normal(keys[1], (3, 512, 4, 96)) * 0.05).astype(jnp.bfloat16)
+    got = jax.jit(linear)(x, stack, jnp.int32(2))
+    with jax.default_matmul_precision("highest"):
+        want = jnp.einsum("rtd,dkh->rtkh", x.astype(jnp.float32), stack[2].astype(jnp.float32))
+    assert got.dtype == jnp.bfloat16
+    assert relative_error(got, want) < 3e-3
