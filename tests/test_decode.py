@@ -133,6 +133,25 @@ def test_routing_ties_go_to_the_lower_expert():
     assert route([HALF] * 4, [0.0] * 4)[0] == [0, 1]
 
 
+@pytest.mark.parametrize("settings", [{}, {"n_group": 1, "topk_group": 1}, {"n_group": 16, "topk_group": 4}, {"norm_topk_prob": False}])
+def test_routing_by_rank_is_routing_by_sorting(settings):
+    """Scores on a coarse grid, so that ties are everywhere: between experts, and between groups."""
+    config = dataclasses.replace(CONFIG, num_experts=32, num_experts_per_tok=8, **{"n_group": 8, "topk_group": 4} | settings)
+    router, bias = jnp.round(jax.random.normal(jax.random.key(0), (6, 32)) * 2) / 2, jnp.round(jnp.arange(32) % 3 / 2) / 8
+    x = jnp.round(jax.random.normal(jax.random.key(1), (200, 6)))
+    route = jax.jit(functools.partial(llada2.route, router=router, bias=bias, config=config), static_argnames="by_rank")
+    (ids, weights), (want_ids, want_weights) = route(x, by_rank=True), route(x, by_rank=False)
+    np.testing.assert_array_equal(ids, want_ids)
+    np.testing.assert_allclose(weights, want_weights, rtol=1e-6)
+
+
+def test_routing_by_rank_names_experts_even_where_scores_are_not_numbers():
+    config = dataclasses.replace(CONFIG, n_group=2, topk_group=1)
+    ids, weights = llada2.route(jnp.full((3, 1), jnp.nan), jnp.ones((1, 4)), jnp.zeros(4), config, by_rank=True)
+    assert bool(((ids >= 0) & (ids < 4)).all())
+    assert bool(jnp.isnan(weights).all())
+
+
 def test_routing_weights_scale():
     np.testing.assert_allclose(route([HALF] * 4, [0.0] * 4, norm_topk_prob=False)[1], [0.5, 0.5])
     ids, weights = llada2.route(jnp.ones((1, 1)), jnp.zeros((1, 4)), jnp.zeros(4), dataclasses.replace(CONFIG, routed_scaling_factor=2.5))
