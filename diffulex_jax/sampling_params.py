@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -104,7 +103,7 @@ class SamplingParams:
             if field.type == "float":
                 if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
                     raise ValueError(f"{field.name}={value!r} must be a number")
-                if not (math.isfinite(value) and value >= 0):
+                if not 0 <= value <= _LARGEST:  # nor is NaN
                     raise ValueError(f"{field.name}={value} must be finite and at least 0")
                 object.__setattr__(self, field.name, float(value))
             elif field.type == "str" and not isinstance(value, str):
@@ -119,6 +118,7 @@ class SamplingParams:
             raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
 
 
+_LARGEST = float(np.finfo(np.float32).max)  # what the device computes with
 _AT_LEAST_ONE = ("max_tokens", "num_to_transfer", "max_nfe", "max_repetition_run", "n")
 
 

@@ -163,7 +163,11 @@ class Supervisor:
         assert self._worker is not None
         self._worker.kill()
         await asyncio.to_thread(self._worker.join, 5.0)
-        if self._failed_starts:
-            await asyncio.sleep(min(2.0**self._failed_starts, _MOST_SECONDS_BETWEEN_STARTS))
+        await asyncio.sleep(_backoff(self._failed_starts))
         self.restarts += 1
         self._launch()
+
+
+def _backoff(failed_starts: int) -> float:
+    """Seconds to wait before the next start."""
+    return min(2.0**failed_starts, _MOST_SECONDS_BETWEEN_STARTS) if failed_starts else 0.0

@@ -28,6 +28,7 @@ CORPUS: list[tuple[str, str, bytes, int, str]] = [
     ("infinity", COMPLETIONS, b'{"prompt": "x", "top_p": -Infinity}', 400, "top_p"),
     ("1e308 tokens", COMPLETIONS, b'{"prompt": "x", "max_tokens": 1e308}', 400, "max_tokens"),
     ("1e400", COMPLETIONS, b'{"prompt": "x", "temperature": 1e400}', 400, "temperature"),
+    ("1e308", COMPLETIONS, b'{"prompt": "x", "temperature": 1e308}', 400, "temperature"),
     ("ten thousand digits", COMPLETIONS, b'{"prompt": "x", "max_tokens": ' + b"9" * 10_000 + b"}", 400, ""),
     ("a huge seed", COMPLETIONS, _form(seed=10**30), 400, "seed"),
     ("a negative temperature", COMPLETIONS, _form(temperature=-1), 400, "temperature"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle
 import random
 
 import byte_model
@@ -292,3 +293,19 @@ def test_what_a_drain_has_no_time_for_is_cut_off(engine):
         return done, caught.value.code
 
     assert run(engine, use) == (False, 503)
+
+
+def test_a_profile_can_be_taken(engine, tmp_path):
+    async def use(served):
+        served.start_profile(str(tmp_path))
+        await served.generate([65], SamplingParams(max_tokens=8))
+        served.stop_profile()
+        await served.generate([65], SamplingParams(max_tokens=8))
+
+    run(engine, use)
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_settings_travel_between_processes():
+    params = SamplingParams(pinned={3: 7}, init_tokens={1: 2}, stop="x", n=2)
+    assert pickle.loads(pickle.dumps(params)) == params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -12,6 +13,9 @@ import pytest
 from corpus import CORPUS
 from prometheus_client.parser import text_string_to_metric_families
 from running import frames
+
+from diffulex_jax import SamplingParams
+from diffulex_jax.async_serving.http.requests import Chat, Completion, Generate
 
 
 TYPES = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error", 405: "invalid_request_error"}
@@ -235,3 +239,10 @@ def test_a_model_without_a_tokenizer_serves_token_ids(compiled):
             "POST", "/generate", json={"prompt": [5, 6], "max_tokens": 8, "ignore_eos": True, "stream": True}
         ) as response:
             assert frames(response)[-1][1]["token_ids"] == answer["token_ids"]
+
+
+def test_every_setting_of_a_request_is_a_field():
+    settings = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert settings == Generate.model_fields.keys() - {"model", "prompt", "strategy", "stream", "stream_mode"}
+    for form in (Completion, Chat):
+        assert settings - {"return_step_map"} <= form.model_fields.keys()

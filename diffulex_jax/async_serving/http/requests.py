@@ -54,6 +54,7 @@ class Sampling(Strict):
     add_block_threshold: float | None = None
     token_stability_threshold: float | None = None
     semi_complete_threshold: float | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
     def params(self, **settings: Any) -> SamplingParams:
         """The engine's settings, ``settings`` going first.
