@@ -28,6 +28,12 @@ def test_a_request_that_breaks_hurts_nobody_else(server, good, kind):
     assert server.client.get("/health").json()["restarts"] == 0
 
 
+def test_an_error_nobody_foresaw_has_the_envelope_too(server):
+    answer = server.post("/tokenize", prompt=faulty.BOOM)
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert server.client.get("/health").status_code == 200
+
+
 @pytest.mark.parametrize("kind", ["step", "stop"])
 def test_a_lost_engine_fails_all_it_had_and_is_replaced(server, good, kind):
     before = server.client.get("/health").json()["restarts"]

@@ -51,7 +51,7 @@ def create_app(engine: AsyncEngine, *, model: str, settings: ServerSettings) -> 
     app = FastAPI(title="diffulex-jax", version=VERSION, responses={400: {"description": "The request will not do; the error says why."}})
     _generation(app, service)
     _administration(app, service)
-    for kind in (ApiError, RequestError, TimeoutError):
+    for kind in (ApiError, RequestError, TimeoutError, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)

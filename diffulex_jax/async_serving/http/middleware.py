@@ -56,13 +56,14 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), 0
+        began, status, complete = time.monotonic(), 0, False
         asked = Headers(scope=scope).get("x-request-id", "")
         id_ = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         scope.setdefault("state", {}).update(request_id=id_)
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, complete
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = id_
@@ -74,9 +75,10 @@ class RequestLog:
             status = 499
         except Exception:
             logger.exception("request %s failed", id_)
-            if status:  # too late to say so; the connection is closed instead
-                raise
-            await send_error(ApiError(500, "internal error"), send_with_id)
+            if not status:
+                await send_error(ApiError(500, "internal error"), send_with_id)
+            elif not complete:
+                raise  # closes the connection: an answer that was begun must not look complete
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._service.metrics.http_requests.labels(route, str(status)).inc()

@@ -5,16 +5,26 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from diffulex_jax.async_serving.http.errors import ApiError, bad_setting
 from diffulex_jax.sampling_params import SamplingParams
 
 
 class Strict(BaseModel):
-    """No unknown fields, no strings for numbers, no NaN."""
+    """No unknown fields, no strings for numbers, no NaN, no text that cannot be encoded."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _encodable(cls, value: Any) -> Any:
+        try:
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair is no character") from None
+        return value
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
