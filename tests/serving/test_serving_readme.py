@@ -1,4 +1,4 @@
-"""Every example of docs/serving.md that Python or curl can run is run, against a server of the embedded model."""
+"""Every example of diffulex_jax/async_serving/README.md that Python or curl can run is run, against a server of the embedded model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from running import serving
 
 
-TEXT = (pathlib.Path(__file__).parent.parent.parent / "docs" / "serving.md").read_text()
+TEXT = (pathlib.Path(__file__).parent.parent.parent / "diffulex_jax" / "async_serving" / "README.md").read_text()
 HERE = "http://127.0.0.1:8000"
 
 
