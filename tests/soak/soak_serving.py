@@ -64,6 +64,7 @@ def test_faults(model, compiled):
 
 def test_back_pressure(model, compiled):
     with serving(model, *SMALL, "--max-queue", "56", cache=compiled) as server:  # 64 places with the 8 slots
+        pressure.press(server.url, requests=20, form=GOOD)  # to its working speed
         for number in range(3):
             seen = pressure.press(server.url, requests=500, form=GOOD)
             show(f"back-pressure {number}", seen)
