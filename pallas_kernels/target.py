@@ -26,6 +26,11 @@ def target_of(device: jax.Device) -> Target:
     return Target(device.platform, float(getattr(device, "compute_capability", None) or 0) if device.platform == "gpu" else 0.0)
 
 
+def is_hopper(target: Target) -> bool:
+    """Whether kernels written for Hopper's tensor cores run on ``target``, and this JAX compiles them."""
+    return target.platform == "gpu" and 9 <= target.capability < 10 and jax.__version_info__ >= (0, 11)
+
+
 def current_target() -> Target:
     """The kind of the current mesh's devices, else of the default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device

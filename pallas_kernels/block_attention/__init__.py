@@ -6,21 +6,21 @@ from typing import Any, Literal
 
 import jax
 
-from pallas_kernels.block_attention import reference, tpu
-from pallas_kernels.target import Target, pick
+from pallas_kernels.block_attention import gpu, reference, tpu
+from pallas_kernels.target import Target, is_hopper, pick
 
 
 __all__ = ["Backend", "block_attention", "choose_backend", "write_blocks"]
 
-Backend = Literal["reference", "tpu"]
+Backend = Literal["reference", "gpu", "tpu"]
 
-_ATTENTION = {"reference": reference.block_attention, "tpu": tpu.block_attention}
-_WRITE = {"reference": reference.write_blocks, "tpu": tpu.write_blocks}
+_ATTENTION = {"reference": reference.block_attention, "gpu": gpu.block_attention, "tpu": tpu.block_attention}
+_WRITE = {"reference": reference.write_blocks, "gpu": reference.write_blocks, "tpu": tpu.write_blocks}
 
 
 def choose_backend(target: Target) -> Backend:
     """The backend used on ``target`` unless told otherwise."""
-    return "tpu" if target.platform == "tpu" else "reference"
+    return "gpu" if is_hopper(target) else "tpu" if target.platform == "tpu" else "reference"
 
 
 def block_attention(

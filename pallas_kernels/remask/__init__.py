@@ -7,24 +7,28 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.remask import decision, reference, tpu, tpu_decision
+from pallas_kernels.remask import decision, gpu, reference, tpu, tpu_decision
 from pallas_kernels.remask.decision import Decision
 from pallas_kernels.remask.reference import Best, Sampling
-from pallas_kernels.target import Target, pick
+from pallas_kernels.target import Target, is_hopper, pick
 
 
 __all__ = ["Backend", "Best", "Decision", "Sampling", "choose_backend", "decide", "predict", "predict_from_hidden"]
 
-Backend = Literal["reference", "tpu"]
+Backend = Literal["reference", "gpu", "tpu"]
 
-_FROM_LOGITS = {"reference": reference.predict, "tpu": tpu.predict}
-_FROM_HIDDEN = {"reference": reference.predict_from_hidden, "tpu": tpu.predict_from_hidden}
-_DECIDE = {"reference": decision.decide, "tpu": tpu_decision.decide}
+_FROM_LOGITS = {"reference": reference.predict, "gpu": reference.predict, "tpu": tpu.predict}
+_FROM_HIDDEN = {
+    "reference": reference.predict_from_hidden,
+    "gpu": gpu.predict_from_hidden,
+    "tpu": tpu.predict_from_hidden,
+}
+_DECIDE = {"reference": decision.decide, "gpu": decision.decide, "tpu": tpu_decision.decide}
 
 
 def choose_backend(target: Target) -> Backend:
     """The backend used on ``target`` unless told otherwise."""
-    return "tpu" if target.platform == "tpu" else "reference"
+    return "gpu" if is_hopper(target) else "tpu" if target.platform == "tpu" else "reference"
 
 
 def predict(

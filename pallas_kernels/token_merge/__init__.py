@@ -6,21 +6,21 @@ from typing import Literal
 
 import jax
 
-from pallas_kernels.target import Target, pick
-from pallas_kernels.token_merge import reference, tpu
+from pallas_kernels.target import Target, is_hopper, pick
+from pallas_kernels.token_merge import gpu, reference, tpu
 from pallas_kernels.token_merge.reference import MergeSpec
 
 
 __all__ = ["Backend", "MergeSpec", "choose_backend", "merge"]
 
-Backend = Literal["reference", "tpu"]
+Backend = Literal["reference", "gpu", "tpu"]
 
-_BACKENDS = {"reference": reference.merge, "tpu": tpu.merge}
+_BACKENDS = {"reference": reference.merge, "gpu": gpu.merge, "tpu": tpu.merge}
 
 
 def choose_backend(target: Target) -> Backend:
     """The backend used on ``target`` unless told otherwise."""
-    return "tpu" if target.platform == "tpu" else "reference"
+    return "gpu" if is_hopper(target) else "tpu" if target.platform == "tpu" else "reference"
 
 
 def merge(

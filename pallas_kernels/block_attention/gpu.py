@@ -1,0 +1,303 @@
+"""Block attention over pages on Hopper GPUs (Mosaic GPU): one launch, pages fetched where they lie.
+
+A thread block attends for some query heads of one key/value head and one block of the window. Its keys are a list of pages:
+the row's cached prefix, the block before the window, and the window's blocks up to its own. One warpgroup fetches them ahead;
+the others keep a running softmax in registers (the scheme of FlashAttention-3, arXiv 2407.08608), and where there is room for
+it take turns at the pages and join what they have at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.block_attention import reference
+
+
+_STEP = 64  # keys a step
+_NEVER = -1e30  # a finite mask value, as in the reference
+_MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+class Plan(NamedTuple):
+    """How the work is cut: static."""
+
+    heads: int  # query heads of one thread block; with the block's positions they make 64 or 128 rows
+    turns: int  # warpgroups that share the steps of 64 rows
+    stages: int  # steps fetched ahead, a multiple of turns
+
+
+def plan_for(q: jax.Array, pool: jax.Array) -> Plan | None:
+    """A plan for queries ``[R, W, KV, G, H]`` and a pool ``[L, N, B, KV, H]``; None where no tile fits."""
+    rows, width, kv, group, head = q.shape
+    block = pool.shape[2]
+    if not q.dtype == pool.dtype == jnp.bfloat16 or block not in (8, 16, 32, 64) or head not in (64, 128) or group % (64 // block):
+        return None
+    # Keys are read once for 128 rows rather than twice for 64 where that leaves no multiprocessor idle.
+    tiles = rows * width * kv * group // 64
+    if tiles > _MULTIPROCESSORS and group % (128 // block) == 0:
+        return Plan(128 // block, 1, 4)
+    return Plan(64 // block, 2, 4)
+
+
+def _product(a: Any, b: Any) -> jax.Array:
+    """``a @ b`` on the tensor cores in float32; ``a`` in shared memory or registers, ``b`` in shared memory."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def into(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, a, b)
+        return accumulator[...]
+
+    return pl.run_scoped(into, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def _body(
+    q: Any,
+    k: Any,
+    v: Any,
+    pool_k: Any,
+    pool_v: Any,
+    before_k: Any,
+    before_v: Any,
+    prefix_len: Any,
+    before_live: Any,
+    alive: Any,
+    table: Any,
+    layer: Any,
+    out: Any,
+    q_smem: Any,
+    k_smem: Any,
+    v_smem: Any,
+    q_full: Any,
+    k_full: Any,
+    v_full: Any,
+    empty: Any,
+    *joining: Any,
+    plan: Plan,
+    block: int,
+    before_blocks: int,
+    kv_heads: int,
+    pool_pages: int,
+    scale: float,
+) -> None:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    head = q_smem.shape[-1]
+    lanes = alive.shape[1]
+    group = q.shape[1] // (kv_heads * head)
+    per_step = _STEP // block
+    tiles = plan.heads * block // 64
+    row, lane, head_block, wg = (lax.axis_index(a) for a in ("row", "lane", "heads", "wg"))
+    kv = head_block // (group // plan.heads)
+    columns = pl.ds(kv * head, head)
+    queries = pl.ds((row * lanes + lane) * block, block)
+
+    prefix = lax.div(prefix_len[row], jnp.int32(block))
+    fixed = prefix + (before_live[row].astype(jnp.int32) * before_blocks if before_blocks else 0)
+    pages = jnp.where(alive[row, lane], fixed + lane + 1, 0)
+    steps = lax.div(pages + (per_step - 1), jnp.int32(per_step))
+
+    def slot_of(step: jax.Array) -> jax.Array:
+        return lax.rem(step, jnp.int32(plan.stages))
+
+    @pl.when(wg == tiles * plan.turns)
+    def _fetch() -> None:
+        for h in range(plan.heads):
+            at = pl.ds((head_block * plan.heads + h) * head, head)
+            plgpu.copy_gmem_to_smem(q.at[queries, at], q_smem.at[pl.ds(h * block, block)], q_full)
+
+        def look_up(step: jax.Array | int) -> tuple[jax.Array, ...]:
+            at = [jnp.minimum(step * per_step + j, table.shape[1] - 1) for j in range(per_step)]
+            return tuple(table[row, a] for a in at)
+
+        # Page numbers are read two steps before they are needed: their latency would be that of a step.
+        def fetch_step(step: jax.Array, ahead: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            numbers, ahead = ahead[:per_step], (*ahead[per_step:], *look_up(step + 2))
+            slot = slot_of(step)
+
+            @pl.when(step >= plan.stages)
+            def _() -> None:
+                plgpu.barrier_wait(empty.at[slot])
+
+            for j, number in enumerate(numbers):
+                page = jnp.minimum(step * per_step + j, pages - 1)
+                to = pl.ds(j * block, block)
+
+                def fetch(keys: Any, values: Any, first: jax.Array, slot: jax.Array = slot, to: Any = to) -> None:
+                    rows = pl.ds(first, block)
+                    plgpu.copy_gmem_to_smem(keys.at[rows, columns], k_smem.at[slot, to], k_full.at[slot])
+                    plgpu.copy_gmem_to_smem(values.at[rows, columns], v_smem.at[slot, to], v_full.at[slot])
+
+                def fetch_window(page: jax.Array = page, fetch: Any = fetch) -> None:
+                    # A lane that does not exist may hold anything; the mask hides what stands in for it.
+                    lane_at = jnp.where(alive[row, page - fixed], page - fixed, lane)
+                    fetch(k, v, (row * lanes + lane_at) * block)
+
+                pl.when(page < prefix)(functools.partial(fetch, pool_k, pool_v, (first_page + number) * block))
+                if before_blocks:
+                    at = (row * before_blocks + page - prefix) * block
+                    pl.when((page >= prefix) & (page < fixed))(functools.partial(fetch, before_k, before_v, at))
+                pl.when(page >= fixed)(fetch_window)
+            return ahead
+
+        first_page = layer[0] * pool_pages
+        lax.fori_loop(0, steps, fetch_step, (*look_up(0), *look_up(1)))
+
+        @pl.loop(jnp.maximum(steps - plan.stages, 0), steps)
+        def _(step: jax.Array) -> None:
+            plgpu.barrier_wait(empty.at[slot_of(step)])
+
+    @pl.when(wg < tiles * plan.turns)
+    def _compute() -> None:
+        turn, tile = lax.div(wg, jnp.int32(tiles)), lax.rem(wg, jnp.int32(tiles))
+        mine = pl.ds(tile * 64, 64)
+        per_row = plgpu.Layout.WGMMA.reduce(1)
+
+        def spread(a: jax.Array, width: int) -> jax.Array:
+            return lax.broadcast_in_dim(a, (64, width), (0,))
+
+        def attend(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            acc, peak, total = carry
+            step = i * plan.turns + turn
+            slot = slot_of(step)
+            plgpu.barrier_wait(k_full.at[slot])
+            s = _product(q_smem.at[mine], k_smem.at[slot].transpose((1, 0)))
+
+            def hide(s: jax.Array) -> jax.Array:
+                of_page = plgpu.broadcasted_iota(jnp.int32, (64, _STEP), 1, layout=plgpu.Layout.WGMMA) // block
+                for j in range(per_step):
+                    page = step * per_step + j
+                    lane_at = jnp.clip(page - fixed, 0, lanes - 1)
+                    seen = (page < fixed) | (page == pages - 1) | ((page < pages) & alive[row, lane_at])
+                    s = jnp.where((of_page == j) & ~seen, _NEVER, s)
+                return s
+
+            s = lax.cond((step + 1) * per_step > fixed, hide, lambda s: s, s)
+            new = jnp.maximum(peak, s.max(1) * scale)
+            decay = jnp.exp2(peak - new)
+            p = jnp.exp2(s * scale - spread(new, _STEP))
+            total = total * decay + p.sum(1)
+            plgpu.barrier_wait(v_full.at[slot])
+            acc = acc * spread(decay, head) + _product(p.astype(v_smem.dtype), v_smem.at[slot])
+            plgpu.barrier_arrive(empty.at[slot])
+            return acc, new, total
+
+        plgpu.barrier_wait(q_full)
+        zero = plgpu.layout_cast(jnp.zeros((64, head), jnp.float32), plgpu.Layout.WGMMA)
+        none = (zero, *(plgpu.layout_cast(jnp.full((64,), x, jnp.float32), per_row) for x in (_NEVER, 0.0)))
+        turns = lax.div(steps - turn + (plan.turns - 1), jnp.int32(plan.turns))
+        acc, peak, total = lax.fori_loop(0, turns, attend, none)
+
+        def write(acc: jax.Array, total: jax.Array) -> None:
+            q_smem[mine, :] = (acc / spread(jnp.maximum(total, 1e-30), head)).astype(q_smem.dtype)
+            plgpu.commit_smem()
+            for h in range(64 // block):
+                head_at = head_block * plan.heads + tile * (64 // block) + h
+                rows = pl.ds(tile * 64 + h * block, block)
+                plgpu.copy_smem_to_gmem(q_smem.at[rows], out.at[queries, pl.ds(head_at * head, head)])
+            plgpu.wait_smem_to_gmem(0)
+
+        if plan.turns == 1:
+            write(acc, total)
+            return
+        acc_smem, peak_smem, total_smem, ready = joining
+        load: Any = plgpu.load  # JAX 0.10 types its index as required
+
+        @pl.when(turn > 0)
+        def _leave() -> None:
+            acc_smem[turn - 1, mine, :] = acc
+            peak_smem.at[turn - 1, mine][...] = peak
+            total_smem.at[turn - 1, mine][...] = total
+            plgpu.barrier_arrive(ready.at[tile])
+
+        @pl.when(turn == 0)
+        def _join() -> None:
+            plgpu.barrier_wait(ready.at[tile])
+            peaks = [peak] + [load(peak_smem.at[t, mine], layout=per_row, optimized=False) for t in range(plan.turns - 1)]
+            best = functools.reduce(jnp.maximum, peaks)
+            weights = [jnp.exp2(p - best) for p in peaks]
+            joined, sums = acc * spread(weights[0], head), total * weights[0]
+            for t, w in enumerate(weights[1:]):
+                joined += acc_smem[t, mine, :] * spread(w, head)
+                sums += load(total_smem.at[t, mine], layout=per_row, optimized=False) * w
+            write(joined, sums)
+
+
+def block_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    pool_k: jax.Array,
+    pool_v: jax.Array,
+    layer: jax.Array,
+    page_table: jax.Array,
+    prefix_len: jax.Array,
+    lanes: jax.Array,
+    before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    plan: Plan | None = None,
+    **debug: Any,
+) -> jax.Array:
+    """See the package's ``block_attention``. Rows of lanes that do not exist are zero; shapes that no tile fits take the reference."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    rows, width, kv, group, head = q.shape
+    count, pages, block = lanes.shape[1], *pool_k.shape[1:3]
+    plan = plan or plan_for(q, pool_k)
+    if plan is None:
+        options: dict[str, Any] = {"pool_k": pool_k, "pool_v": pool_v, "layer": layer, "page_table": page_table}
+        return reference.block_attention(q, k, v, prefix_len=prefix_len, lanes=lanes, before=before, **options)
+    *earlier, live = (k, v, prefix_len) if before is None else before  # without a block before, these three are not read
+
+    tile = plan.heads * block
+    tiles = tile // 64
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    stored = plgpu.SMEM((plan.stages, _STEP, head), q.dtype, transforms=swizzled)
+    fetched = plgpu.Barrier(num_arrivals=_STEP // block, num_barriers=plan.stages)
+    scratch: list[Any] = [
+        plgpu.SMEM((tile, head), q.dtype, transforms=swizzled),
+        stored,
+        stored,
+        plgpu.Barrier(num_arrivals=plan.heads),
+        fetched,
+        fetched,
+        plgpu.Barrier(num_arrivals=tiles, num_barriers=plan.stages),
+    ]
+    if plan.turns > 1:
+        left = plan.turns - 1
+        scratch += [
+            plgpu.SMEM((left, tile, head), jnp.float32, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))),
+            plgpu.SMEM((left, tile), jnp.float32),
+            plgpu.SMEM((left, tile), jnp.float32),
+            plgpu.Barrier(num_arrivals=left, num_barriers=tiles),
+        ]
+    body = functools.partial(
+        _body,
+        plan=plan,
+        block=block,
+        before_blocks=0 if before is None else earlier[0].shape[1] // block,
+        kv_heads=kv,
+        pool_pages=pages,
+        scale=head**-0.5 * math.log2(math.e),
+    )
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows * width, kv * group * head), q.dtype),
+        scratch_types=scratch,
+        grid=(kv * group // plan.heads, count, rows),
+        grid_names=("heads", "lane", "row"),
+        num_threads=tiles * plan.turns + 1,
+        thread_name="wg",
+        kernel_name="block_attention",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **debug,
+    )
+    flat = [a.reshape(-1, kv * a.shape[-1]) for a in (k, v, pool_k, pool_v, *earlier)]
+    return kernel(q.reshape(rows * width, -1), *flat, prefix_len, live, lanes, page_table, layer.reshape(1)).reshape(q.shape)

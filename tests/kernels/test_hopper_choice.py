@@ -1,0 +1,49 @@
+"""Where the Hopper kernels are used, and that what they do not serve is the reference, to the bit, also without a GPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import block_attention, remask, token_merge
+from pallas_kernels.target import Target
+
+
+@pytest.mark.parametrize("operation", [block_attention, remask, token_merge])
+@pytest.mark.parametrize("capability,hopper", [(7.5, False), (8.0, False), (8.9, False), (9.0, True), (10.0, False)])
+def test_hopper_kernels_run_on_hopper_only(operation, capability, hopper):
+    compiles = jax.__version_info__ >= (0, 11)
+    assert operation.choose_backend(Target("gpu", capability)) == ("gpu" if hopper and compiles else "reference")
+
+
+def both(function, *args, **options):
+    for got, want in zip(*(jax.tree.leaves(function(*args, **options, backend=b)) for b in ("gpu", "reference")), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3])
+def test_prediction_in_float32(top_k):
+    rng = np.random.default_rng(0)
+    hidden, lm_head = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 64), (40, 64)))
+    zeros = jnp.zeros(4)
+    sampling = remask.Sampling(jax.random.split(jax.random.key(0), 4), zeros, zeros + 1, zeros.astype(jnp.int32))
+    both(remask.predict_from_hidden, hidden, lm_head, jnp.arange(4), forbidden_id=39, sampling=sampling, top_k=top_k)
+
+
+def test_attention_in_float32():
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 16, 1, 2, 64), (2, 16, 1, 64), (2, 16, 1, 64)))
+    pools = {n: jnp.asarray(rng.standard_normal((2, 5, 8, 1, 64)), jnp.float32) for n in ("pool_k", "pool_v")}
+    table, length = jnp.array([[0, 1], [4, 5]]), jnp.array([16, 8])
+    lanes = jnp.array([[True, True], [True, False]])
+    both(block_attention.block_attention, q, k, v, **pools, layer=jnp.int32(1), page_table=table, prefix_len=length, lanes=lanes)
+
+
+@pytest.mark.parametrize("mode,width", [("dmax_topk", 100), ("iter_smooth_topk", 128)])
+def test_merge_of_another_mode_or_width(mode, width):
+    rng = np.random.default_rng(2)
+    table, probs = jnp.asarray(rng.standard_normal((9, width)), jnp.float32), jnp.full((2, 3, 1), 0.4)
+    tokens, soft = jnp.arange(6).reshape(2, 3), jnp.array([[True, False, True]] * 2)
+    both(token_merge.merge, table, tokens, 8, tokens[..., None], probs, soft, spec=token_merge.MergeSpec(mode=mode))
