@@ -4,7 +4,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 get off. How many people are on the bus?
 
-.PHONY: run test test-soak browser clean
+.PHONY: run test test-gpu test-soak browser clean
 
 # Answers a question with the model that comes with the package.
 run: $(VENV)/.installed
@@ -16,6 +16,10 @@ test: $(VENV)/.installed-dev browser
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n 2 --dist loadfile
+
+# The kernels against their references on a Hopper GPU; PYTHON is one whose JAX sees it.
+test-gpu:
+	JAX_PLATFORMS=cuda $(PYTHON) -m pytest tests/gpu
 
 # The long tests: the same answers in every way of running, and what serving must stand. More than an hour, on a machine with nothing else to do.
 test-soak: $(VENV)/.installed-dev
