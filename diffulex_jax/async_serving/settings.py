@@ -12,7 +12,7 @@ class ServerSettings:
 
     Attributes:
       served_model_name: what clients call the model; default: as it was given.
-      api_key: keys that clients must send one of (``Authorization: Bearer KEY``), on every route but /health and /ready. None: open.
+      api_key: keys that clients must send one of (``Authorization: Bearer KEY``), on every route but /, /health and /ready. None: open.
       cors_origin: origins that browsers may call from; ``*`` for any.
       max_queue: outputs that may wait for a slot; further requests are refused (429).
       max_queue_tokens: prompt tokens of all requests in the server, at the most; further requests are refused (429).

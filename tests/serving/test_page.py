@@ -70,9 +70,8 @@ class Page:
     def ask(self, prompt=QUESTION, *, form="chat"):
         self.write("#prompt", prompt)
         self.one(f"input[name=form][value={form}]").click()
+        self.browser.execute_script("document.getElementById('speed').value = '30'")
         self.one("#start").click()
-        if self.one("#transport").is_displayed():
-            Select(self.one("#speed")).select_by_value("30")
 
     def set(self, **settings):
         """Opens "More settings" and fills them in."""
@@ -196,6 +195,34 @@ def test_two_strategies_side_by_side(opened, server):
     assert rows["forwards"] == [str(one["nfe"]) for one in alone]
     assert rows["tokens a forward"] == [f"{one['tokens_per_forward']:.2f}" for one in alone]
     assert alone[1]["nfe"] < alone[0]["nfe"] and opened.one(".verdict").text.startswith("dmax took ")
+
+
+def test_a_narrow_screen_shows_it_all_without_scrolling_sideways(opened):
+    opened.one("#both").click()
+    opened.browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    )
+    try:
+        opened.ask()
+        opened.finished(lanes=2)
+        assert opened.browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [360, 360]
+        lanes = opened.all(".lane")
+        assert lanes[0].rect["x"] == lanes[1].rect["x"] and lanes[0].rect["y"] < lanes[1].rect["y"]
+    finally:
+        opened.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_dark_and_light_show_the_same_canvas_in_colours_of_their_own(opened):
+    opened.ask()
+    opened.finished()
+    shown = "return ['body', '.lane .cell'].map((x) => getComputedStyle(document.querySelector(x)).backgroundColor)"
+    light = opened.browser.execute_script(shown)
+    for scheme in ("dark", "light"):
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": "reduce"}]}
+        opened.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        same = [now == then for now, then in zip(opened.browser.execute_script(shown), light, strict=True)]
+        assert same == [scheme == "light"] * 2
+    opened.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_a_running_request_is_seen_live_and_aborted(opened, server):

@@ -19,6 +19,7 @@ function newLane(choice) {
 // The lane as it was after forward `step`; `moving`: from the forward before, so that changes may flash.
 function show(lane, moving) {
   lane.root.dataset.state = lane.state;
+  lane.root.hidden = lane.state === "failed" && !lane.frames.length;
   lane.label.textContent = lane.final ? `${lane.state} (${lane.final.finish_reason})` : lane.state + (lane.state === "denoising" ? " …" : "");
   const at = Math.min(step, lane.frames.length - 1), frame = lane.frames[at];
   if (!frame) return;
@@ -71,22 +72,26 @@ function showAnswer(lane, frame, end, length) {
   lane.answer.replaceChildren(end ? lane.final.text ?? lane.final.token_ids.join(" ") : text(0, Math.min(frame.settled, length)), open);
 }
 
-function drawFilm(lane) {
-  const { film, frames, final } = lane, box = film.getBoundingClientRect(), context = film.getContext("2d");
-  Object.assign(film, { width: box.width * devicePixelRatio, height: box.height * devicePixelRatio });
-  const rows = Math.max(1, Math.min(frames.at(-1)?.cells.length ?? 1, final ? final.token_ids.length : Infinity));
-  const wide = film.width / (last() + 1), high = film.height / rows, marks = { edited: style("--edit"), remasked: style("--remask") };
+// A pixel a cell; the style sheet stretches it. All lanes have the columns of the longest.
+function drawFilm({ film, frames, final }) {
+  const rows = Math.max(1, Math.min(frames.at(-1)?.cells.length ?? 1, final ? final.token_ids.length : Infinity)), columns = last() + 1;
+  const image = new ImageData(columns, rows), marks = { edited: rgb(style("--edit")), remasked: rgb(style("--remask")) };
   frames.forEach((frame, x) => {
     for (let y = 0; y < rows; y++) {
-      const cell = frame.cells[y] ?? MASK, settled = y < frame.settled || (final && x === frames.length - 1);
-      context.fillStyle = marks[cell.event] ?? `rgb(${cell.id === null ? mask : colour(cell.first ? cell.p : 1, settled)})`;
-      context.fillRect(Math.round(x * wide), y * high, Math.ceil(wide) - (wide > 6 ? 1 : 0), Math.max(1, high - (high > 3 ? 0.5 : 0)));
+      const cell = frame.cells[y], settled = y < frame.settled || (final && x === frames.length - 1);
+      if (!cell) break; // not begun yet
+      const filled = () => colour(cell.first ? cell.p : 1, settled);
+      image.data.set([...(marks[cell.event] ?? (cell.id === null ? mask : filled())), 255], 4 * (y * columns + x));
     }
   });
+  Object.assign(film, { width: columns, height: rows });
+  film.getContext("2d").putImageData(image, 0, 0);
 }
 
+let told = () => {}; // fills the tip in again, for the step that is shown by then
 function tell(lane, node) {
-  if (!node.classList.contains("cell") || !lane.frame) return;
+  if (!node.classList.contains("cell")) return;
+  told = () => tell(lane, node);
   const { cell } = node, lines = [];
   if (cell === WAITING) lines.push("not begun yet");
   else if (cell.id === null) lines.push(cell.first ? `masked again in forward ${cell.last}` : "masked");

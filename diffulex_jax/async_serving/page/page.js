@@ -61,7 +61,6 @@ async function denoise() {
   lanes = [...$("choices").children].filter((choice) => !choice.hidden).map(newLane);
   $("lanes").replaceChildren(...lanes.map((lane) => lane.root));
   $("lanes").classList.toggle("two", lanes.length > 1);
-  $("transport").hidden = false;
   $("comparison").hidden = true;
   step = 0;
   play(true);

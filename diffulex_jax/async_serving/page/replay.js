@@ -12,6 +12,8 @@ function update(moving) {
   $("scrubber").setAttribute("aria-valuetext", $("where").textContent);
   $("play").dataset.playing = playing;
   $("play").setAttribute("aria-label", playing ? "Pause" : "Play");
+  $("transport").hidden = !lanes.some((lane) => lane.frames.length);
+  if (!$("tip").hidden) told();
   compare();
 }
 
@@ -59,7 +61,7 @@ for (const button of document.querySelectorAll("[data-go]")) {
   button.addEventListener("click", () => seek({ first: 0, back: step - 1, on: step + 1, last: last() }[button.dataset.go]));
 }
 
-addEventListener("resize", () => lanes.forEach(drawFilm));
+addEventListener("scroll", () => ($("tip").hidden = true), { passive: true });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   readColours();
   for (const lane of lanes) lane.nodes.forEach((node) => (node.cell = null));
