@@ -164,6 +164,23 @@ def test_scrubbing_back_shows_the_canvas_of_every_step(opened):
     assert not opened.cells("mask")
 
 
+def test_edits_and_remasks_are_shown_in_the_step_that_made_them(opened, server):
+    asked = {"accept_threshold": 0.05, "remask_threshold": 0.9}
+    Select(opened.one("[name=strategy]")).select_by_visible_text("dmax")
+    for name, value in asked.items():
+        opened.write(f"[name={name}]", str(value))
+    opened.ask(form="text")
+    opened.finished()
+    whole = server.post("/generate", prompt=QUESTION, strategy="dmax", **asked).json()
+    seen = {"edited": 0, "remasked": 0}
+    for step in range(1, whole["nfe"] + 1):
+        opened.browser.execute_script("seek(arguments[0])", step)
+        for event in seen:
+            seen[event] += len(opened.all(f".lane .cell[data-event={event}]"))
+    assert seen == {"edited": whole["revised_tokens"], "remasked": whole["remasked_tokens"]} and min(seen.values()) > 0
+    assert opened.one("[data-figure=edits]").text == str(whole["revised_tokens"])
+
+
 def test_a_cell_tells_its_probability_and_when_it_was_accepted(opened):
     opened.ask()
     opened.finished()
@@ -219,9 +236,9 @@ def test_dark_and_light_show_the_same_canvas_in_colours_of_their_own(opened):
     light = opened.browser.execute_script(shown)
     for scheme in ("dark", "light"):
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": "reduce"}]}
+        expected = [scheme == "light"] * 2
         opened.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        same = [now == then for now, then in zip(opened.browser.execute_script(shown), light, strict=True)]
-        assert same == [scheme == "light"] * 2
+        opened.until(lambda: [now == then for now, then in zip(opened.browser.execute_script(shown), light, strict=True)] == expected)
     opened.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
