@@ -30,6 +30,7 @@ from diffulex_jax.bench.shapes import SHAPES
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.engine import Engine
 from diffulex_jax.engine.results import Output
+from diffulex_jax.parallel import aot
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.strategies import STRATEGIES
 
@@ -284,6 +285,23 @@ def _asked_for(sampling: SamplingParams) -> dict[str, Any]:
     """Settings that differ from their defaults, as JSON has them."""
     plain, usual = dataclasses.asdict(sampling), SamplingParams()
     return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items() if v != getattr(usual, name)}
+
+
+@app.command("aot")
+@settings_as_options(aot.compile_denoise)
+def aot_(
+    *,
+    topology: Annotated[str, typer.Option(help="A slice of TPUs: v5e:2x2, v5e:16x16, v6e:2x2, v5p:2x2x1, v4:2x2x1, tpu7x:2x2x1, ….")],
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llada2-mini",
+    as_json: _AsJson = False,
+    **settings: Any,
+) -> None:
+    """Compile the denoise loop for TPUs that need not be there: does it fit, and what is exchanged? Needs diffulex-jax[tpu]."""
+    with _one_line_errors():
+        if shape not in SHAPES:
+            raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
+        compiled = aot.compile_denoise(topology, SHAPES[shape], **settings)
+    typer.echo(json.dumps(dataclasses.asdict(compiled) | {"fits": compiled.fits}) if as_json else aot.text(compiled))
 
 
 @app.command()

@@ -115,7 +115,10 @@ def compile_denoise(
       tensor: devices over which heads are split too; default: as many as there are key/value heads and the slice allows.
       slots_per_device: requests decoded together, for each index of ``data``.
       context: positions of each slot.
-      strategy, block_size, buffer_size, steps_per_dispatch: as an engine takes them.
+      strategy: a name from ``diffulex_jax.strategies``.
+      block_size: tokens in a block.
+      buffer_size: blocks denoised together.
+      steps_per_dispatch: denoise steps the device runs before the host looks.
 
     Raises:
       ValueError: for a slice or a split that will not do.
@@ -165,3 +168,24 @@ def compile_denoise(
         collectives=dict(collections.Counter(_COLLECTIVE.findall(text))),
         kernels=dict(collections.Counter(_KERNEL.findall(text))),
     )
+
+
+def text(compiled: Compiled) -> str:
+    """What is worth knowing, for people."""
+
+    def gib(size: int) -> str:
+        return f"{size / 2**30:.2f} GiB"
+
+    c = compiled
+    rows = {
+        "slice": f"{c.topology}, {c.devices} devices as {' x '.join(f'{name} {n}' for name, n in c.mesh.items())}",
+        "batch": f"{c.slots} slots of {c.context} positions",
+        "compiled in": f"{c.seconds:.0f} s",
+        "arguments": f"{gib(c.arguments)} a device, of which {gib(c.pool)} KV pool",
+        "temporaries": gib(c.temporaries),
+        "updated in place": gib(c.aliased),
+        "memory": f"{gib(c.hbm)} a device: {'fits' if c.fits else 'DOES NOT FIT'}",
+        "exchanges": ", ".join(f"{n} {name}" for name, n in sorted(c.collectives.items())) or "none",
+        "kernels": ", ".join(f"{n} {name}" for name, n in sorted(c.kernels.items())) or "none",
+    }
+    return "\n".join(f"{name:>16}  {value}" for name, value in rows.items())

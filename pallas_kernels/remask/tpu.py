@@ -24,8 +24,8 @@ from pallas_kernels.target import anywhere
 
 LANES = 128
 MAX_TOP_K = LANES
-_ROWS = 256  # rows of a tile: lm_head is read once for so many, about where a TPU's matrix unit and its memory take equally long
-_TILE_BYTES = 2 << 20  # of lm_head in one tile; two are in flight
+_ROWS = 256  # of a tile: lm_head is read once for so many, about where a TPU's matrix unit and its memory take equally long
+_TILE_BYTES = 2 << 20  # of lm_head in one tile; two are in flight, beside half as much of the hidden states
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # below every logit, and finite: -inf minus -inf would be NaN
 _FILTERED_ROWS = 32  # rows whose logits are made in full at a time, where top-p or top-k asks for them
 
@@ -196,8 +196,9 @@ def _stream(
     rows, depth = source[0].shape
     vocab = depth if len(source) == 1 else source[1].shape[0]
     if tile is None:
-        row_bytes = source[-1].dtype.itemsize * (depth if len(source) == 2 else _ROWS)
-        tile = _ROWS, min(1024, max(LANES, _TILE_BYTES // row_bytes // LANES * LANES))
+        width = _ROWS if len(source) == 1 else depth
+        fit = _TILE_BYTES // (source[-1].dtype.itemsize * width)
+        tile = _ROWS if len(source) == 1 else min(_ROWS, fit // 2 // 8 * 8), min(1024, max(LANES, fit // LANES * LANES))
     height, width = min(tile[0], rows), min(tile[1], vocab)
     grid = pl.cdiv(rows, height), pl.cdiv(vocab, width)
 

@@ -1,0 +1,121 @@
+"""Every TPU kernel compiled for every generation, at sizes that no tile divides; and programs that must not compile."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding, PartitionSpec
+
+from diffulex_jax.parallel import aot
+from diffulex_jax.parallel.mesh import make_mesh
+from pallas_kernels import block_attention, remask, token_merge
+from pallas_kernels.block_attention.tpu import POOL_ORDER
+
+
+GENERATIONS = ["v5e:2x2", "v6e:2x2", "v5p:2x2x1", "v4:2x2x1", "tpu7x:2x2x1"]
+ROWS, VOCAB, EMBED = 250, 157_201, 2048  # no tile divides them
+POOL = (20, 512, 32, 4, 128)
+
+
+def compile_for(topology, function, *args, pools=0, returns_pool=False, **options):
+    """``function`` of arrays of these shapes and dtypes, for one chip; the first ``pools`` lie as the kernels read them."""
+    mesh = make_mesh(aot.tpu_devices(topology))
+    where = NamedSharding(mesh, PartitionSpec())
+    lies = Format(Layout(major_to_minor=POOL_ORDER), where)
+    shapes = [jax.ShapeDtypeStruct(*arg, sharding=lies if i < pools else where) for i, arg in enumerate(args)]
+    with jax.set_mesh(mesh):
+        return jax.jit(function, out_shardings=lies if returns_pool else where, **options).lower(*shapes).compile()
+
+
+def kernels(compiled):
+    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+# The others compile it in the denoise loop.
+@pytest.mark.parametrize("topology, dtype", [("v5e:2x2", jnp.float32), ("v5p:2x2x1", jnp.bfloat16)])
+def test_prediction(topology, dtype):
+    def predict(hidden, lm_head, current, key, temperature, top_p, cut, penalized, penalty, banned):
+        sampling = remask.Sampling(jax.random.wrap_key_data(key), temperature, top_p, cut)
+        options = {"penalized": penalized, "penalty": penalty, "banned": banned, "top_k": 5}
+        return remask.predict_from_hidden(hidden, lm_head, current, forbidden_id=7, sampling=sampling, **options)
+
+    rows = [((ROWS,), kind) for kind in (jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32)]
+    args = ((ROWS, EMBED), dtype), ((VOCAB, EMBED), dtype), ((ROWS,), jnp.int32), ((ROWS, 2), jnp.uint32), *rows, ((ROWS, 8), jnp.int32)
+    with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
+        compiled = compile_for(topology, predict, *args)
+    assert kernels(compiled) == 1
+    # Logits are made for the rows that top-p or top-k ask for, 32 at a time; those of all rows would take 150 MiB.
+    assert compiled.memory_analysis().temp_size_in_bytes < ROWS * VOCAB * 4 / 2
+
+
+@pytest.mark.parametrize("topology", GENERATIONS)
+def test_decision(topology):
+    shape = 9, 3, 32
+    kinds = {"tokens": jnp.int32, "masked": jnp.bool_, "confidence": jnp.float32, "editable": jnp.bool_, "times": jnp.int32}
+    kinds |= {"token": jnp.int32, "prob": jnp.float32, "current_prob": jnp.float32}
+    named = {name: (shape, kind) for name, kind in kinds.items()} | {"may_force": (shape[:2], jnp.bool_)}
+    named |= dict.fromkeys(("accept_threshold", "edit_threshold", "remask_threshold"), (shape[:1], jnp.float32))
+    named |= {"num_to_transfer": (shape[:1], jnp.int32)}
+    compiled = compile_for(topology, lambda *a: remask.decide(**dict(zip(named, a, strict=True)), max_per_position=2), *named.values())
+    assert kernels(compiled) == 1
+
+
+def attend(pool_k, pool_v, q, k, v, layer, table, length, lanes):
+    options = {"page_table": table, "prefix_len": length, "lanes": lanes}
+    return block_attention.block_attention(q, k, v, pool_k=pool_k, pool_v=pool_v, layer=layer, **options)
+
+
+@pytest.mark.parametrize("topology", GENERATIONS)
+def test_attention_reads_the_pool_where_it_lies(topology):
+    window = ((5, 96, 4, 4, 128), jnp.bfloat16), *[((5, 96, 4, 128), jnp.bfloat16)] * 2
+    args = (POOL, jnp.bfloat16), (POOL, jnp.bfloat16), *window, ((), jnp.int32)
+    args += ((5, 63), jnp.int32), ((5,), jnp.int32), ((5, 3), jnp.bool_)
+    compiled = compile_for(topology, attend, *args, pools=2)
+    assert kernels(compiled) == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 << 20  # a pool has 320 MiB
+
+
+BLOCKS = ((20, 5, 32, 4, 128), jnp.bfloat16), ((5,), jnp.int32)
+POOL_BYTES = 20 * 512 * 32 * 4 * 128 * 2
+
+
+@pytest.mark.parametrize("topology", GENERATIONS)
+def test_blocks_are_written_in_place(topology):
+    compiled = compile_for(
+        topology, block_attention.write_blocks, (POOL, jnp.bfloat16), *BLOCKS, pools=1, returns_pool=True, donate_argnums=0
+    )
+    assert kernels(compiled) == 1
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= POOL_BYTES
+    assert memory.temp_size_in_bytes < 8 << 20
+
+
+def test_a_pool_that_is_not_given_away_is_copied():
+    compiled = compile_for("v5e:2x2", block_attention.write_blocks, (POOL, jnp.bfloat16), *BLOCKS, pools=1, returns_pool=True)
+    assert compiled.memory_analysis().alias_size_in_bytes == 0
+
+
+@pytest.mark.parametrize("topology", GENERATIONS)
+@pytest.mark.parametrize("mode, top_k", [("dmax_topk", 1), ("iter_smooth_topk", 3)])
+def test_token_merge(topology, mode, top_k):
+    spec, shape = token_merge.MergeSpec(mode=mode, top_k=top_k), (5, 29)
+
+    def merge(table, tokens, ids, probs, soft):
+        return token_merge.merge(table, tokens, 7, ids, probs, soft, spec=spec)
+
+    soft = ((*shape, top_k), jnp.int32), ((*shape, top_k), jnp.float32), (shape, jnp.bool_)
+    compiled = compile_for(topology, merge, ((VOCAB, EMBED), jnp.bfloat16), (shape, jnp.int32), *soft)
+    assert kernels(compiled) == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 << 20  # the table has 614 MiB
+
+
+def test_a_block_larger_than_vmem_is_refused():
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] + 1
+
+    call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8192, 8192), jnp.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED.*vmem"):
+        compile_for("v5e:2x2", call, ((8192, 8192), jnp.float32))

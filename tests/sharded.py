@@ -1,0 +1,124 @@
+"""Decoding on eight CPU devices against one; run by test_sharding in a process of its own, because a process has as many as it began with.
+
+Prints one JSON object: for each mesh what differs from a single device, and which exchanges its program holds.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+import pallas_kernels
+from diffulex_jax import SamplingParams, decode, request_state
+from diffulex_jax.config import ModelConfig
+from diffulex_jax.models import llada2
+from diffulex_jax.parallel import programs
+from diffulex_jax.parallel.mesh import make_mesh, sharding
+from diffulex_jax.rules.base import dims_for
+from diffulex_jax.state import POOL_AXES, STATE_AXES, KVPool
+from diffulex_jax.strategies import dmax
+from pallas_kernels import remask
+
+
+CONFIG = ModelConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    n_group=4,
+    topk_group=2,
+    mask_token_id=95,
+    eos_token_id=94,
+    max_position_embeddings=256,
+)
+SLOTS, WINDOW, BLOCK, PAGES, STEPS = 4, 2, 4, 6, 24
+PROMPTS = (9, 3, 6, 11)  # tokens: two whole blocks, none, one, two
+
+
+def decoded(mesh):
+    """(tokens, forwards, confidences, keys of the pool, the compiled program) of four requests, one of them sampled."""
+    rule = dmax()
+    dims = dims_for(rule, slots=SLOTS, window=WINDOW, block=BLOCK, pages_per_slot=PAGES)
+    program = decode.Program(CONFIG, dims, rule, pallas_kernels.REFERENCE)
+    on_pool, on_slots, everywhere = (sharding(mesh, axes) for axes in (POOL_AXES, STATE_AXES, ()))
+    placed = jax.tree.map(lambda leaf: sharding(mesh, leaf[1]), llada2.schema(CONFIG), is_leaf=llada2.is_leaf)
+    params = jax.device_put(llada2.init(CONFIG, jax.random.key(0), scale=0.3), placed)
+    shape = CONFIG.num_hidden_layers, SLOTS * PAGES, BLOCK, CONFIG.num_key_value_heads, CONFIG.head_dim
+    pool = jax.device_put(KVPool(jnp.zeros(shape), jnp.zeros(shape)), on_pool)
+    state = jax.device_put(request_state.empty_state(dims, rule, mask_id=CONFIG.mask_token_id), on_slots)
+    table, rng = np.arange(SLOTS * PAGES, dtype=np.int32).reshape(SLOTS, PAGES), np.random.default_rng(0)
+
+    def jit(function, donated, out):
+        return jax.jit(function, donate_argnums=donated, out_shardings=out)
+
+    prefill = jit(functools.partial(programs.prefill, program), 1, on_pool)
+    admit = jit(functools.partial(request_state.admit, dims, rule, CONFIG.mask_token_id), 0, on_slots)
+    out = on_pool, on_slots, everywhere, everywhere
+    denoise = jit(functools.partial(programs.denoise, program, steps=STEPS), (1, 2), out)
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        for slot, n in enumerate(PROMPTS):
+            prompt, blocks = rng.integers(0, 90, n).astype(np.int32), n // BLOCK
+            tokens = np.zeros((2, BLOCK), np.int32)
+            tokens[:blocks] = prompt[: blocks * BLOCK].reshape(-1, BLOCK)
+            pool = prefill(params, pool, tokens, np.int32(blocks), np.int32(0), np.int32(n), table[slot])
+            hot = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if slot == 1 else {}
+            settings = SamplingParams(max_tokens=10, accept_threshold=0.6, **hot)
+            packed = request_state.make_request(dims, prompt=prompt, params=settings, eos_ids=(CONFIG.eos_token_id,))
+            state = admit(state, np.int32(slot), packed)
+        args = params, pool, state, table, np.zeros(SLOTS, np.int32)
+        compiled = denoise.lower(*args, max_steps=np.int32(STEPS), stop_on_finish=np.bool_(False)).compile()
+        pool, state, _, _ = compiled(*args, max_steps=np.int32(STEPS), stop_on_finish=np.bool_(False))
+    return *(np.asarray(a) for a in (state.sequence.tokens, state.nfe, state.sequence.confidence, pool.k)), compiled
+
+
+def difference(one, many):
+    exchanges = re.findall(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", many[-1].as_text())
+    return {
+        "tokens": int((one[0] != many[0]).sum()),
+        "forwards": int((one[1] != many[1]).sum()),
+        "confidence": float(np.abs(one[2] - many[2]).max()),
+        "keys": float(np.abs(one[3] - many[3]).max()),
+        "largest_key": float(np.abs(one[3]).max()),
+        "exchanges": dict(collections.Counter(exchanges)),
+    }
+
+
+def shared_vocabulary():
+    """Whether the TPU kernel (as plain XLA) finds on four devices that share the vocabulary what the reference finds on one."""
+    rng, rows, vocab = np.random.default_rng(0), 12, 96
+    hidden, lm_head = (jnp.asarray(rng.standard_normal((n, 16)), jnp.float32) for n in (rows, vocab))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(rows))
+    at = jnp.arange(rows)
+    sampling = remask.Sampling(keys, jnp.where(at % 2, 0.9, 0.0), jnp.where(at % 3, 1.0, 0.7), jnp.zeros(rows, jnp.int32))
+    current, options = jnp.asarray(rng.integers(0, vocab, rows), jnp.int32), {"forbidden_id": 95, "sampling": sampling, "top_k": 3}
+    want = remask.predict_from_hidden(hidden, lm_head, current, backend="reference", **options)
+
+    def local(lm_head):
+        return remask.tpu.predict_from_hidden(hidden, lm_head, current, vocab_axes=("expert", "tensor"), interpret=True, **options)
+
+    mesh = make_mesh(data=2, expert=2, tensor=2)
+    with jax.set_mesh(mesh):
+        split = PartitionSpec(("expert", "tensor"))
+        got = jax.jit(jax.shard_map(local, in_specs=split, out_specs=PartitionSpec(), check_vma=False))(lm_head)
+    return all(np.allclose(a, b, rtol=1e-5) for a, b in zip(got, want, strict=True))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+    single = decoded(make_mesh())
+    meshes = {"2x2x2": {"data": 2, "expert": 2, "tensor": 2}, "1x4x2": {"expert": 4, "tensor": 2}}
+    found = {name: difference(single, decoded(make_mesh(**axes))) for name, axes in meshes.items()}
+    print(json.dumps(found | {"generated": int((single[0] != CONFIG.mask_token_id).sum()), "shared_vocabulary": shared_vocabulary()}))

@@ -1,0 +1,39 @@
+"""Several devices give what one gives; eight of them on one CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="module")
+def found():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    child = [sys.executable, str(pathlib.Path(__file__).parent / "sharded.py")]
+    ran = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize("mesh", ["2x2x2", "1x4x2"])
+def test_same_tokens_as_on_one_device(found, mesh):
+    assert found["generated"] > 20
+    assert (found[mesh]["tokens"], found[mesh]["forwards"]) == (0, 0)
+    assert found[mesh]["confidence"] < 1e-5
+    assert found[mesh]["keys"] < 1e-5 < found[mesh]["largest_key"]
+
+
+@pytest.mark.parametrize("mesh", ["2x2x2", "1x4x2"])
+def test_no_device_asks_another_for_pages_or_weights(found, mesh):
+    # Sums, the exchange of what was found in the vocabulary, and results put together at the end.
+    assert found[mesh]["exchanges"].keys() <= {"all-reduce", "all-gather"}
+
+
+def test_the_kernel_for_a_shared_vocabulary(found):
+    assert found["shared_vocabulary"]
