@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -101,7 +102,7 @@ async def detokenize(service: Service, form: Detokenize) -> dict[str, Any]:
         raise ApiError(400, "this model has no tokenizer", param="tokens")
     if outside := [token for token in form.tokens if token >= size]:
         raise ApiError(400, f"token id {outside[0]} is outside the vocabulary [0, {size})", param="tokens")
-    return {"prompt": tokenizer.decode(form.tokens)}
+    return {"prompt": await asyncio.to_thread(tokenizer.decode, form.tokens)}
 
 
 async def abort(service: Service, form: Abort) -> dict[str, Any]:
