@@ -35,7 +35,7 @@ function show(lane, moving) {
 function addCell(lane) {
   const at = lane.nodes.length, node = document.createElement("div");
   if (!at || (lane.prompt + at) % blockSize === 0) lane.canvas.append(Object.assign(document.createElement("div"), { className: "block" }));
-  Object.assign(node, { at, tabIndex: at ? -1 : 0 });
+  Object.assign(node, { at, tabIndex: at ? -1 : 0, role: "option" });
   node.setAttribute("aria-describedby", "tip");
   lane.canvas.lastElementChild.append(node);
   lane.nodes.push(node);
@@ -46,6 +46,7 @@ function draw(node, cell, settled, past, moving) {
   Object.assign(node, { cell, settled, past });
   const masked = cell.id === null, text = masked ? "" : printable(cell.text);
   node.textContent = text;
+  node.ariaLabel = masked ? "masked" : cell.text;
   node.dataset.kind = cell === WAITING ? "waiting" : masked ? "mask" : settled ? "settled" : "filled";
   node.dataset.event = cell.event;
   node.className = `cell${text.length > 8 ? " longer" : text.length > 5 ? " long" : ""}${cell.text.trim() ? "" : " blank"}${past ? " past" : ""}`;

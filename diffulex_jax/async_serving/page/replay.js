@@ -1,6 +1,7 @@
 "use strict"; // One clock for all lanes: play, step, scrub.
 
 // step: the forward that is shown. A lane that has fewer stays at its last.
+const FRAMES_A_SECOND = 30; // at most; faster than that, some forwards are skipped over
 let lanes = [], step = 0, playing = false, timer = 0, drawing = 0;
 const running = () => lanes.some((lane) => lane.state === "denoising");
 const last = () => Math.max(0, ...lanes.map((lane) => lane.frames.length - 1));
@@ -19,7 +20,7 @@ function update(moving) {
 
 function arrived() {
   $("abort").disabled = !running();
-  if (playing && !Number($("speed").value)) step = last();
+  if (playing && $("speed").value === "live") step = last();
   drawing ||= requestAnimationFrame(() => {
     drawing = 0;
     lanes.forEach(drawFilm);
@@ -27,17 +28,23 @@ function arrived() {
   });
 }
 
+// Forwards a second. "calm" is slow enough to look at, and keeps up with a stream that is faster.
+function speed() {
+  const chosen = $("speed").value;
+  return chosen === "calm" ? Math.max(4, running() ? last() - step : 0) : Number(chosen) || FRAMES_A_SECOND;
+}
+
 function tick() {
-  const moving = step < last();
-  if (moving) step += 1;
-  playing = moving || running(); // at the end of what there is: more may come
-  update(moving);
+  const before = step;
+  step = Math.min(last(), step + Math.ceil(speed() / FRAMES_A_SECOND));
+  playing = step > before || running(); // at the end of what there is: more may come
+  update(step === before + 1);
   schedule();
 }
 
 function schedule() {
   clearTimeout(timer);
-  if (playing) timer = setTimeout(tick, 1000 / (Number($("speed").value) || 30));
+  if (playing) timer = setTimeout(tick, 1000 / Math.min(speed(), FRAMES_A_SECOND));
 }
 
 function play(on) {
