@@ -76,6 +76,15 @@ def test_aborting_in_one_strategy_leaves_the_other_alone(engines, alone):
     assert all(engine.stats["pages_held"] == 0 for engine in engines.values())
 
 
+def test_an_async_engine_takes_one_strategy_or_several(model):
+    async def strategies(strategy):
+        async with asyncio.timeout(60), AsyncEngine.from_pretrained(str(model), strategy=strategy, **SETTINGS) as served:
+            return list(served.facts["strategies"])
+
+    assert asyncio.run(strategies(NAMES)) == NAMES
+    assert asyncio.run(strategies(llada2())) == ["custom"]
+
+
 @pytest.fixture(scope="module")
 def server(server_of):
     return server_of("--strategy", "llada2_edit", "--strategy", "dmax")
