@@ -247,7 +247,7 @@ def test_dark_and_light_show_the_same_canvas_in_colours_of_their_own(opened):
 
 
 def test_a_running_request_is_seen_live_and_aborted(opened, server):
-    opened.set(max_tokens="400", others='{"ignore_eos": true}')
+    opened.set(max_tokens="440", others='{"ignore_eos": true}')
     opened.write("[name=accept_threshold]", "1")  # a token a forward
     opened.ask()
     opened.until(lambda: len(opened.cells("filled")) > 1)

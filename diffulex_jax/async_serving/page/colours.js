@@ -20,5 +20,5 @@ function colour(p, settled) {
 
 function paint(p, settled) {
   const [r, g, b] = colour(p, settled);
-  return { backgroundColor: `rgb(${r}, ${g}, ${b})`, color: 0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#14202b" : "#fff" };
+  return { backgroundColor: `rgb(${r}, ${g}, ${b})`, color: 0.299 * r + 0.587 * g + 0.114 * b > 105 ? "#14202b" : "#fff" };
 }
