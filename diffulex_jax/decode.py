@@ -412,15 +412,16 @@ def _advance(program: Program, state: DecodeState) -> DecodeState:
         merge=jax.tree.map(lambda a: rolled(a, 0), state.merge),
         rule=jax.tree.map(lambda a, f: rolled(a, f[:, :1]) if f.ndim > 1 else a, state.rule, fresh),
         pending=Pending(state.tokens[:, 0], jax.tree.map(lambda a: a[:, 0], state.merge), state.active[:, 0]),
-        sequence=_write_window(state),
         start=start,
     )
     moved = jax.tree.map(lambda new, old: jnp.where(go.reshape(-1, *[1] * (old.ndim - 1)), new, old), shifted, state)
-    return activate(moved)
+    return activate(moved.replace(sequence=_write_window(state, go)))
 
 
-def _write_window(state: DecodeState) -> Canvas:
-    """``sequence`` with what the window knows at its positions."""
+def _write_window(state: DecodeState, rows: jax.Array | None = None) -> Canvas:
+    """``sequence`` with what the window knows at its positions; of ``rows`` ``[S]`` alone where given."""
     slots = state.tokens.shape[0]
-    rows, at = jnp.arange(slots)[:, None], state.positions.reshape(slots, -1)
-    return jax.tree.map(lambda s, w: s.at[rows, at].set(w.reshape(slots, -1), mode="drop"), state.sequence, state.window)
+    row, at = jnp.arange(slots)[:, None], state.positions.reshape(slots, -1)
+    if rows is not None:
+        at = jnp.where(rows[:, None], at, state.sequence.tokens.shape[1])
+    return jax.tree.map(lambda s, w: s.at[row, at].set(w.reshape(slots, -1), mode="drop"), state.sequence, state.window)

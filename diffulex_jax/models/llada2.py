@@ -187,9 +187,9 @@ def hidden(
             continue
 
         def block(
-            xs: list[jax.Array], scanned: tuple[jax.Array, Params], kind: str = kind, mlp: Any = mlp, first: int = first
-        ) -> tuple[list[jax.Array], Any]:
-            layer, w = scanned
+            carry: tuple[jax.Array, list[jax.Array]], w: Params, kind: str = kind, mlp: Any = mlp, first: int = first
+        ) -> tuple[tuple[jax.Array, list[jax.Array]], Any]:
+            layer, xs = carry
 
             def times(x: jax.Array, name: str) -> jax.Array:
                 return grouped_matmul.linear(x, params[kind][name], layer) if streamed else _contract(x, w[name])
@@ -198,12 +198,11 @@ def hidden(
                 xs, aux = attention(xs, w, times, first + layer)
             with jax.named_scope("mlp"):
                 ys = mlp([rms_norm(x, w["mlp_norm"], eps) for x in xs], w, times, layer)
-                return [x + add_up(y, "mlp") for x, y in zip(xs, ys, strict=True)], aux
+                return (layer + 1, [x + add_up(y, "mlp") for x, y in zip(xs, ys, strict=True)]), aux
 
         scanned = {leaf: w for leaf, w in params[kind].items() if not leaf.startswith("experts_")}
-        count = len(scanned["attn_norm"])
-        xs, aux = lax.scan(block, xs, (jnp.arange(count, dtype=jnp.int32), scanned))
-        first += count
+        (_, xs), aux = lax.scan(block, (jnp.int32(0), xs), scanned)
+        first += len(scanned["attn_norm"])
         auxes.append(aux)
     aux = auxes[0] if len(auxes) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
     return join([rms_norm(x, params["norm"], eps) for x in xs]), aux

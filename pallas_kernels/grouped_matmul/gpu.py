@@ -24,8 +24,8 @@ from pallas_kernels.grouped_matmul.routing import combine
 from pallas_kernels.grouped_matmul.xla import ragged
 
 
-_COMPARED_PAIRS = 8192
-"""Up to this many (token, expert) pairs, comparing all with all is faster than sorting them."""
+_COMPARED_PAIRS = 4096
+"""Up to this many (token, expert) pairs, comparing all with all is the quickest way to count."""
 
 
 class _Plan(NamedTuple):
@@ -84,20 +84,24 @@ def _plan(expert_ids: jax.Array, valid: jax.Array | None, *, num_groups: int, ti
         expert_ids = jnp.where(valid[:, None], expert_ids, num_groups)
     of, index = expert_ids.reshape(-1), jnp.arange(pairs, dtype=jnp.int32)
     groups = jnp.arange(num_groups, dtype=jnp.int32)
+    token = np.arange(pairs, dtype=np.int32) // per_token
     if pairs <= _COMPARED_PAIRS:
         # Groups and pairs are counted for alike: behind the groups' starts come the pairs' places.
         key, own = jnp.concatenate([groups, of])[:, None], jnp.arange(num_groups + pairs, dtype=jnp.int32)[:, None] - num_groups
         same = of == key
         start, size = _counts((of < key) | (same & (index < own)), same)
         place = start[num_groups:]
-    else:
-        order = jnp.argsort(of, stable=True).astype(jnp.int32)
-        place = jnp.zeros_like(order).at[order].set(index, unique_indices=True, mode="promise_in_bounds")
-        start, size = _counts(of < groups[:, None], of == groups[:, None])
-    token = np.arange(pairs, dtype=np.int32) // per_token
-    if pairs <= 4096:
         source = jnp.sum(jnp.where(place == index[:, None], token, 0), 1, dtype=jnp.int32)
     else:
+        # Per token and group first: the sum over earlier tokens is a matmul, exact in float32. Pairs of invalid tokens are a group too.
+        start, size = _counts(of < groups[:, None], of == groups[:, None])
+        groups = jnp.arange(num_groups + 1)
+        chosen = jnp.sum(expert_ids[..., None] == groups, 1, dtype=jnp.bfloat16)
+        earlier = jnp.tril(jnp.ones((len(chosen), len(chosen)), jnp.bfloat16), -1)
+        before = jnp.matmul(earlier, chosen, preferred_element_type=jnp.float32).astype(jnp.int32)
+        begin = jnp.append(start, size[-1] + start[-1])
+        place = begin[expert_ids] + jnp.take_along_axis(before, expert_ids, 1)
+        place = jnp.where(expert_ids == num_groups, place + jnp.arange(per_token), place).reshape(-1)
         source = jnp.zeros_like(index).at[place].set(token, unique_indices=True, mode="promise_in_bounds")
     return _Plan(Groups.of(start, size, num_groups, tile_rows), source, place.reshape(expert_ids.shape))
 
