@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu
 from jax.test_util import check_grads
 
-from pallas_kernels.grouped_matmul import choose_backend, dense, expert_mlp
+from pallas_kernels.grouped_matmul import choose_backend, dense, expert_mlp, gpu, gpu_kernel
 from pallas_kernels.target import Target, current_target
 
 
@@ -159,3 +160,39 @@ def test_errors_name_what_is_wrong():
         expert_mlp(x, ids, weights[:, :1], gate_up, down)
     with pytest.raises(ValueError, match="gate_up has shape"):
         expert_mlp(x, ids, weights, gate_up[..., 1:], down)
+
+
+@pytest.mark.parametrize("tokens", [1, 24, 700])  # few pairs are compared with one another, many counted by a matmul
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gpu_plan_is_a_stable_sort_by_expert(tokens, masked):
+    rng = np.random.default_rng(tokens)
+    ids = np.stack([rng.permutation(32)[:8] for _ in range(tokens)]).astype(np.int32)
+    valid = rng.random(tokens) < 0.7 if masked else np.ones(tokens, bool)
+    plan = gpu._plan(jnp.asarray(ids), jnp.asarray(valid) if masked else None, num_groups=32, tile_rows=16)
+    of = np.where(valid[:, None], ids, 32).reshape(-1)
+    order = np.argsort(of, kind="stable")
+    np.testing.assert_array_equal(plan.source, order // 8)
+    np.testing.assert_array_equal(np.asarray(plan.place).reshape(-1)[order], np.arange(8 * tokens))
+    size = np.bincount(of, minlength=33)[:32]
+    start = np.cumsum(size) - size
+    np.testing.assert_array_equal(plan.groups.size[:32], size)
+    np.testing.assert_array_equal(np.where(size, plan.groups.start[:32], 0), np.where(size, start, 0))
+    # Tiles of 16 rows that begin at multiples of 8.
+    np.testing.assert_array_equal(
+        plan.groups.upto, np.cumsum([-(-(s % 8 + n) // 16) if n else 0 for s, n in zip(start, size, strict=True)])
+    )
+
+
+@pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)")
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_the_hopper_kernels_in_the_simulator(tokens, monkeypatch):
+    monkeypatch.setattr(gpu_kernel, "num_multiprocessors", lambda: 2)
+    x, ids, weights, gate_up, down = make(3, tokens=tokens, embed=128, width=128, dtype=jnp.bfloat16)
+    stacks = [jnp.stack([jnp.full_like(a, jnp.nan), a]) for a in (gate_up, down)]
+    shared = (stacks[0][:, 0].reshape(2, 128, 2, 128), stacks[1][:, 0])
+    valid = jnp.arange(tokens) != 2
+    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+        got = expert_mlp(x, ids, weights, *stacks, layer=jnp.int32(1), valid=valid, shared=shared, backend="gpu")
+    want = expert_mlp(x, ids, weights, *stacks, layer=1, valid=valid, shared=shared, backend="dense")
+    error = jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(want.astype(jnp.float32))
+    assert float(error) < 8e-3
