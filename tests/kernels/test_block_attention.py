@@ -68,16 +68,22 @@ def test_other_shapes_and_bfloat16(interpret, kv, group, blocks):
     np.testing.assert_allclose(given, wanted, rtol=2e-2, atol=2e-2)
 
 
+def poisoned(arrays):
+    """``arrays`` with NaN in every page that no row has: where a table names none, the last is read, and another layer's all."""
+    unused = np.setdiff1d(np.arange(PAGES), np.asarray(arrays["page_table"]))
+    pools = {name: arrays[name].at[:, unused].set(jnp.nan).at[0].set(jnp.nan) for name in ("pool_k", "pool_v")}
+    return arrays | pools, PAGES - 1 in unused
+
+
 def test_what_lies_past_a_prefix_is_never_read_into_a_result(interpret):
     window, arrays, before = make(2)
-    options = arrays | {"layer": jnp.int32(1), "before": before}
-    clean = call(tpu.block_attention, *window, prefix_tokens=8, interpret=interpret, **options)
-    used = np.unique(np.asarray(arrays["page_table"]))
-    unused = np.setdiff1d(np.arange(PAGES), used)
-    assert len(unused) > 0
-    for name in ("pool_k", "pool_v"):
-        options[name] = options[name].at[:, unused].set(jnp.nan).at[0].set(jnp.nan)
-    np.testing.assert_array_equal(call(tpu.block_attention, *window, prefix_tokens=8, interpret=interpret, **options), clean)
+    arrays["page_table"] = jnp.where(arrays["page_table"] == PAGES - 1, 0, arrays["page_table"])
+    options = {"layer": jnp.int32(1), "before": before}
+    bad, last = poisoned(arrays)
+    assert last
+    for function, more in ((tpu.block_attention, {"prefix_tokens": 8, "interpret": interpret}), (reference.block_attention, {})):
+        clean = call(function, *window, **arrays, **options, **more)
+        np.testing.assert_array_equal(call(function, *window, **bad, **options, **more), clean)
 
 
 def test_written_blocks_and_no_others(interpret):
