@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
-from diffulex_jax.parallel.mesh import sharding
+from diffulex_jax.parallel.mesh import check_split, sharding
 
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "embedded"
@@ -67,10 +67,12 @@ def load(path: str | pathlib.Path, mesh: Mesh, *, dtype: Any = jnp.float32) -> t
     """Reads a model directory and places its parameters on ``mesh`` in ``dtype`` (the router bias stays float32).
 
     Raises:
-      ValueError: naming every weight that is missing, unexpected or misshapen.
+      ValueError: naming every weight that is missing, unexpected or misshapen, or one that the mesh's devices do not divide.
     """
     path = pathlib.Path(path)
     config = load_config(path)
+    for leaf, (shape, axes) in _leaves(config).items():
+        check_split(mesh, shape, axes, leaf[-1])
     where = _index(path)
     names = {leaf: dict(_weights(leaf, config)) for leaf in _leaves(config)}
     expected = {name for weights in names.values() for name in weights}

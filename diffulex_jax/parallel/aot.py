@@ -25,7 +25,7 @@ from diffulex_jax import decode
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.engine.device import empty, jit_denoise
 from diffulex_jax.models import llada2
-from diffulex_jax.parallel.mesh import make_mesh, sharding
+from diffulex_jax.parallel.mesh import check_split, make_mesh, sharding
 from diffulex_jax.parallel.programs import param_specs, pool_placement
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import STATE_AXES
@@ -128,6 +128,8 @@ def compile_denoise(
     tensor = math.gcd(config.num_key_value_heads, len(devices) // expert) if tensor is None else tensor
     data = max(1, len(devices) // (expert * tensor)) if data is None else data
     mesh = make_mesh(devices, data=data, expert=expert, tensor=tensor)
+    for path, (shape, axes) in jax.tree.leaves_with_path(llada2.schema(config), is_leaf=llada2.is_leaf):
+        check_split(mesh, shape, axes, path[-1].key)
     rule, slots, pages = resolve(strategy), data * slots_per_device, -(-context // block_size)
     dims = dims_for(rule, slots=slots, window=buffer_size, block=block_size, pages_per_slot=pages)
     program = decode.Program(config, dims, rule, pallas_kernels.choose(devices[0]))

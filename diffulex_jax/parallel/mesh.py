@@ -7,6 +7,7 @@ and exchanges what :func:`shared_by` says is shared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,6 +57,19 @@ def spec(*axes: str | None) -> PartitionSpec:
 def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
     """The placement on ``mesh`` of an array whose dimensions carry the logical names ``axes``."""
     return NamedSharding(mesh, spec(*axes))
+
+
+def check_split(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None], name: str) -> None:
+    """Checks that every device of ``mesh`` gets an equal part of an array.
+
+    Raises:
+      ValueError: naming the array ``name``, its axis and its size, and the devices that do not divide it.
+    """
+    for size, axis, names in zip(shape, axes, spec(*axes), strict=True):
+        names = (names,) if isinstance(names, str) else names or ()
+        devices = math.prod(mesh.shape[n] for n in names)
+        if size % devices:
+            raise ValueError(f"{name}: {axis}={size} cannot be split over {devices} devices (mesh axes {', '.join(names)})")
 
 
 def spread(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -45,6 +45,7 @@ def test_a_model_that_is_too_large_for_a_chip():
     [
         (["--topology", "v99:2x2"], "no TPU topology 'v99:2x2'"),
         (["--topology", "v5e:2x2", "--tensor", "8"], "1x1x8 mesh needs 8 devices; there are 4"),
+        (["--topology", "v5e:2x2", "--tensor", "3"], "mlp_down: mlp=5120 cannot be split over 3 devices (mesh axes expert, tensor)"),
         (["--topology", "v5e:2x2", "--shape", "huge"], "unknown shape 'huge'"),
     ],
 )
