@@ -6,6 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -88,12 +89,24 @@ def run(
             "kernel_times": [],
         }
         progress(_head(report))
-        for context in contexts:
-            for batch in batches:
-                for name, rule in rules.items():
-                    figures = measure(config, params, rule, chosen, context=context, batch=batch, bandwidth=bandwidth, repeats=repeats)
-                    report["steps"].append({"strategy": name, "batch": batch, "context": context} | figures)
-                    progress(_line(_STEP_COLUMNS, report["steps"][-1]))
+        cases = [(context, batch, name) for context in contexts for batch in batches for name in rules]
+        with ThreadPoolExecutor() as threads:  # everything is compiled before anything is timed
+            compiled, counters = {}, {}
+            for context, batch, name in cases:
+                program, arguments = _program(config, params, rules[name], chosen, context=context, batch=batch)
+                dispatch = jax.jit(exact(functools.partial(packed_denoise, program, STEPS), settings.jax_dtype), donate_argnums=(1, 2))
+                compiled[context, batch, name] = program, threads.submit(dispatch.lower(*arguments).compile)
+                if (context, batch) not in counters:
+                    forward, counts = traffic.touch_counter(program)
+                    lowered = jax.jit(forward).lower(*arguments[:3], arguments[3][:, :-1])
+                    counters[context, batch] = threads.submit(lowered.compile), counts
+        for context, batch, name in cases:
+            program, executable = compiled[context, batch, name]
+            counter, counts = counters[context, batch]
+            run_block = functools.partial(measure, program, params, executable.result(), counter.result(), counts)
+            figures = run_block(context=context, bandwidth=bandwidth, repeats=repeats)
+            report["steps"].append({"strategy": name, "batch": batch, "context": context} | figures)
+            progress(_line(_STEP_COLUMNS, report["steps"][-1]))
         progress(_title(_KERNEL_COLUMNS))
         for batch in batches:
             for figures in kernel_times.measure(config, params, chosen, batch=batch, context=contexts[0], block=BLOCK, bandwidth=bandwidth):
@@ -103,21 +116,36 @@ def run(
 
 
 def measure(
-    config: ModelConfig, params: llada2.Params, rule: Rule, kernels: Kernels, *, context: int, batch: int, bandwidth: float, repeats: int
+    program: decode.Program,
+    params: llada2.Params,
+    dispatch: Callable[..., Any],
+    forward: Callable[..., Any],
+    counts: list[int],
+    *,
+    context: int,
+    bandwidth: float,
+    repeats: int,
 ) -> dict[str, Any]:
     """Times whole blocks, one token of each row a step: dispatches of a few steps, the first of which also writes the block before.
 
     They are timed as the engine runs them, each with its report read before the next is launched, and once more queued all at once:
     what the former takes longer is the host's share.
 
+    Args:
+      program, params: what is run.
+      dispatch: the compiled ``packed_denoise``.
+      forward, counts: the compiled ``traffic.touch_counter`` of these shapes.
+      context, bandwidth, repeats: see :func:`run`.
+
     Returns:
       ``ms_median`` over blocks and ``ms_p90`` over dispatches, of a step; ``device_ms`` of a step with nobody waiting; ``host_share``
-      = 1 - device / median; ``experts_touched`` a layer; ``gigabytes`` that a step must read with so many; ``floor_ms``, those at
-      ``bandwidth`` bytes a second; ``floor_ratio`` = median / floor.
+      = 1 - device / median; ``experts_touched`` a layer, on average over the block's beginning and end; ``gigabytes`` that a step must
+      read with so many; ``floor_ms``, those at ``bandwidth`` bytes a second; ``floor_ratio`` = median / floor.
     """
-    program, pool, state, plan = _mid_request(config, params, rule, kernels, context=context, batch=batch)
-    dispatch = jax.jit(exact(functools.partial(packed_denoise, program, STEPS), params["embed"].dtype), donate_argnums=(1, 2))
-    touched = traffic.experts_touched(program, params, pool, state, plan[:, :-1])
+    pool, state, plan = _mid_request(program, params, context=context)
+    batch = program.dims.slots
+    counts.clear()
+    jax.block_until_ready(forward(params, pool, state, plan[:, :-1]))
 
     def block(pool: KVPool, state: DecodeState, *, read: bool) -> tuple[KVPool, DecodeState, list[float]]:
         times = [time.perf_counter()]
@@ -130,8 +158,9 @@ def measure(
         times[-1 if read else 1 :] = [time.perf_counter()]
         return pool, state, [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
 
-    pool, state, _ = block(pool, state, read=True)  # the first block, which also compiles
-    touched += traffic.experts_touched(program, params, pool, state, plan[:, :-1])
+    pool, state, _ = block(pool, state, read=True)  # the first block
+    jax.block_until_ready(forward(params, pool, state, plan[:, :-1]))
+    jax.effects_barrier()
     spent: dict[bool, list[list[float]]] = {True: [], False: []}
     for _ in range(repeats):
         for read, times in spent.items():
@@ -141,8 +170,8 @@ def measure(
             if int((own.nfe - state.nfe).min()) != BLOCK:
                 raise RuntimeError(f"a block of {BLOCK} tokens took {own.nfe - state.nfe} steps instead of one a token")
     median, device = (statistics.median(sum(each) / BLOCK for each in spent[read]) for read in (True, False))
-    mean = statistics.mean(touched)
-    gigabytes = traffic.step_bytes(config, params["embed"].dtype.itemsize, batch=batch, context=context + BLOCK, experts=mean) / 1e9
+    mean = statistics.mean(counts)
+    gigabytes = traffic.step_bytes(program.config, params["embed"].dtype.itemsize, batch=batch, context=context + BLOCK, experts=mean) / 1e9
     floor = 1e12 * gigabytes / bandwidth
     return {
         "ms_median": median,
@@ -156,22 +185,35 @@ def measure(
     }
 
 
-def _mid_request(
+def _program(
     config: ModelConfig, params: llada2.Params, rule: Rule, kernels: Kernels, *, context: int, batch: int
-) -> tuple[decode.Program, KVPool, DecodeState, np.ndarray]:
+) -> tuple[decode.Program, tuple[Any, ...]]:
+    """What is measured, and the shapes of its arguments."""
+    dims = dims_for(rule, slots=batch, window=1, block=BLOCK, pages_per_slot=context // BLOCK + 3)
+    program = decode.Program(config, dims, rule, kernels)
+    pool = jax.eval_shape(lambda: KVPool(*[jnp.zeros(_pool_shape(program), params["embed"].dtype)] * 2))
+    state = jax.eval_shape(lambda: request_state.empty_state(dims, rule, mask_id=config.mask_token_id))
+    plan = np.zeros((batch, dims.pages_per_slot + 1), np.int32)
+    return program, (params, pool, state, plan, np.int32(STEPS), np.bool_(False))
+
+
+def _pool_shape(program: decode.Program) -> tuple[int, ...]:
+    c, dims = program.config, program.dims
+    return c.num_hidden_layers, dims.slots * dims.pages_per_slot, dims.block, c.num_key_value_heads, c.head_dim
+
+
+def _mid_request(program: decode.Program, params: llada2.Params, *, context: int) -> tuple[KVPool, DecodeState, np.ndarray]:
     """Every row behind ``context`` cached positions, with nothing decoded; and what the host sends along with a dispatch."""
-    pages = context // BLOCK + 3
-    dims = dims_for(rule, slots=batch, window=1, block=BLOCK, pages_per_slot=pages)
-    shape = (config.num_hidden_layers, batch * pages, BLOCK, config.num_key_value_heads, config.head_dim)
-    pool = KVPool(*(jax.random.normal(jax.random.key(i), shape, params["embed"].dtype) for i in range(2)))
+    config, dims, rule = program.config, program.dims, program.rule
+    pool = KVPool(*(jax.random.normal(jax.random.key(i), _pool_shape(program), params["embed"].dtype) for i in range(2)))
     sampling = SamplingParams(max_tokens=3 * BLOCK, accept_threshold=2.0, ignore_eos=True)
     admit = jax.jit(functools.partial(request_state.admit, dims, rule, config.mask_token_id), donate_argnums=0)
     state = request_state.empty_state(dims, rule, mask_id=config.mask_token_id)
-    for slot in range(batch):
+    for slot in range(dims.slots):
         prompt = np.random.default_rng(slot).integers(0, config.eos_token_id, context).astype(np.int32)
         state = admit(state, np.int32(slot), request_state.make_request(dims, prompt=prompt, params=sampling, eos_ids=()))
-    own_pages = np.arange(batch * pages, dtype=np.int32).reshape(batch, pages)
-    return decode.Program(config, dims, rule, kernels), pool, state, np.append(own_pages, np.zeros((batch, 1), np.int32), 1)
+    own_pages = np.arange(dims.slots * dims.pages_per_slot, dtype=np.int32).reshape(dims.slots, -1)
+    return pool, state, np.append(own_pages, np.zeros((dims.slots, 1), np.int32), 1)
 
 
 _STEP_COLUMNS = {

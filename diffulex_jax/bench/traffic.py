@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from diffulex_jax import decode
 from diffulex_jax.config import ModelConfig
@@ -32,8 +32,13 @@ def copy_bandwidth(device: jax.Device) -> float:
     return 2 * x.nbytes / best
 
 
-def experts_touched(program: decode.Program, params: llada2.Params, pool: KVPool, state: DecodeState, page_table: np.ndarray) -> list[int]:
-    """How many experts of each mixture-of-experts layer the tokens of the window go to."""
+def touch_counter(program: decode.Program) -> tuple[Callable[..., jax.Array], list[int]]:
+    """A forward over the window that counts the experts its tokens go to.
+
+    Returns:
+      ``(forward(params, pool, state, page_table), counts)``; each run appends a number for each mixture-of-experts layer to ``counts``
+      by the time ``jax.effects_barrier`` returns.
+    """
     counts: list[int] = []
 
     def spy(x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, **rest: Any) -> jax.Array:
@@ -41,14 +46,13 @@ def experts_touched(program: decode.Program, params: llada2.Params, pool: KVPool
         jax.debug.callback(lambda count: counts.append(int(count)), touched)
         return grouped_matmul.expert_mlp(x, ids, weights, gate_up, down, **rest, backend=program.kernels.grouped_matmul)
 
-    @jax.jit
-    def forward(params: llada2.Params, pool: KVPool, state: DecodeState) -> jax.Array:
+    def forward(params: llada2.Params, pool: KVPool, state: DecodeState, page_table: jax.Array) -> jax.Array:
         slots = len(state.live)
         attend = functools.partial(
             block_attention.block_attention,
             pool_k=pool.k,
             pool_v=pool.v,
-            page_table=jnp.asarray(page_table),
+            page_table=page_table,
             prefix_len=state.written_upto,
             lanes=state.active,
             backend=program.kernels.block_attention,
@@ -60,11 +64,10 @@ def experts_touched(program: decode.Program, params: llada2.Params, pool: KVPool
             state.positions.reshape(slots, -1),
             lambda layer, q, k, v: (attend(q, k, v, layer=layer), ()),
             experts=spy,
+            streamed=program.kernels.grouped_matmul == "gpu",
         )[0]
 
-    jax.block_until_ready(forward(params, pool, state))
-    jax.effects_barrier()
-    return counts
+    return forward, counts
 
 
 def expert_bytes(config: ModelConfig, itemsize: int) -> int:

@@ -55,10 +55,13 @@ def route(x: jax.Array, router: jax.Array, bias: jax.Array, config: ModelConfig,
 
 
 def _rank(x: jax.Array) -> jax.Array:
-    """``[..., n]`` int32: how many come before each in a descending sort of the last axis; of equals the first comes first."""
+    """``[N, n]`` int32: how many come before each in a descending sort of its row; of equals the first comes first."""
     index = jnp.arange(x.shape[-1])
-    ahead = (x[..., None, :] > x[..., None]) | ((x[..., None, :] == x[..., None]) & (index < index[:, None]))
-    return jnp.sum(ahead, -1, dtype=jnp.int32)
+    larger, same = x[:, None] > x[..., None], (x[:, None] == x[..., None]) & (index < index[:, None])
+    # Two sums in one pass, for XLA's sake: it compiles a single one on a GPU as a tile of all n * n pairs, for minutes.
+    ones, none = (larger.astype(jnp.int32), same.astype(jnp.int32)), (jnp.int32(0), jnp.int32(0))
+    ahead, level = lax.reduce(ones, none, lambda a, b: (a[0] + b[0], a[1] + b[1]), (2,))
+    return ahead + level
 
 
 def _among_best(values: Sequence[jax.Array], count: int) -> list[jax.Array]:

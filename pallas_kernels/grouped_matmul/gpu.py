@@ -64,7 +64,7 @@ def hopper(
     rows = _rows_per_tile(mean)
     plan = _plan(expert_ids, valid, num_groups=num_groups, tile_rows=rows)
     index, extra = jnp.asarray(layer, jnp.int32), shared or (None, None)
-    hidden = matmul(x[plan.source], gate_up, extra[0], index, plan.groups, swiglu=True, tile=Tile(rows, 128))
+    hidden = matmul(x[_padded(plan.source)], gate_up, extra[0], index, plan.groups, swiglu=True, tile=Tile(rows, 128))
     out = matmul(hidden, down, extra[1], index, plan.groups, swiglu=False, tile=Tile(rows, 256))
     return combine(out, plan.place, weights, valid=valid).astype(x.dtype)
 
@@ -125,5 +125,10 @@ def from_stack(x: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
         return jnp.tensordot(x, stack[layer], axes)
     tile = min(128, max(8, 1 << (rows - 1).bit_length()))
     one = [jnp.array([n], jnp.int32) for n in (0, rows, -(-rows // tile))]
-    flat, weights = x.reshape(rows, depth), stack.reshape(len(stack), 1, depth, width)
-    return matmul(flat, weights, None, layer, Groups(*one), swiglu=False, tile=Tile(tile, 64 if rows <= 512 else 128)).reshape(shape)
+    flat, weights = _padded(x.reshape(rows, depth)), stack.reshape(len(stack), 1, depth, width)
+    return matmul(flat, weights, None, layer, Groups(*one), swiglu=False, tile=Tile(tile, 64 if rows <= 512 else 128))[:rows].reshape(shape)
+
+
+def _padded(rows: jax.Array) -> jax.Array:
+    """``rows`` and as many zeros as make them a multiple of 8: what the kernels' tiles are made of."""
+    return jnp.pad(rows, [(0, -len(rows) % 8)] + [(0, 0)] * (rows.ndim - 1)) if len(rows) % 8 else rows

@@ -78,7 +78,7 @@ def matmul(
     """Each group's rows times its weights, in bfloat16 with float32 sums.
 
     Args:
-      x: ``[M, K]``.
+      x: ``[M, K]``, M a multiple of 8.
       weights: ``[L, G, K, N]``.
       extra: ``[L, K, N]``, weights of one more group behind the G; or None.
       layer: int32 scalar, which of the L.
