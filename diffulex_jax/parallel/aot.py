@@ -52,7 +52,8 @@ class Compiled:
       slots, context: requests decoded together, and positions of each.
       seconds: of tracing and compiling.
       arguments, temporaries, code: bytes in HBM while the program runs.
-      pool, aliased: bytes of the KV pool, and of arguments that are updated in place; ``hbm``: what the device has.
+      pool, aliased: bytes of the KV pool, and of arguments that are updated in place.
+      hbm: what the device has. The compiler keeps up to 5 % of it back, and refuses a program that does not fit the rest.
       collectives: how often each kind stands in the program; a loop's body counts once.
       kernels: likewise the Pallas kernels and XLA's own, by name.
     """
@@ -151,7 +152,7 @@ def compile_denoise(
     with jax.set_mesh(mesh):
         jitted = jit_denoise(program, mesh, dtype=dtype, steps=steps_per_dispatch)
         compiled = jitted.lower(params, pool, state, plan, number, flag).compile()
-        hbm = pltpu.get_tpu_info().hbm_capacity_bytes
+        core = pltpu.get_tpu_info()
     seconds = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Compiled(
@@ -166,7 +167,7 @@ def compile_denoise(
         code=memory.generated_code_size_in_bytes,
         pool=sum(a.size * a.dtype.itemsize for a in (pool.k, pool.v)) // (data * tensor),
         aliased=memory.alias_size_in_bytes,
-        hbm=hbm,
+        hbm=core.hbm_capacity_bytes * core.num_cores,
         collectives=dict(collections.Counter(_COLLECTIVE.findall(text))),
         kernels=dict(collections.Counter(_KERNEL.findall(text))),
     )
