@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from pallas_kernels.grouped_matmul.cpu import streamed
 from pallas_kernels.grouped_matmul.reference import add_shared, dense
 from pallas_kernels.grouped_matmul.xla import ragged
-from pallas_kernels.target import Target, pick
+from pallas_kernels.target import Target, is_hopper, pick
 
 
 __all__ = ["Backend", "choose_backend", "dense", "expert_mlp", "linear"]
@@ -50,9 +50,7 @@ assert tuple(_BACKENDS) == get_args(Backend)
 
 def choose_backend(target: Target) -> Backend:
     """The backend used on ``target`` unless told otherwise."""
-    if target.platform == "gpu" and 9.0 <= target.capability < 10.0:  # Hopper: its tensor core instructions exist nowhere else
-        return "gpu"
-    return "cpu" if target.platform == "cpu" else "ragged"
+    return "cpu" if target.platform == "cpu" else "gpu" if is_hopper(target) else "ragged"
 
 
 def expert_mlp(
