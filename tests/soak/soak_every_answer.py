@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import dataclasses
+import pathlib
 
 import pytest
 import same_answer
