@@ -23,14 +23,13 @@ import typer
 
 from diffulex_jax.async_serving.async_engine import AsyncEngine
 from diffulex_jax.async_serving.settings import ServerSettings
-from diffulex_jax.bench import decode, machine, step
+from diffulex_jax.bench import aot, decode, machine, step
 from diffulex_jax.bench.load import Load
 from diffulex_jax.bench.load import text as load_text
 from diffulex_jax.bench.shapes import SHAPES
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.engine import Engine
 from diffulex_jax.engine.results import Output
-from diffulex_jax.parallel import aot
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.strategies import STRATEGIES
 

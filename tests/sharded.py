@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec
 import pallas_kernels
 from diffulex_jax import SamplingParams, decode, request_state
 from diffulex_jax.config import ModelConfig
+from diffulex_jax.engine import programs
 from diffulex_jax.models import llada2
-from diffulex_jax.parallel import programs
 from diffulex_jax.parallel.mesh import make_mesh, sharding
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import POOL_AXES, STATE_AXES, KVPool

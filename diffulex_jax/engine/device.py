@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffulex_jax import decode, request_state
+from diffulex_jax.engine import programs
 from diffulex_jax.engine.results import TraceStep
 from diffulex_jax.engine.scheduler import Tracked
 from diffulex_jax.models import llada2
-from diffulex_jax.parallel import programs
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import STATE_AXES, Canvas, DecodeState, KVPool, StepReport, Trace

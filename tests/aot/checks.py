@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from diffulex_jax.bench.aot import Compiled
 from diffulex_jax.bench.shapes import SHAPES
-from diffulex_jax.parallel.aot import Compiled
 
 
 MINI = SHAPES["llada2-mini"]

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffulex_jax.parallel import aot
+from diffulex_jax.bench import aot
 from diffulex_jax.parallel.mesh import make_mesh
 from pallas_kernels import block_attention, remask, token_merge
 from pallas_kernels.block_attention.tpu import POOL_ORDER

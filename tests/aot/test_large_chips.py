@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from checks import KERNELS, MINI, check
 
-from diffulex_jax.parallel import aot
+from diffulex_jax.bench import aot
 
 
 def test_fourth_generation():

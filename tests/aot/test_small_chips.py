@@ -9,8 +9,8 @@ import pytest
 from checks import GIB, KERNELS, MINI, check
 from typer.testing import CliRunner
 
+from diffulex_jax.bench import aot
 from diffulex_jax.cli import app
-from diffulex_jax.parallel import aot
 
 
 def test_four_chips_share_a_model_that_fits_none_of_them():

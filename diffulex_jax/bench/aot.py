@@ -24,9 +24,9 @@ import pallas_kernels
 from diffulex_jax import decode
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.engine.device import empty, jit_denoise
+from diffulex_jax.engine.programs import param_specs, pool_placement
 from diffulex_jax.models import llada2
 from diffulex_jax.parallel.mesh import check_split, make_mesh, sharding
-from diffulex_jax.parallel.programs import param_specs, pool_placement
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import STATE_AXES
 from diffulex_jax.strategies import resolve
