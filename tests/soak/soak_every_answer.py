@@ -16,7 +16,7 @@ from diffulex_jax.strategies import STRATEGIES
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 TRAINED = str(GOLDEN / "tiny-llada2-trained")
 REQUESTS = same_answer.requests(64, [0.0, 0.7], longest=96, most=48)
-SLOTS, LENGTH = 16, 160
+SLOTS, LENGTH, BLOCK = 16, 160, 8
 CASES = [(name, window) for name in STRATEGIES for window in ((1, 2) if name in ("llada2", "llada2_edit", "dmax") else (None,))]
 
 
@@ -25,7 +25,8 @@ def case(request):
     name, window = request.param
     # The special tokens of LLaDA2.2 are not in this vocabulary: two that the model likes stand in for them.
     strategy = {"delete_id": 7, "split_id": 300} if name == "llada2_levenshtein" else name
-    options = {"model": TRAINED, "strategy": strategy, "buffer_size": window, "max_slots": SLOTS, "max_model_len": LENGTH}
+    options = {"model": TRAINED, "strategy": strategy, "buffer_size": window, "block_size": BLOCK}
+    options |= {"max_slots": SLOTS, "max_model_len": LENGTH}
     engine = build(options)
     return options, engine, same_answer.alone(engine, REQUESTS)
 
@@ -44,7 +45,7 @@ def test_in_batches_with_random_arrivals(case, at_once):
 @pytest.mark.parametrize("cached", [True, False], ids=["prefix cache", "no prefix cache"])
 def test_with_a_pool_of_thirty_per_cent(case, cached):
     options, _, alone = case
-    pages = int(0.3 * SLOTS * LENGTH / 32)
+    pages = int(0.3 * SLOTS * LENGTH / BLOCK)
     engine = build(options, num_pages=pages, prefix_cache=cached)
     assert [o.token_ids for o in engine.generate(*zip(*REQUESTS, strict=True))] == alone
     assert engine.stats["preemptions"] > 0 and engine.stats["pages_held"] == 0
