@@ -13,14 +13,15 @@ import psutil
 from running import Server, frames, serving, still_alive
 
 
-FORM = {"prompt": "hello", "max_tokens": 120, "ignore_eos": True, "stream": True}
+# One token a step: long enough for all streams to have begun before the first ends.
+FORM = {"prompt": "hello", "max_tokens": 120, "ignore_eos": True, "stream": True, "accept_threshold": 1.0}
 
 
 def stream(url: str) -> str:
-    """How a stream ended: its finish reason, or the code of its error."""
+    """How a stream ended: its finish reason, or the code of its error; "refused" where it never began."""
     with httpx.Client(base_url=url, timeout=60) as client, client.stream("POST", "/generate", json=FORM) as response:
         if response.status_code != 200:
-            return str(response.status_code)
+            return "refused"
         last = frames(response)[-1][1]
     return str(last["error"]["code"]) if "error" in last else last["finish_reason"]
 
