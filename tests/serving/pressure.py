@@ -36,6 +36,7 @@ async def _press(url: str, requests: int, form: dict[str, Any]) -> list[tuple[in
     body = json.dumps(form).encode()
     head = f"POST /generate HTTP/1.1\r\nhost: {address.netloc}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     connections = [await asyncio.open_connection(address.hostname, address.port) for _ in range(requests)]
+    await asyncio.sleep(0.5)  # until the server has accepted them, too
 
     async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, float, bytes]:
         sent = time.perf_counter()
