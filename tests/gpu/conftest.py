@@ -11,10 +11,9 @@ import pytest
 from pallas_kernels.target import current_target, is_hopper
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def hopper():
-    if not is_hopper(current_target()):
-        pytest.skip("needs a Hopper GPU")
+    assert is_hopper(current_target()), "these tests need a Hopper GPU and JAX 0.11 or newer"
 
 
 @pytest.fixture
