@@ -18,10 +18,10 @@ FORM = {"prompt": "hello", "max_tokens": 120, "ignore_eos": True, "stream": True
 
 
 def stream(url: str) -> str:
-    """How a stream ended: its finish reason, or the code of its error; "refused" where it never began."""
+    """How a stream ended: its finish reason, or the code of its error, whether it had begun or not."""
     with httpx.Client(base_url=url, timeout=60) as client, client.stream("POST", "/generate", json=FORM) as response:
         if response.status_code != 200:
-            return "refused"
+            return str(response.status_code)
         last = frames(response)[-1][1]
     return str(last["error"]["code"]) if "error" in last else last["finish_reason"]
 
