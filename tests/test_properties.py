@@ -263,7 +263,10 @@ LAYERS, KV, GROUP, HEAD = 2, 2, 3, 4
 def attention_inputs(draw, block: int, pages_per_row: int, rows: int = 3, blocks: int = 3):
     rng = np.random.default_rng(draw(seeds))
     pages = rows * pages_per_row + 1
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
     # Pages in any order; past a row's prefix the table may hold anything, also "none".
     table = rng.permutation(rows * pages_per_row).reshape(rows, pages_per_row).astype(np.int32)
     prefix = np.array([draw(st.integers(0, pages_per_row)) for _ in range(rows)])

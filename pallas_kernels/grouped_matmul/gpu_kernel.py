@@ -98,7 +98,21 @@ def matmul(
     blocks = num_multiprocessors()
     search = [1 << bit for bit in reversed(range((num_groups - 1).bit_length()))]
 
-    def body(x_g, weights_g, extra_g, layer_g, start_g, size_g, upto_g, out_g, x_s, w_s, out_s, full, free):  # type: ignore[no-untyped-def]
+    def body(
+        x_g: Any,
+        weights_g: Any,
+        extra_g: Any,
+        layer_g: Any,
+        start_g: Any,
+        size_g: Any,
+        upto_g: Any,
+        out_g: Any,
+        x_s: Any,
+        w_s: Any,
+        out_s: Any,
+        full: Any,
+        free: Any,
+    ) -> None:
         worker, block, layer = lax.axis_index("worker"), lax.axis_index("block"), layer_g[0]
         tiles = lax.div(upto_g[num_groups - 1] * across - block + blocks - 1, blocks)
 
