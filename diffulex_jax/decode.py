@@ -144,9 +144,9 @@ def prefill(
     lanes = start + jnp.arange(blocks) * block < length if full else written
     attention = _attention(program, pool, page_table[None])
 
-    def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        out = attention(q, k, v, layer=layer, prefix_len=start[None], lanes=lanes[None], visible=visible)
-        return out, tuple(a[0].reshape(blocks, block, *a.shape[2:]) for a in (k, v))
+    def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
+        out = attention(heads, layer=layer, prefix_len=start[None], lanes=lanes[None], visible=visible)
+        return out, tuple(a[0].reshape(blocks, block, *a.shape[2:]) for a in block_attention.split_heads(heads)[1:])
 
     x = llada2.embed(params, tokens.reshape(1, -1))
     _, (k, v) = _hidden(program, params)(x, positions[None], attend, valid=jnp.repeat(lanes, block)[None])
@@ -241,9 +241,10 @@ def predict(
     attention = _attention(program, pool, page_table)
 
     def with_pending(pool: KVPool) -> tuple[jax.Array, KVPool]:
-        def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, before: Any = None) -> tuple[jax.Array, Any]:
-            lanes, before = (live[:, None], None) if before is None else (active, (*before, live))
-            return attention(q, k, v, layer=layer, prefix_len=state.written_upto, lanes=lanes, before=before), (k, v)
+        def attend(layer: jax.Array, heads: jax.Array, before: jax.Array | None = None) -> tuple[jax.Array, Any]:
+            lanes, earlier = (live[:, None], None) if before is None else (active, (before, live))
+            out = attention(heads, layer=layer, prefix_len=state.written_upto, lanes=lanes, before=earlier)
+            return out, block_attention.split_heads(heads)[1:]
 
         both = jnp.concatenate([embed(state.pending.tokens, state.pending.merge), x], 1)
         at = jnp.concatenate([positions[:, :1] - block + jnp.arange(block), positions], 1)
@@ -253,8 +254,8 @@ def predict(
         return h[:, block:], _write(program, pool, k, v, pages)
 
     def window_only(pool: KVPool) -> tuple[jax.Array, KVPool]:
-        def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            return attention(q, k, v, layer=layer, prefix_len=state.written_upto, lanes=active), ()
+        def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
+            return attention(heads, layer=layer, prefix_len=state.written_upto, lanes=active), ()
 
         return hidden(x, positions, attend, valid=valid)[0], pool
 

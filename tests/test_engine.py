@@ -15,6 +15,7 @@ from scripted import CONFIG
 from diffulex_jax import Engine, SamplingParams, stateless
 from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import make_mesh
+from pallas_kernels.block_attention import split_heads
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -257,7 +258,8 @@ def recompute():
     position = jnp.arange(LONGEST)
     sees = position[None] // BLOCK <= position[:, None] // BLOCK
 
-    def attend(layer, q, k, v):
+    def attend(layer, heads):
+        q, k, v = split_heads(heads)
         score = jnp.where(sees, jnp.einsum("rtkgh,rskh->rkgts", q, k) / config.head_dim**0.5, -jnp.inf)
         return jnp.einsum("rkgts,rskh->rtkgh", jax.nn.softmax(score, -1), v), None
 

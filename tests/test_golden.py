@@ -14,6 +14,7 @@ import pytest
 from diffulex_jax import SamplingParams
 from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import make_mesh
+from pallas_kernels.block_attention import split_heads
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -162,7 +163,8 @@ def test_logits(model, i):
     position = jnp.arange(len(ids))
     sees = position[None] // 32 <= position[:, None] // 32
 
-    def attend(layer, q, k, v):
+    def attend(layer, heads):
+        q, k, v = split_heads(heads)
         score = jnp.einsum("rtkgh,rskh->rkgts", q, k) / config.head_dim**0.5
         weight = jnp.where(sees, jnp.exp(score - score.max(-1, keepdims=True)), 0.0)
         return jnp.einsum("rkgts,rskh->rtkgh", weight / weight.sum(-1, keepdims=True), v), None

@@ -12,6 +12,7 @@ import pytest
 from diffulex_jax import Engine, SamplingParams
 from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import make_mesh
+from pallas_kernels.block_attention import split_heads
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -28,8 +29,9 @@ def prompt(n: int, seed: int = 0) -> list[int]:
 def attend_to(prefix, sees):
     """Dense attention over ``prefix`` (keys and values of each layer) and what ``sees`` ``[T, T]`` shows; gives keys and values."""
 
-    def attend(layer, q, k, v):
-        own = (k, v)
+    def attend(layer, heads):
+        q, *own = split_heads(heads)
+        k, v = own
         seen = sees
         if prefix is not None:
             k, v = (jnp.concatenate([p[layer], a], 1) for p, a in zip(prefix, own, strict=True))

@@ -273,25 +273,26 @@ def attention_inputs(draw, block: int, pages_per_row: int, rows: int = 3, blocks
     table = np.where(np.arange(pages_per_row) < prefix[:, None], table, rng.choice([0, pages, pages + 7], table.shape)).astype(np.int32)
     lanes = np.array([draw(st.lists(st.booleans(), min_size=blocks, max_size=blocks)) for _ in range(rows)])
     pool = [normal(LAYERS, pages, block, KV, HEAD) for _ in "kv"]
-    q, k, v = normal(rows, blocks * block, KV, GROUP, HEAD), normal(rows, blocks * block, KV, HEAD), normal(rows, blocks * block, KV, HEAD)
-    return q, k, v, *pool, draw(st.integers(0, LAYERS - 1)), table, (prefix * block).astype(np.int32), lanes
+    heads = normal(rows, blocks * block, KV, GROUP + 2, HEAD)
+    return heads, *pool, draw(st.integers(0, LAYERS - 1)), table, (prefix * block).astype(np.int32), lanes
 
 
 @functools.partial(jax.jit, static_argnames="leading")
-def jit_attention(q, k, v, pool_k, pool_v, layer, page_table, prefix_len, lanes, *, leading):
+def jit_attention(heads, pool_k, pool_v, layer, page_table, prefix_len, lanes, *, leading):
     """All W queries, or the first block and the rest apart, as a forward with a pending block does it."""
     attend = functools.partial(
         block_attention.block_attention, pool_k=pool_k, pool_v=pool_v, layer=layer, page_table=page_table, prefix_len=prefix_len
     )
     if not leading:
-        return attend(q, k, v, lanes=lanes)
-    first, rest = (tuple(a[:, part] for a in (q, k, v)) for part in (slice(leading), slice(leading, None)))
+        return attend(heads, lanes=lanes)
+    first, rest = heads[:, :leading], heads[:, leading:]
     pending, lanes = lanes[:, 0], lanes[:, 1:]
-    return jnp.concatenate([attend(*first, lanes=pending[:, None]), attend(*rest, lanes=lanes, before=(*first[1:], pending))], 1)
+    return jnp.concatenate([attend(first, lanes=pending[:, None]), attend(rest, lanes=lanes, before=(first, pending))], 1)
 
 
-def dense_attention(q, k, v, pool_k, pool_v, layer, table, prefix, lanes):
+def dense_attention(heads, pool_k, pool_v, layer, table, prefix, lanes):
     """One query at a time: the cached positions, then the window's live blocks up to its own."""
+    q, k, v = block_attention.split_heads(heads)
     block, out = pool_k.shape[2], np.zeros(q.shape)
     for r in range(len(q)):
         cached = [(table[r, p // block], p % block) for p in range(prefix[r])]
@@ -319,17 +320,16 @@ def test_block_attention(block, pages, data):
 @given(data=st.data())
 def test_block_attention_of_a_row_is_its_own_to_the_bit(data):
     """The other rows, and what stands in pages that are not the row's, change nothing."""
-    q, k, v, pool_k, pool_v, layer, table, prefix, lanes = data.draw(attention_inputs(4, 3))
-    before = np.asarray(jit_attention(q, k, v, pool_k, pool_v, layer, table, prefix, lanes, leading=4))[0]
-    q, k, v, pool_k, pool_v = (np.array(a) for a in (q, k, v, pool_k, pool_v))
-    for a in (q, k, v):
-        a[1:] += 1
+    heads, pool_k, pool_v, layer, table, prefix, lanes = data.draw(attention_inputs(4, 3))
+    before = np.asarray(jit_attention(heads, pool_k, pool_v, layer, table, prefix, lanes, leading=4))[0]
+    heads, pool_k, pool_v = (np.array(a) for a in (heads, pool_k, pool_v))
+    heads[1:] += 1
     mine = table[0, : prefix[0] // 4]
     others = np.setdiff1d(np.arange(pool_k.shape[1]), mine)
     pool_k[:, others], pool_v[:, others] = 7, -7
     prefix, lanes = np.array([prefix[0], 12, 0], np.int32), np.vstack([lanes[:1], [[True, True, False], [False, True, True]]])
     table = np.vstack([table[:1], others[[[0, 1, 2], [2, 1, 0]]]]).astype(np.int32)
-    after = np.asarray(jit_attention(q, k, v, pool_k, pool_v, layer, table, prefix, lanes, leading=4))[0]
+    after = np.asarray(jit_attention(heads, pool_k, pool_v, layer, table, prefix, lanes, leading=4))[0]
     live = np.repeat(lanes[0], 4)
     np.testing.assert_array_equal(before[live], after[live])
 

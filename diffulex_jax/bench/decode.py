@@ -214,8 +214,8 @@ def _model_loop(config: ModelConfig, params: llada2.Params, pool: KVPool, state:
         prefix_len=state.written_upto,
     )
 
-    def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        return attention(q, k, v, layer=layer, lanes=lanes), ()
+    def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
+        return attention(heads, layer=layer, lanes=lanes), ()
 
     def forward(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens, _ = carry

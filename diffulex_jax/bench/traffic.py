@@ -62,7 +62,7 @@ def touch_counter(program: decode.Program) -> tuple[Callable[..., jax.Array], li
             program.config,
             llada2.embed(params, state.tokens.reshape(slots, -1)),
             state.positions.reshape(slots, -1),
-            lambda layer, q, k, v: (attend(q, k, v, layer=layer), ()),
+            lambda layer, heads: (attend(heads, layer=layer), ()),
             experts=spy,
             streamed=program.kernels.grouped_matmul == "gpu",
         )[0]

@@ -25,9 +25,10 @@ from pallas_kernels import grouped_matmul
 
 Params = dict[str, Any]
 Attend = Callable[..., tuple[jax.Array, Any]]
-"""``attend(layer, q [R, T, KV, G, H], k [R, T, KV, H], v [R, T, KV, H]) -> (out [R, T, KV, G, H], aux)``: the attention
-policy of the caller. ``layer`` is the index over all layers; ``aux`` comes back stacked over layers. With leading tokens (see
-:func:`hidden`) it is called for them first, and then for the rest with ``before=(k, v)`` of theirs; the first call's aux counts."""
+"""``attend(layer, heads [R, T, KV, G + 2, H]) -> (out [R, T, KV, G, H], aux)``: the attention policy of the caller. ``heads`` are
+queries, key and value of each key/value head, packed as ``qkv`` has them; ``layer`` is the index over all layers; ``aux`` comes
+back stacked over layers. With leading tokens (see :func:`hidden`) it is called for them first, and then for the rest with
+``before=heads`` of theirs; the first call's aux counts."""
 Experts = Callable[..., jax.Array]
 """``experts(x [N, D], expert_ids [N, k], weights [N, k], gate_up [L, E, D, 2F], down [L, E, F, D], layer=i, valid=[N]) -> [N, D]``:
 layer i of the stacked experts. They get the whole stack, because slicing a layer of it out would copy what only a part of is read."""
@@ -159,9 +160,9 @@ def hidden(
     def attention(xs: Sequence[jax.Array], w: Params, times: Times, at: jax.Array) -> tuple[list[jax.Array], Any]:
         heads = [rotated_heads(times(rms_norm(x, w["attn_norm"], eps), "qkv"), w, config, t) for x, t in zip(xs, tables, strict=True)]
         if streamed:
-            heads = list(zip(*map(both, heads[0]), strict=True))
-        out, aux = attend(at, *heads[0])
-        outs = [out] if len(heads) == 1 else [out, attend(at, *heads[1], before=heads[0][1:])[0]]
+            heads = list(both(heads[0]))
+        out, aux = attend(at, heads[0])
+        outs = [out] if len(heads) == 1 else [out, attend(at, heads[1], before=heads[0])[0]]
         if streamed:
             outs = [join(outs)]
         return [x + add_up(times(o, "out"), "kv_heads") for x, o in zip(xs, outs, strict=True)], aux
@@ -208,10 +209,8 @@ def hidden(
     return join([rms_norm(x, params["norm"], eps) for x in xs]), aux
 
 
-def rotated_heads(
-    qkv: jax.Array, w: Params, config: ModelConfig, table: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries ``[R, T, KV, G, H]``, keys and values ``[R, T, KV, H]`` of ``[R, T, KV, G + 2, H]``; per-head RMSNorm comes before RoPE.
+def rotated_heads(qkv: jax.Array, w: Params, config: ModelConfig, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Queries and keys of ``qkv [R, T, KV, G + 2, H]`` normalised and rotated, packed as before; per-head RMSNorm comes before RoPE.
 
     All heads go through both together, which makes two kernels of it on a GPU; the values then are taken as they came.
     """
@@ -219,8 +218,7 @@ def rotated_heads(
     value = (jnp.arange(group + 2) == group + 1)[:, None]
     scale = jnp.concatenate([jnp.broadcast_to(w["q_norm"], (group, config.head_dim)), jnp.stack([w["k_norm"]] * 2)])
     normed = rms_norm(qkv, scale, config.rms_norm_eps)
-    heads = jnp.where(value, qkv, rope(normed, *(t[:, :, None, None] for t in table)))
-    return heads[..., :group, :], heads[..., group, :], heads[..., group + 1, :]
+    return jnp.where(value, qkv, rope(normed, *(t[:, :, None, None] for t in table)))
 
 
 def gated(x: jax.Array, prefix: str, times: Times) -> jax.Array:

@@ -18,6 +18,7 @@ import optax
 
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
+from pallas_kernels.block_attention import split_heads
 
 
 BLOCK = 32
@@ -57,9 +58,9 @@ def predict(params: llada2.Params, config: ModelConfig, noisy: jax.Array, clean:
     rows, length = noisy.shape
     mask = attention_mask(length)
 
-    def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[()]]:
+    def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, tuple[()]]:
         del layer
-        return attention(q, k, v, mask), ()
+        return attention(*split_heads(heads), mask), ()
 
     # A one-hot product, not a gather: the gradient of a gather is a scatter in which most tokens (masks, end of sequence)
     # fight over the same two rows.

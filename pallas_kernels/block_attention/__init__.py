@@ -7,10 +7,11 @@ from typing import Any, Literal
 import jax
 
 from pallas_kernels.block_attention import gpu, reference, tpu
+from pallas_kernels.block_attention.reference import split_heads
 from pallas_kernels.target import Target, is_hopper, pick
 
 
-__all__ = ["Backend", "block_attention", "choose_backend", "write_blocks"]
+__all__ = ["Backend", "block_attention", "choose_backend", "split_heads", "write_blocks"]
 
 Backend = Literal["reference", "gpu", "tpu"]
 
@@ -24,9 +25,7 @@ def choose_backend(target: Target) -> Backend:
 
 
 def block_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    heads: jax.Array,
     *,
     pool_k: jax.Array,
     pool_v: jax.Array,
@@ -34,27 +33,26 @@ def block_attention(
     page_table: jax.Array,
     prefix_len: jax.Array,
     lanes: jax.Array,
-    before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    before: tuple[jax.Array, jax.Array] | None = None,
     visible: jax.Array | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Block-causal attention: queries see the cached prefix, the live blocks before theirs, and their own block.
 
     Args:
-      q: ``[R, W, KV, G, H]`` queries of W = lanes x B window positions.
-      k, v: ``[R, W, KV, H]`` the window's own keys and values.
+      heads: ``[R, W, KV, G + 2, H]`` of W = lanes x B window positions: for each key/value head its G query heads, its key, its value.
       pool_k, pool_v: ``[L, N, B, KV, H]`` the paged pool; a page holds one block.
       layer: int32 scalar, which layer of the pool.
       page_table: ``[R, P]`` int32, the pages of a row's positions; entries at or past N are not read into any result.
       prefix_len: ``[R]`` int32, how many positions from 0 on are cached, a multiple of B.
       lanes: ``[R, W / B]`` bool, blocks of the window that exist; no other block sees a lane that does not.
-      before: ``(k [R, C, KV, H], v [R, C, KV, H], live [R] bool)``: positions between prefix and window whose KV is not in the
-        pool yet; seen by all queries of rows where ``live``.
+      before: ``(heads [R, C, KV, G + 2, H], live [R] bool)``: positions between prefix and window whose KV is not in the pool yet;
+        seen by all queries of rows where ``live``. Their queries are not read.
       visible: ``[R, W]`` bool; where given, all queries see just these positions of the window, whatever their blocks. Plain XLA.
       backend: see :data:`Backend`; None chooses by the current mesh.
 
     Returns:
-      ``[R, W, KV, G, H]`` in q's dtype; rows of lanes that do not exist mean nothing.
+      ``[R, W, KV, G, H]`` in the dtype of ``heads``; rows of lanes that do not exist mean nothing.
 
     Raises:
       ValueError: for an unknown backend.
@@ -62,8 +60,8 @@ def block_attention(
     options: dict[str, Any] = {"pool_k": pool_k, "pool_v": pool_v, "layer": layer, "page_table": page_table}
     options |= {"prefix_len": prefix_len, "lanes": lanes, "before": before}
     if visible is not None:
-        return reference.block_attention(q, k, v, visible=visible, **options)
-    return pick("block_attention", backend, choose_backend, _ATTENTION)(q, k, v, **options)
+        return reference.block_attention(heads, visible=visible, **options)
+    return pick("block_attention", backend, choose_backend, _ATTENTION)(heads, **options)
 
 
 def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array, *, backend: str | None = None) -> jax.Array:

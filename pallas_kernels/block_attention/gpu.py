@@ -32,11 +32,11 @@ class Plan(NamedTuple):
     stages: int  # steps fetched ahead, a multiple of turns
 
 
-def plan_for(q: jax.Array, pool: jax.Array) -> Plan | None:
-    """A plan for queries ``[R, W, KV, G, H]`` and a pool ``[L, N, B, KV, H]``; None where no tile fits."""
-    rows, width, kv, group, head = q.shape
-    block = pool.shape[2]
-    if not q.dtype == pool.dtype == jnp.bfloat16 or block not in (8, 16, 32, 64) or head not in (64, 128) or group % (64 // block):
+def plan_for(heads: jax.Array, pool: jax.Array) -> Plan | None:
+    """A plan for heads ``[R, W, KV, G + 2, H]`` and a pool ``[L, N, B, KV, H]``; None where no tile fits."""
+    rows, width, kv, packed, head = heads.shape
+    group, block = packed - 2, pool.shape[2]
+    if not heads.dtype == pool.dtype == jnp.bfloat16 or block not in (8, 16, 32, 64) or head not in (64, 128) or group % (64 // block):
         return None
     # Keys are read once for 128 rows rather than twice for 64 where that leaves no multiprocessor idle.
     tiles = rows * width * kv * group // 64
@@ -58,13 +58,10 @@ def _product(a: Any, b: Any) -> jax.Array:
 
 
 def _body(
-    q: Any,
-    k: Any,
-    v: Any,
+    heads: Any,
     pool_k: Any,
     pool_v: Any,
-    before_k: Any,
-    before_v: Any,
+    before: Any,
     prefix_len: Any,
     before_live: Any,
     alive: Any,
@@ -91,13 +88,17 @@ def _body(
 
     head = q_smem.shape[-1]
     lanes = alive.shape[1]
-    group = q.shape[1] // (kv_heads * head)
+    group = heads.shape[1] // (kv_heads * head) - 2
     per_step = _STEP // block
     tiles = plan.heads * block // 64
     row, lane, head_block, wg = (lax.axis_index(a) for a in ("row", "lane", "heads", "wg"))
     kv = head_block // (group // plan.heads)
-    columns = pl.ds(kv * head, head)
+    first_query = head_block * plan.heads + 2 * kv  # in `heads` a key and a value follow the queries of each key/value head
+    packed_key = kv * (group + 2) + group
     queries = pl.ds((row * lanes + lane) * block, block)
+
+    def columns(at: jax.Array) -> Any:
+        return pl.ds(at * head, head)
 
     prefix = lax.div(prefix_len[row], jnp.int32(block))
     fixed = prefix + (before_live[row].astype(jnp.int32) * before_blocks if before_blocks else 0)
@@ -110,45 +111,38 @@ def _body(
     @pl.when(wg == tiles * plan.turns)
     def _fetch() -> None:
         for h in range(plan.heads):
-            at = pl.ds((head_block * plan.heads + h) * head, head)
-            plgpu.copy_gmem_to_smem(q.at[queries, at], q_smem.at[pl.ds(h * block, block)], q_full)
+            plgpu.copy_gmem_to_smem(heads.at[queries, columns(first_query + h)], q_smem.at[pl.ds(h * block, block)], q_full)
 
-        def look_up(step: jax.Array | int) -> tuple[jax.Array, ...]:
-            at = [jnp.minimum(step * per_step + j, table.shape[1] - 1) for j in range(per_step)]
-            return tuple(table[row, a] for a in at)
+        first_page = layer[0] * pool_pages
 
-        # Page numbers are read two steps before they are needed: their latency would be that of a step.
-        def fetch_step(step: jax.Array, ahead: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            numbers, ahead = ahead[:per_step], (*ahead[per_step:], *look_up(step + 2))
+        @pl.loop(0, steps)
+        def _(step: jax.Array) -> None:
             slot = slot_of(step)
 
             @pl.when(step >= plan.stages)
             def _() -> None:
                 plgpu.barrier_wait(empty.at[slot])
 
-            for j, number in enumerate(numbers):
+            for j in range(per_step):
                 page = jnp.minimum(step * per_step + j, pages - 1)
+                number = table[row, jnp.minimum(page, table.shape[1] - 1)]
                 to = pl.ds(j * block, block)
 
                 def fetch(keys: Any, values: Any, first: jax.Array, slot: jax.Array = slot, to: Any = to) -> None:
                     rows = pl.ds(first, block)
-                    plgpu.copy_gmem_to_smem(keys.at[rows, columns], k_smem.at[slot, to], k_full.at[slot])
-                    plgpu.copy_gmem_to_smem(values.at[rows, columns], v_smem.at[slot, to], v_full.at[slot])
+                    plgpu.copy_gmem_to_smem(keys[0].at[rows, columns(keys[1])], k_smem.at[slot, to], k_full.at[slot])
+                    plgpu.copy_gmem_to_smem(values[0].at[rows, columns(values[1])], v_smem.at[slot, to], v_full.at[slot])
 
                 def fetch_window(page: jax.Array = page, fetch: Any = fetch) -> None:
                     # A lane that does not exist may hold anything; the mask hides what stands in for it.
                     lane_at = jnp.where(alive[row, page - fixed], page - fixed, lane)
-                    fetch(k, v, (row * lanes + lane_at) * block)
+                    fetch((heads, packed_key), (heads, packed_key + 1), (row * lanes + lane_at) * block)
 
-                pl.when(page < prefix)(functools.partial(fetch, pool_k, pool_v, (first_page + number) * block))
+                pl.when(page < prefix)(functools.partial(fetch, (pool_k, kv), (pool_v, kv), (first_page + number) * block))
                 if before_blocks:
                     at = (row * before_blocks + page - prefix) * block
-                    pl.when((page >= prefix) & (page < fixed))(functools.partial(fetch, before_k, before_v, at))
+                    pl.when((page >= prefix) & (page < fixed))(functools.partial(fetch, (before, packed_key), (before, packed_key + 1), at))
                 pl.when(page >= fixed)(fetch_window)
-            return ahead
-
-        first_page = layer[0] * pool_pages
-        lax.fori_loop(0, steps, fetch_step, (*look_up(0), *look_up(1)))
 
         @pl.loop(jnp.maximum(steps - plan.stages, 0), steps)
         def _(step: jax.Array) -> None:
@@ -231,9 +225,7 @@ def _body(
 
 
 def block_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    heads: jax.Array,
     *,
     pool_k: jax.Array,
     pool_v: jax.Array,
@@ -241,28 +233,29 @@ def block_attention(
     page_table: jax.Array,
     prefix_len: jax.Array,
     lanes: jax.Array,
-    before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    before: tuple[jax.Array, jax.Array] | None = None,
     plan: Plan | None = None,
     **debug: Any,
 ) -> jax.Array:
     """See the package's ``block_attention``. Rows of lanes that do not exist are zero; shapes that no tile fits take the reference."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    rows, width, kv, group, head = q.shape
+    rows, width, kv, packed, head = heads.shape
     count, pages, block = lanes.shape[1], *pool_k.shape[1:3]
-    plan = plan or plan_for(q, pool_k)
+    plan = plan or plan_for(heads, pool_k)
     if plan is None:
         options: dict[str, Any] = {"pool_k": pool_k, "pool_v": pool_v, "layer": layer, "page_table": page_table}
-        return reference.block_attention(q, k, v, prefix_len=prefix_len, lanes=lanes, before=before, **options)
-    *earlier, live = (k, v, prefix_len) if before is None else before  # without a block before, these three are not read
+        return reference.block_attention(heads, prefix_len=prefix_len, lanes=lanes, before=before, **options)
+    earlier, live = (heads, prefix_len) if before is None else before  # without a block before, neither is read
+    group = packed - 2
 
     tile = plan.heads * block
     tiles = tile // 64
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    stored = plgpu.SMEM((plan.stages, _STEP, head), q.dtype, transforms=swizzled)
+    stored = plgpu.SMEM((plan.stages, _STEP, head), heads.dtype, transforms=swizzled)
     fetched = plgpu.Barrier(num_arrivals=_STEP // block, num_barriers=plan.stages)
     scratch: list[Any] = [
-        plgpu.SMEM((tile, head), q.dtype, transforms=swizzled),
+        plgpu.SMEM((tile, head), heads.dtype, transforms=swizzled),
         stored,
         stored,
         plgpu.Barrier(num_arrivals=plan.heads),
@@ -282,14 +275,14 @@ def block_attention(
         _body,
         plan=plan,
         block=block,
-        before_blocks=0 if before is None else earlier[0].shape[1] // block,
+        before_blocks=0 if before is None else earlier.shape[1] // block,
         kv_heads=kv,
         pool_pages=pages,
         scale=head**-0.5 * math.log2(math.e),
     )
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows * width, kv * group * head), q.dtype),
+        out_type=jax.ShapeDtypeStruct((rows * width, kv * group * head), heads.dtype),
         scratch_types=scratch,
         grid=(kv * group // plan.heads, count, rows),
         grid_names=("heads", "lane", "row"),
@@ -299,5 +292,6 @@ def block_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **debug,
     )
-    flat = [a.reshape(-1, kv * a.shape[-1]) for a in (k, v, pool_k, pool_v, *earlier)]
-    return kernel(q.reshape(rows * width, -1), *flat, prefix_len, live, lanes, page_table, layer.reshape(1)).reshape(q.shape)
+    flat = [a.reshape(-1, math.prod(a.shape[start:])) for a, start in ((heads, 2), (pool_k, 3), (pool_v, 3), (earlier, 2))]
+    out = kernel(*flat, prefix_len, live, lanes, page_table, layer.reshape(1))
+    return out.reshape(rows, width, kv, group, head)

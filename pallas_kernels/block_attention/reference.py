@@ -11,10 +11,13 @@ _PREFIX_TOKENS = 256  # prefix positions attended to at a time; bounds the gathe
 _NEVER = -1e30  # a finite mask value keeps fully masked chunks free of NaN
 
 
+def split_heads(heads: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries ``[..., KV, G, H]``, keys and values ``[..., KV, H]`` of ``[..., KV, G + 2, H]``."""
+    return heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
+
+
 def block_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    heads: jax.Array,
     *,
     pool_k: jax.Array,
     pool_v: jax.Array,
@@ -22,7 +25,7 @@ def block_attention(
     page_table: jax.Array,
     prefix_len: jax.Array,
     lanes: jax.Array,
-    before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    before: tuple[jax.Array, jax.Array] | None = None,
     visible: jax.Array | None = None,
 ) -> jax.Array:
     """See the package's ``block_attention``.
@@ -31,6 +34,7 @@ def block_attention(
     longest prefix in the batch. A part that a row does not see changes nothing of that row, to the bit, so a row depends
     neither on the others nor on whether a block before it was passed.
     """
+    q, k, v = split_heads(heads)
     rows, width, _, _, head = q.shape
     pages, block = pool_k.shape[1:3]
     q32 = q.astype(jnp.float32) * head**-0.5
@@ -57,7 +61,8 @@ def block_attention(
     carry = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, head)))
     carry = attend(carry, k, v, seen[:, None, None])
     if before is not None:
-        carry = attend(carry, before[0], before[1], before[2][:, None, None, None, None])
+        earlier, live = before
+        carry = attend(carry, *split_heads(earlier)[1:], live[:, None, None, None, None])
 
     chunk = max(1, min(_PREFIX_TOKENS // block, page_table.shape[1]))
     chunks = -(-page_table.shape[1] // chunk)

@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.block_attention.reference import split_heads
+
 
 POOL_ORDER = (0, 1, 3, 2, 4)
 """Dimensions of a pool ``[L, N, B, KV, H]`` from major to minor, as the kernels read it."""
@@ -24,9 +26,7 @@ _NEVER = -1e30  # finite: a row that has seen nothing yet stays free of NaN
 
 
 def block_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    heads: jax.Array,
     *,
     pool_k: jax.Array,
     pool_v: jax.Array,
@@ -34,11 +34,12 @@ def block_attention(
     page_table: jax.Array,
     prefix_len: jax.Array,
     lanes: jax.Array,
-    before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    before: tuple[jax.Array, jax.Array] | None = None,
     prefix_tokens: int = _PREFIX_TOKENS,
     interpret: Any = False,
 ) -> jax.Array:
     """See the package's ``block_attention``. Lanes that do not exist are skipped and give zeros."""
+    q, k, v = split_heads(heads)
     rows, width, kv, group, head = q.shape
     pages, block = pool_k.shape[1:3]
     count = width // block
@@ -48,8 +49,8 @@ def block_attention(
     # A lane's queries of one key/value head stand together: [R, KV, lane, G B, H].
     queries = jnp.einsum("rltkgh->rklgth", q.reshape(rows, count, block, kv, group, head)).reshape(rows, kv, count, -1, head)
     own = [jnp.swapaxes(a, 1, 2) for a in (k, v)]
-    earlier = [] if before is None else [jnp.swapaxes(a, 1, 2) for a in before[:2]]
-    flags = jnp.concatenate([lanes, jnp.zeros((rows, 1), bool) if before is None else before[2][:, None]], 1).astype(jnp.int32)
+    earlier = [] if before is None else [jnp.swapaxes(a, 1, 2) for a in split_heads(before[0])[1:]]
+    flags = jnp.concatenate([lanes, jnp.zeros((rows, 1), bool) if before is None else before[1][:, None]], 1).astype(jnp.int32)
     key_lane = jnp.arange(width, dtype=jnp.int32) // block
     keys = jnp.stack([jnp.broadcast_to(key_lane, (rows, width)), lanes[:, key_lane].astype(jnp.int32)], 1)
 

@@ -63,15 +63,14 @@ def test_decision(topology):
     assert kernels(compiled) == 1
 
 
-def attend(pool_k, pool_v, q, k, v, layer, table, length, lanes):
+def attend(pool_k, pool_v, heads, layer, table, length, lanes):
     options = {"page_table": table, "prefix_len": length, "lanes": lanes}
-    return block_attention.block_attention(q, k, v, pool_k=pool_k, pool_v=pool_v, layer=layer, **options)
+    return block_attention.block_attention(heads, pool_k=pool_k, pool_v=pool_v, layer=layer, **options)
 
 
 @pytest.mark.parametrize("topology", GENERATIONS)
 def test_attention_reads_the_pool_where_it_lies(topology):
-    window = ((5, 96, 4, 4, 128), jnp.bfloat16), *[((5, 96, 4, 128), jnp.bfloat16)] * 2
-    args = (POOL, jnp.bfloat16), (POOL, jnp.bfloat16), *window, ((), jnp.int32)
+    args = (POOL, jnp.bfloat16), (POOL, jnp.bfloat16), ((5, 96, 4, 6, 128), jnp.bfloat16), ((), jnp.int32)
     args += ((5, 63), jnp.int32), ((5,), jnp.int32), ((5, 3), jnp.bool_)
     compiled = compile_for(topology, attend, *args, pools=2)
     assert kernels(compiled) == 1

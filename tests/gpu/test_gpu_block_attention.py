@@ -27,15 +27,15 @@ def make(rng, prefix, lanes, *, before=None, block=32, kv=4, group=4, head=128, 
     def normal(*shape):
         return rng.standard_normal(shape, np.float32)
 
-    q, k, v = normal(rows, width, kv, group, head), normal(rows, width, kv, head), normal(rows, width, kv, head)
+    heads = normal(rows, width, kv, group + 2, head)
     pools = [normal(LAYERS, pages, block, kv, head) for _ in "kv"]
-    earlier = None if before is None else [normal(rows, block, kv, head) for _ in "kv"]
+    earlier = None if before is None else normal(rows, block, kv, group + 2, head)
 
-    def arguments(k, v, pools, earlier):
-        floats = [jnp.asarray(a, dtype) for a in (q, k, v, *pools)]
-        named = dict(zip(("q", "k", "v", "pool_k", "pool_v"), floats, strict=True))
+    def arguments(heads, pools, earlier):
+        floats = [jnp.asarray(a, dtype) for a in (heads, *pools)]
+        named = dict(zip(("heads", "pool_k", "pool_v"), floats, strict=True))
         ints = {"layer": jnp.int32(1), "page_table": jnp.asarray(table, jnp.int32), "prefix_len": jnp.asarray(prefix, jnp.int32) * block}
-        old = None if earlier is None else (*(jnp.asarray(a, dtype) for a in earlier), jnp.asarray(before, bool))
+        old = None if earlier is None else (jnp.asarray(earlier, dtype), jnp.asarray(before, bool))
         return named | ints | {"lanes": jnp.asarray(lanes), "before": old}
 
     def poisoned(a, where):
@@ -43,15 +43,17 @@ def make(rng, prefix, lanes, *, before=None, block=32, kv=4, group=4, head=128, 
 
     dead = ~np.repeat(lanes, block, 1)
     unseen = np.isin(np.arange(pages), order[sum(prefix) :]) | (np.arange(LAYERS) != 1)[:, None]
-    old = None if earlier is None else [poisoned(a, ~np.asarray(before, bool)) for a in earlier]
-    bad = arguments(poisoned(k, dead), poisoned(v, dead), [poisoned(p, unseen) for p in pools], old)
-    return arguments(k, v, pools, earlier), bad
+    old = None
+    if earlier is not None:
+        old = poisoned(earlier, ~np.asarray(before, bool))
+        old[..., :group, :] = np.nan
+    bad = arguments(poisoned(heads, dead), [poisoned(p, unseen) for p in pools], old)
+    return arguments(heads, pools, earlier), bad
 
 
 @functools.partial(jax.jit, static_argnames=("backend",))
 def attend(options, backend):
-    options = dict(options)
-    return block_attention.block_attention(*[options.pop(n) for n in "qkv"], **options, backend=backend)
+    return block_attention.block_attention(**options, backend=backend)
 
 
 CASES = {
@@ -99,18 +101,18 @@ def test_float32_is_the_reference(rng):
 def test_a_scan_over_layers_reads_each_layer_and_blocks_are_written_in_place(rng):
     clean, _ = make(rng, [4, 2], [[1], [1]])
     pages = jnp.asarray([clean["pool_k"].shape[1] - 1, 10**6])
+    keys = block_attention.split_heads(clean["heads"])[1]
 
     @functools.partial(jax.jit, static_argnames=("backend",), donate_argnames=("pool_k", "pool_v"))
     def layers(pool_k, pool_v, options, backend):
-        options = {n: a for n, a in options.items() if n not in ("pool_k", "pool_v", "layer", "q")}
-        k, v = options.pop("k"), options.pop("v")
+        options = {n: a for n, a in options.items() if n not in ("pool_k", "pool_v", "layer", "heads")}
 
-        def layer(q, i):
-            out = block_attention.block_attention(q, k, v, pool_k=pool_k, pool_v=pool_v, layer=i, **options, backend=backend)
-            return out, out
+        def layer(heads, i):
+            out = block_attention.block_attention(heads, pool_k=pool_k, pool_v=pool_v, layer=i, **options, backend=backend)
+            return heads.at[..., :-2, :].set(out), out
 
-        out = jax.lax.scan(layer, clean["q"], jnp.arange(LAYERS))[1]
-        fresh = jnp.broadcast_to(k, (LAYERS, *k.shape))
+        out = jax.lax.scan(layer, clean["heads"], jnp.arange(LAYERS))[1]
+        fresh = jnp.broadcast_to(keys, (LAYERS, *keys.shape))
         return out, block_attention.write_blocks(pool_k, fresh, pages, backend=backend), pool_v
 
     pools = [clean[n] for n in ("pool_k", "pool_v")]
@@ -119,5 +121,5 @@ def test_a_scan_over_layers_reads_each_layer_and_blocks_are_written_in_place(rng
     before = pools[0]
     (got, pool, _), (want, _, _) = (layers(*(p + 0 for p in pools), clean, b) for b in ("gpu", "reference"))
     np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=0.03)
-    np.testing.assert_array_equal(pool[:, -1], jnp.broadcast_to(clean["k"][0], pool[:, -1].shape))
+    np.testing.assert_array_equal(pool[:, -1], jnp.broadcast_to(keys[0], pool[:, -1].shape))
     np.testing.assert_array_equal(pool[:, :-1], before[:, :-1])

@@ -12,6 +12,7 @@ from diffulex_jax.bench.shapes import random_params
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
 from pallas_kernels import grouped_matmul
+from pallas_kernels.block_attention import split_heads
 
 
 CONFIG = ModelConfig(
@@ -32,9 +33,10 @@ CONFIG = ModelConfig(
 )
 
 
-def attend(layer, q, k, v, before=None):
+def attend(layer, heads, before=None):
     """All positions see all others, and those before them."""
-    keys, values = (k, v) if before is None else (jnp.concatenate([a, b], 1) for a, b in zip(before, (k, v), strict=True))
+    q, k, v = split_heads(heads)
+    _, keys, values = split_heads(heads if before is None else jnp.concatenate([before, heads], 1))
     score = jnp.einsum("rtkgh,rskh->rkgts", q.astype(jnp.float32), keys.astype(jnp.float32)) / 8
     out = jnp.einsum("rkgts,rskh->rtkgh", jax.nn.softmax(score, -1), values.astype(jnp.float32))
     return out.astype(q.dtype), (k, v)

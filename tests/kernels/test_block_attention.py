@@ -33,9 +33,9 @@ def make(seed=0, *, kv=2, group=3, blocks=3, dtype=jnp.float32):
         "prefix_len": jnp.asarray(PREFIX, jnp.int32),
         "lanes": jnp.asarray(LANES[:, :blocks]),
     }
-    window = normal(rows, width, kv, group, HEAD), normal(rows, width, kv, HEAD), normal(rows, width, kv, HEAD)
-    before = normal(rows, BLOCK, kv, HEAD), normal(rows, BLOCK, kv, HEAD), jnp.array([True, False, True, True])
-    return window, arrays, before
+    heads = normal(rows, width, kv, group + 2, HEAD)
+    before = normal(rows, BLOCK, kv, group + 2, HEAD), jnp.array([True, False, True, True])
+    return heads, arrays, before
 
 
 @functools.partial(jax.jit, static_argnames=("function", "interpret", "prefix_tokens"))
@@ -49,10 +49,10 @@ def live(arrays):
 
 @pytest.mark.parametrize("prefix_tokens, with_before", [(8, True), (256, False)])
 def test_attention(interpret, prefix_tokens, with_before):
-    window, arrays, before = make()
+    heads, arrays, before = make()
     options = arrays | {"layer": jnp.int32(1), "before": before if with_before else None}
-    want = call(reference.block_attention, *window, **options)
-    got = call(tpu.block_attention, *window, prefix_tokens=prefix_tokens, interpret=interpret, **options)
+    want = call(reference.block_attention, heads, **options)
+    got = call(tpu.block_attention, heads, prefix_tokens=prefix_tokens, interpret=interpret, **options)
     assert got.dtype == want.dtype
     np.testing.assert_allclose(got[live(arrays)], want[live(arrays)], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(got[~live(arrays)], 0)
@@ -60,10 +60,10 @@ def test_attention(interpret, prefix_tokens, with_before):
 
 @pytest.mark.parametrize("kv, group, blocks", [(1, 4, 2)])
 def test_other_shapes_and_bfloat16(interpret, kv, group, blocks):
-    window, arrays, before = make(1, kv=kv, group=group, blocks=blocks, dtype=jnp.bfloat16)
+    heads, arrays, before = make(1, kv=kv, group=group, blocks=blocks, dtype=jnp.bfloat16)
     options = arrays | {"layer": jnp.int32(0), "before": before}
-    want = call(reference.block_attention, *window, **options)
-    got = call(tpu.block_attention, *window, prefix_tokens=12, interpret=interpret, **options)
+    want = call(reference.block_attention, heads, **options)
+    got = call(tpu.block_attention, heads, prefix_tokens=12, interpret=interpret, **options)
     wanted, given = (np.asarray(a, np.float32)[live(arrays)] for a in (want, got))
     np.testing.assert_allclose(given, wanted, rtol=2e-2, atol=2e-2)
 
@@ -76,14 +76,14 @@ def poisoned(arrays):
 
 
 def test_what_lies_past_a_prefix_is_never_read_into_a_result(interpret):
-    window, arrays, before = make(2)
+    heads, arrays, before = make(2)
     arrays["page_table"] = jnp.where(arrays["page_table"] == PAGES - 1, 0, arrays["page_table"])
     options = {"layer": jnp.int32(1), "before": before}
     bad, last = poisoned(arrays)
     assert last
     for function, more in ((tpu.block_attention, {"prefix_tokens": 8, "interpret": interpret}), (reference.block_attention, {})):
-        clean = call(function, *window, **arrays, **options, **more)
-        np.testing.assert_array_equal(call(function, *window, **bad, **options, **more), clean)
+        clean = call(function, heads, **arrays, **options, **more)
+        np.testing.assert_array_equal(call(function, heads, **bad, **options, **more), clean)
 
 
 def test_written_blocks_and_no_others(interpret):
