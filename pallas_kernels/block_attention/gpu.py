@@ -93,12 +93,14 @@ def _body(
     tiles = plan.heads * block // 64
     row, lane, head_block, wg = (lax.axis_index(a) for a in ("row", "lane", "heads", "wg"))
     kv = head_block // (group // plan.heads)
-    first_query = head_block * plan.heads + 2 * kv  # in `heads` a key and a value follow the queries of each key/value head
-    packed_key = kv * (group + 2) + group
     queries = pl.ds((row * lanes + lane) * block, block)
 
     def columns(at: jax.Array) -> Any:
         return pl.ds(at * head, head)
+
+    # In packed heads a key and a value follow the queries of each key/value head.
+    first_query, key = head_block * plan.heads + 2 * kv, kv * (group + 2) + group
+    in_pool, in_before, in_window = ((pool_k, kv), (pool_v, kv)), ((before, key), (before, key + 1)), ((heads, key), (heads, key + 1))
 
     prefix = lax.div(prefix_len[row], jnp.int32(block))
     fixed = prefix + (before_live[row].astype(jnp.int32) * before_blocks if before_blocks else 0)
@@ -118,30 +120,29 @@ def _body(
         @pl.loop(0, steps)
         def _(step: jax.Array) -> None:
             slot = slot_of(step)
+            numbers = [table[row, jnp.minimum(step * per_step + j, table.shape[1] - 1)] for j in range(per_step)]
 
             @pl.when(step >= plan.stages)
             def _() -> None:
                 plgpu.barrier_wait(empty.at[slot])
 
-            for j in range(per_step):
+            for j, number in enumerate(numbers):
                 page = jnp.minimum(step * per_step + j, pages - 1)
-                number = table[row, jnp.minimum(page, table.shape[1] - 1)]
                 to = pl.ds(j * block, block)
 
-                def fetch(keys: Any, values: Any, first: jax.Array, slot: jax.Array = slot, to: Any = to) -> None:
-                    rows = pl.ds(first, block)
-                    plgpu.copy_gmem_to_smem(keys[0].at[rows, columns(keys[1])], k_smem.at[slot, to], k_full.at[slot])
-                    plgpu.copy_gmem_to_smem(values[0].at[rows, columns(values[1])], v_smem.at[slot, to], v_full.at[slot])
+                def fetch(source: Any, first: jax.Array, slot: jax.Array = slot, to: Any = to) -> None:
+                    for (array, at), smem, full in zip(source, (k_smem, v_smem), (k_full, v_full), strict=True):
+                        plgpu.copy_gmem_to_smem(array.at[pl.ds(first, block), columns(at)], smem.at[slot, to], full.at[slot])
 
                 def fetch_window(page: jax.Array = page, fetch: Any = fetch) -> None:
                     # A lane that does not exist may hold anything; the mask hides what stands in for it.
                     lane_at = jnp.where(alive[row, page - fixed], page - fixed, lane)
-                    fetch((heads, packed_key), (heads, packed_key + 1), (row * lanes + lane_at) * block)
+                    fetch(in_window, (row * lanes + lane_at) * block)
 
-                pl.when(page < prefix)(functools.partial(fetch, (pool_k, kv), (pool_v, kv), (first_page + number) * block))
+                pl.when(page < prefix)(functools.partial(fetch, in_pool, (first_page + number) * block))
                 if before_blocks:
                     at = (row * before_blocks + page - prefix) * block
-                    pl.when((page >= prefix) & (page < fixed))(functools.partial(fetch, (before, packed_key), (before, packed_key + 1), at))
+                    pl.when((page >= prefix) & (page < fixed))(functools.partial(fetch, in_before, at))
                 pl.when(page >= fixed)(fetch_window)
 
         @pl.loop(jnp.maximum(steps - plan.stages, 0), steps)
@@ -241,13 +242,12 @@ def block_attention(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     rows, width, kv, packed, head = heads.shape
-    count, pages, block = lanes.shape[1], *pool_k.shape[1:3]
+    group, count, pages, block = packed - 2, lanes.shape[1], *pool_k.shape[1:3]
     plan = plan or plan_for(heads, pool_k)
     if plan is None:
         options: dict[str, Any] = {"pool_k": pool_k, "pool_v": pool_v, "layer": layer, "page_table": page_table}
         return reference.block_attention(heads, prefix_len=prefix_len, lanes=lanes, before=before, **options)
     earlier, live = (heads, prefix_len) if before is None else before  # without a block before, neither is read
-    group = packed - 2
 
     tile = plan.heads * block
     tiles = tile // 64
@@ -292,6 +292,6 @@ def block_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **debug,
     )
-    flat = [a.reshape(-1, math.prod(a.shape[start:])) for a, start in ((heads, 2), (pool_k, 3), (pool_v, 3), (earlier, 2))]
+    flat = [a.reshape(-1, math.prod(a.shape[-n:])) for a, n in ((heads, 3), (pool_k, 2), (pool_v, 2), (earlier, 3))]
     out = kernel(*flat, prefix_len, live, lanes, page_table, layer.reshape(1))
     return out.reshape(rows, width, kv, group, head)
