@@ -46,6 +46,7 @@ class Program(NamedTuple):
       config, dims, rule, kernels: the network, the state's sizes, what is made of a prediction, and by which backends.
       attention: what a prompt sees of itself while it is prefilled: its blocks before and its own (``"block_causal"``), or all of it
         (``"prefix_full"``, D2F). Generated blocks see the cached prefix and the window's blocks up to their own under both.
+      greedy: whoever launches this knows that no row samples. A GPU then has one question less to ask the host at every step.
     """
 
     config: ModelConfig
@@ -53,6 +54,7 @@ class Program(NamedTuple):
     rule: Rule
     kernels: Kernels
     attention: str = "block_causal"
+    greedy: bool = False
 
     @property
     def block_budget(self) -> int:
@@ -95,16 +97,28 @@ def denoise(
         going, halt = anywhere(jnp.stack([state.live.any(), starved | (stop_on_finish & finished)]))
         return (i < max_steps) & going & ~halt
 
-    def body(carry: Carry) -> Carry:
+    def body(carry: Carry, writes: bool | None = None) -> Carry:
         i, pool, state, trace = carry
         before = _advance(program, state)
-        pool, after = step(program, params, pool, before, page_table)
+        pool, after = step(program, params, pool, before, page_table, writes)
         trace = jax.tree.map(lambda buffer, row: buffer.at[i].set(row), trace, _seen(before, after))
         return i + 1, pool, after, trace
 
+    def alike(carry: Carry, writes: bool) -> Carry:
+        """Steps that write the KV of pending blocks, or those that do not, as long as they follow each other."""
+
+        def same(carry: Carry) -> jax.Array:
+            state = carry[2]
+            return go_on(carry) & (anywhere((state.live & (state.pending.live | state.ready)).any()) == writes)
+
+        return lax.while_loop(same, functools.partial(body, writes=writes), carry)
+
     rows = jax.eval_shape(_seen, state, state)
     trace = jax.tree.map(lambda row: jnp.zeros((steps, *row.shape), row.dtype), rows)
-    _, pool, state, trace = lax.while_loop(go_on, body, (jnp.int32(0), pool, state, trace))
+    # For every branch a GPU waits for the host. Steps in a loop of their kind ask it one thing each: whether to go on.
+    apart = program.kernels.grouped_matmul == "gpu"
+    run = (lambda carry: alike(alike(carry, True), False)) if apart else body
+    _, pool, state, trace = lax.while_loop(go_on, run, (jnp.int32(0), pool, state, trace))
     state = state.replace(sequence=_write_window(state))
     return pool, state, report(state, known, (steps + program.dims.window) * program.dims.block), trace
 
@@ -192,9 +206,11 @@ def report(state: DecodeState, known: jax.Array, count: int) -> StepReport:
     )
 
 
-def step(program: Program, params: llada2.Params, pool: KVPool, state: DecodeState, page_table: jax.Array) -> tuple[KVPool, DecodeState]:
-    """One forward, and what the rules and the finish test make of it. The window has not moved on yet."""
-    prediction, pool, state = predict(program, params, pool, state, page_table)
+def step(
+    program: Program, params: llada2.Params, pool: KVPool, state: DecodeState, page_table: jax.Array, writes: bool | None = None
+) -> tuple[KVPool, DecodeState]:
+    """One forward, and what the rules and the finish test make of it. The window has not moved on yet. ``writes``: see :func:`predict`."""
+    prediction, pool, state = predict(program, params, pool, state, page_table, writes)
     with jax.named_scope("rules"):
         before = state
         state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
@@ -208,12 +224,13 @@ def step(program: Program, params: llada2.Params, pool: KVPool, state: DecodeSta
 
 
 def predict(
-    program: Program, params: llada2.Params, pool: KVPool, state: DecodeState, page_table: jax.Array
+    program: Program, params: llada2.Params, pool: KVPool, state: DecodeState, page_table: jax.Array, writes: bool | None = None
 ) -> tuple[Prediction, KVPool, DecodeState]:
     """One forward over the window, which also writes the KV of the pending block where there is one.
 
     The forward is wider (pending block and window) only in steps where some row has a pending block. What it says about the
-    window does not depend on that, to the bit: see ``llada2.hidden`` and ``block_attention``.
+    window does not depend on that, to the bit: see ``llada2.hidden`` and ``block_attention``. ``writes`` says, where it is known
+    when the program is traced, whether some row has one.
     """
     config = program.config
     slots, window, block = state.tokens.shape
@@ -259,7 +276,10 @@ def predict(
 
         return hidden(x, positions, attend, valid=valid)[0], pool
 
-    h, pool = lax.cond(anywhere(live.any()), with_pending, window_only, pool)
+    if writes is None:
+        h, pool = lax.cond(anywhere(live.any()), with_pending, window_only, pool)
+    else:
+        h, pool = (with_pending if writes else window_only)(pool)
     state = state.replace(
         written_upto=jnp.where(live, state.start, state.written_upto),
         pending=state.pending.replace(live=jnp.zeros_like(live)),
@@ -277,9 +297,12 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
 
     # A draw belongs to a position, not to a step: while the distribution stays, so does the sample, and edit rules settle.
     # After a re-mask the request draws anew; the same noise would choose the doubted token again.
-    keys = jax.random.wrap_key_data(jnp.repeat(state.key, per_position, 0))
-    draws = jax.vmap(jax.random.fold_in)(keys, state.positions.reshape(-1))
-    draws = jax.vmap(jax.random.fold_in)(draws, rows(state.remasked))
+    def sampling() -> remask.Sampling:
+        keys = jax.random.wrap_key_data(jnp.repeat(state.key, per_position, 0))
+        draws = jax.vmap(jax.random.fold_in)(keys, state.positions.reshape(-1))
+        draws = jax.vmap(jax.random.fold_in)(draws, rows(state.remasked))
+        return remask.Sampling(draws, rows(jnp.where(state.live, s.temperature, 0)), rows(s.top_p), rows(s.top_k))
+
     early = (state.positions - state.prompt_len[:, None, None] < s.min_tokens[:, None, None]).reshape(-1)
     left = jnp.concatenate([jnp.full_like(state.tokens[..., :1], -1), state.tokens[..., :-1]], -1)
     best = remask.predict_from_hidden(
@@ -287,7 +310,7 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
         params["lm_head"],
         state.tokens.reshape(-1),
         forbidden_id=program.config.mask_token_id,
-        sampling=remask.Sampling(draws, rows(s.temperature), rows(s.top_p), rows(s.top_k)),
+        sampling=None if program.greedy else sampling(),
         penalized=left.reshape(-1),
         penalty=rows(s.penalty_lambda),
         banned=jnp.where(early[:, None], jnp.repeat(s.stop_ids, per_position, 0), -1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import jax
@@ -125,9 +126,7 @@ class Played:
     remasked_a_step: list[int]
 
 
-def predict(
-    program: decode.Program, scripts: dict, pool: KVPool, state: DecodeState, page_table: jax.Array
-) -> tuple[Prediction, KVPool, DecodeState]:
+def predict(program: decode.Program, scripts: dict, pool: KVPool, state: DecodeState, *_: Any) -> tuple[Prediction, KVPool, DecodeState]:
     """Stands in for ``decode.predict``; ``scripts`` holds ``[S, n, T]`` arrays."""
     slots, shape = jnp.arange(len(state.nfe)), state.tokens.shape
     forward = jnp.minimum(state.nfe, scripts["tokens"].shape[1] - 1)

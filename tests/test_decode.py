@@ -16,6 +16,7 @@ from diffulex_jax.models import llada2
 from diffulex_jax.request_state import admit, empty_state, make_request
 from diffulex_jax.state import DecodeState, KVPool
 from diffulex_jax.strategies import dmax
+from pallas_kernels import Kernels
 
 
 BLOCK, PAGES = 4, 3
@@ -156,3 +157,18 @@ def test_routing_weights_scale():
     np.testing.assert_allclose(route([HALF] * 4, [0.0] * 4, norm_topk_prob=False)[1], [0.5, 0.5])
     ids, weights = llada2.route(jnp.ones((1, 1)), jnp.zeros((1, 4)), jnp.zeros(4), dataclasses.replace(CONFIG, routed_scaling_factor=2.5))
     np.testing.assert_allclose(weights, [[1.25, 1.25]])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_steps_of_a_kind_in_loops_of_their_own_are_the_same_steps(temperature):
+    """How a GPU runs them; its kernels leave float32 to plain XLA. Blocks end at different steps, and in the middle of a dispatch."""
+    ends = []
+    for kernels, greedy in ((KERNELS, False), (Kernels("gpu", "gpu", "gpu", "gpu"), temperature == 0)):
+        program, pool, state = setup(REFERENCE, [1, 2, 3], max_tokens=9, accept_threshold=0.3, temperature=temperature, seed=3)
+        program = program._replace(kernels=kernels, greedy=greedy)
+        for _ in range(2):
+            pool, state, report, trace = denoise(program, PARAMS, pool, state, TABLE, KNOWN, max_steps=3, stop_on_finish=False)
+            ends.append((report, trace))
+    for (report, trace), (want_report, want_trace) in zip(ends[2:], ends[:2], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, report, want_report)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), trace, want_trace)

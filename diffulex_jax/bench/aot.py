@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import pallas_kernels
 from diffulex_jax import decode
 from diffulex_jax.config import ModelConfig
-from diffulex_jax.engine.device import empty, jit_denoise
+from diffulex_jax.engine.device import PLAN_COLUMNS, empty, jit_denoise
 from diffulex_jax.engine.programs import param_specs, pool_placement
 from diffulex_jax.models import llada2
 from diffulex_jax.parallel.mesh import check_split, make_mesh, sharding
@@ -145,13 +145,12 @@ def compile_denoise(
     where = (pool, pool_placement(mesh)), (state, sharding(mesh, STATE_AXES))
     pool, state = (placed(tree, jax.tree.map(lambda _, at=at: at, tree)) for tree, at in where)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    plan = jax.ShapeDtypeStruct((slots, pages + 1), jnp.int32, sharding=everywhere)
-    number, flag = (jax.ShapeDtypeStruct((), kind, sharding=everywhere) for kind in (jnp.int32, jnp.bool_))
+    plan = jax.ShapeDtypeStruct((slots, pages + PLAN_COLUMNS), jnp.int32, sharding=everywhere)
 
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         jitted = jit_denoise(program, mesh, dtype=dtype, steps=steps_per_dispatch)
-        compiled = jitted.lower(params, pool, state, plan, number, flag).compile()
+        compiled = jitted.lower(params, pool, state, plan).compile()
         core = pltpu.get_tpu_info()
     seconds = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()

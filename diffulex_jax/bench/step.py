@@ -19,7 +19,7 @@ from diffulex_jax.bench import traffic
 from diffulex_jax.bench.shapes import SHAPES, random_params
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.engine.config import EngineConfig
-from diffulex_jax.engine.device import exact, packed_denoise
+from diffulex_jax.engine.device import exact, make_plan, packed_denoise
 from diffulex_jax.models import llada2
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.rules import Rule, dims_for
@@ -98,7 +98,7 @@ def run(
                 compiled[context, batch, name] = program, threads.submit(dispatch.lower(*arguments).compile)
                 if (context, batch) not in counters:
                     forward, counts = traffic.touch_counter(program)
-                    lowered = jax.jit(forward).lower(*arguments[:3], arguments[3][:, :-1])
+                    lowered = jax.jit(forward).lower(*arguments[:3], _page_tables(program))
                     counters[context, batch] = threads.submit(lowered.compile), counts
         for context, batch, name in cases:
             program, executable = compiled[context, batch, name]
@@ -142,15 +142,16 @@ def measure(
       = 1 - device / median; ``experts_touched`` a layer, on average over the block's beginning and end; ``gigabytes`` that a step must
       read with so many; ``floor_ms``, those at ``bandwidth`` bytes a second; ``floor_ratio`` = median / floor.
     """
-    pool, state, plan = _mid_request(program, params, context=context)
-    batch = program.dims.slots
+    pool, state = _mid_request(program, params, context=context)
+    batch, pages = program.dims.slots, _page_tables(program)
+    plan = make_plan(pages, max_steps=STEPS)
     counts.clear()
-    jax.block_until_ready(forward(params, pool, state, plan[:, :-1]))
+    jax.block_until_ready(forward(params, pool, state, pages))
 
     def block(pool: KVPool, state: DecodeState, *, read: bool) -> tuple[KVPool, DecodeState, list[float]]:
         times = [time.perf_counter()]
         for _ in range(BLOCK // STEPS):
-            pool, state, report, _ = dispatch(params, pool, state, plan, np.int32(STEPS), np.bool_(False))
+            pool, state, report, _ = dispatch(params, pool, state, plan)
             if read:
                 np.asarray(report)
                 times.append(time.perf_counter())
@@ -159,7 +160,7 @@ def measure(
         return pool, state, [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
 
     pool, state, _ = block(pool, state, read=True)  # the first block
-    jax.block_until_ready(forward(params, pool, state, plan[:, :-1]))
+    jax.block_until_ready(forward(params, pool, state, pages))
     jax.effects_barrier()
     spent: dict[bool, list[list[float]]] = {True: [], False: []}
     for _ in range(repeats):
@@ -190,11 +191,16 @@ def _program(
 ) -> tuple[decode.Program, tuple[Any, ...]]:
     """What is measured, and the shapes of its arguments."""
     dims = dims_for(rule, slots=batch, window=1, block=BLOCK, pages_per_slot=context // BLOCK + 3)
-    program = decode.Program(config, dims, rule, kernels)
+    program = decode.Program(config, dims, rule, kernels, greedy=True)
     pool = jax.eval_shape(lambda: KVPool(*[jnp.zeros(_pool_shape(program), params["embed"].dtype)] * 2))
     state = jax.eval_shape(lambda: request_state.empty_state(dims, rule, mask_id=config.mask_token_id))
-    plan = np.zeros((batch, dims.pages_per_slot + 1), np.int32)
-    return program, (params, pool, state, plan, np.int32(STEPS), np.bool_(False))
+    return program, (params, pool, state, make_plan(_page_tables(program), max_steps=STEPS))
+
+
+def _page_tables(program: decode.Program) -> np.ndarray:
+    """Of as many pages for each row as there can be, all its own."""
+    dims = program.dims
+    return np.arange(dims.slots * dims.pages_per_slot, dtype=np.int32).reshape(dims.slots, -1)
 
 
 def _pool_shape(program: decode.Program) -> tuple[int, ...]:
@@ -202,8 +208,8 @@ def _pool_shape(program: decode.Program) -> tuple[int, ...]:
     return c.num_hidden_layers, dims.slots * dims.pages_per_slot, dims.block, c.num_key_value_heads, c.head_dim
 
 
-def _mid_request(program: decode.Program, params: llada2.Params, *, context: int) -> tuple[KVPool, DecodeState, np.ndarray]:
-    """Every row behind ``context`` cached positions, with nothing decoded; and what the host sends along with a dispatch."""
+def _mid_request(program: decode.Program, params: llada2.Params, *, context: int) -> tuple[KVPool, DecodeState]:
+    """Every row behind ``context`` cached positions, with nothing decoded."""
     config, dims, rule = program.config, program.dims, program.rule
     pool = KVPool(*(jax.random.normal(jax.random.key(i), _pool_shape(program), params["embed"].dtype) for i in range(2)))
     sampling = SamplingParams(max_tokens=3 * BLOCK, accept_threshold=2.0, ignore_eos=True)
@@ -212,8 +218,7 @@ def _mid_request(program: decode.Program, params: llada2.Params, *, context: int
     for slot in range(dims.slots):
         prompt = np.random.default_rng(slot).integers(0, config.eos_token_id, context).astype(np.int32)
         state = admit(state, np.int32(slot), request_state.make_request(dims, prompt=prompt, params=sampling, eos_ids=()))
-    own_pages = np.arange(dims.slots * dims.pages_per_slot, dtype=np.int32).reshape(dims.slots, -1)
-    return pool, state, np.append(own_pages, np.zeros((dims.slots, 1), np.int32), 1)
+    return pool, state
 
 
 _STEP_COLUMNS = {

@@ -22,6 +22,7 @@ from diffulex_jax.state import STATE_AXES, Canvas, DecodeState, KVPool, StepRepo
 
 
 _PREFILL_BLOCKS = (8, 1)  # compiled prefill sizes, in blocks, largest first
+PLAN_COLUMNS = 3  # columns of a plan behind the pages of a slot
 _CACHED_PAGES = 8  # pages at the most, in times of what the slots need
 
 
@@ -55,8 +56,8 @@ class JaxDevice:
         whole = [2**i for i in range(dims.pages_per_slot.bit_length() + 1)][::-1]
         sizes = whole if program.attention == "prefix_full" else [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
         self._prefill_sizes = sizes
-        self._plan = np.full((dims.slots, dims.pages_per_slot + 1), num_pages, np.int32)
-        # The list of pages that each row of the plan was made from, and how many of them: only what is new is written.
+        self._pages, self._known = np.full((dims.slots, dims.pages_per_slot), num_pages, np.int32), np.zeros(dims.slots, np.int32)
+        # The list of pages that each row was made from, and how many of them: only what is new is written.
         self._placed: list[tuple[list[int], int]] = [([], 0)] * dims.slots
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
         self._jit_prefill = jax.jit(exact(functools.partial(programs.prefill, program), dtype), donate_argnums=(1,), out_shardings=on_pool)
@@ -66,7 +67,9 @@ class JaxDevice:
         self._jit_read = jax.jit(_read_pages, out_shardings=everywhere)
         self._jit_write = jax.jit(_write_pages, donate_argnums=(0,), out_shardings=on_pool)
         self._jit_sequence = jax.jit(lambda state, slot: jax.tree.map(lambda a: a[slot], state.sequence), out_shardings=everywhere)
-        self._jit_denoise = jit_denoise(program, mesh, dtype=dtype, steps=steps_per_dispatch)
+        # By whether all rows are known to be greedy; that makes a difference on a GPU alone.
+        kinds = (False, True) if program.kernels.remask == "gpu" else (False,)
+        self._jit_denoise = {g: jit_denoise(program._replace(greedy=g), mesh, dtype=dtype, steps=steps_per_dispatch) for g in kinds}
         with jax.set_mesh(mesh):
             self.pool, self.state = jax.jit(lambda: empty(program, dtype, num_pages), out_shardings=(on_pool, on_slots))()
         self._warm_up()
@@ -114,17 +117,17 @@ class JaxDevice:
             return jax.device_get(self._jit_sequence(self.state, _slot(request)))
 
     def launch(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> Launched:
-        # One small array goes to the device: for each slot its pages, and up to where its tokens are known here. Slots that nothing
-        # runs in keep old pages: their rows are not live.
+        # Slots that nothing runs in keep old pages: their rows are not live.
         for slot, request in running.items():
             pages, placed = self._placed[slot]
             if pages is not request.pages:
                 placed = 0
-                self._plan[slot] = self.num_pages
-            self._plan[slot, placed : len(request.pages)] = request.pages[placed:]
+                self._pages[slot] = self.num_pages
+            self._pages[slot, placed : len(request.pages)] = request.pages[placed:]
             self._placed[slot] = request.pages, len(request.pages)
-            self._plan[slot, -1] = request.known
-        report, trace = self._dispatch(self._plan.copy(), max_steps, stop_on_finish)
+            self._known[slot] = request.known
+        plan = make_plan(self._pages, known=self._known, max_steps=max_steps, stop_on_finish=stop_on_finish)
+        report, trace = self._dispatch(plan, greedy=all(request.params.temperature == 0 for request in running.values()))
         traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
         report.copy_to_host_async()
         return Launched(report, trace if traced else None, traced)
@@ -136,11 +139,10 @@ class JaxDevice:
                 steps += _trace_steps(seen, slot)
         return _unpack(np.asarray(launched.report))
 
-    def _dispatch(self, plan: np.ndarray, max_steps: int, stop_on_finish: bool) -> tuple[jax.Array, Trace]:
+    def _dispatch(self, plan: np.ndarray, *, greedy: bool) -> tuple[jax.Array, Trace]:
+        denoise = self._jit_denoise[greedy and True in self._jit_denoise]
         with jax.set_mesh(self.mesh):
-            self.pool, self.state, report, trace = self._jit_denoise(
-                self._params, self.pool, self.state, plan, np.int32(max_steps), np.bool_(stop_on_finish)
-            )
+            self.pool, self.state, report, trace = denoise(self._params, self.pool, self.state, plan)
         return report, trace
 
     def _table(self, pages: list[int]) -> np.ndarray:
@@ -166,7 +168,8 @@ class JaxDevice:
         self.restore(probe)
         self.read(probe)
         self.release(0)
-        self.collect(self.launch({}, max_steps=1, stop_on_finish=False))
+        for greedy in self._jit_denoise:
+            jax.block_until_ready(self._dispatch(make_plan(self._pages, max_steps=1), greedy=greedy))
 
 
 _SCALARS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
@@ -175,8 +178,8 @@ _SCALARS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"
 def jit_denoise(program: decode.Program, mesh: Mesh, *, dtype: Any, steps: int) -> Any:
     """The compiled denoise loop of an engine.
 
-    ``(params, pool, state, plan, max_steps, stop_on_finish) -> (pool, state, report, trace)``; pool and state are donated; ``plan``
-    ``[S, P + 1]`` int32 holds each slot's pages and up to where its tokens are known, the report ``[S, ...]`` int32 is packed.
+    ``(params, pool, state, plan) -> (pool, state, report, trace)``; pool and state are donated; ``plan`` is as in :func:`make_plan`,
+    the report ``[S, ...]`` int32 is packed.
     """
     on_pool, on_slots, everywhere = programs.pool_placement(mesh), sharding(mesh, STATE_AXES), sharding(mesh, ())
     return jax.jit(
@@ -194,6 +197,18 @@ def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, 
     return KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), state
 
 
+def make_plan(pages: np.ndarray, *, known: Any = 0, max_steps: int, stop_on_finish: bool = False) -> np.ndarray:
+    """What a dispatch gets from the host, as one array ``[S, P + 3]`` int32; the last two columns are the same for all slots.
+
+    Args:
+      pages: ``[S, P]``, the pages of each slot.
+      known: ``[S]`` or one number, up to where the host knows the tokens.
+      max_steps, stop_on_finish: see ``decode.denoise``.
+    """
+    columns = (np.broadcast_to(np.int32(value), len(pages))[:, None] for value in (known, max_steps, stop_on_finish))
+    return np.concatenate([pages.astype(np.int32), *columns], 1)
+
+
 def packed_denoise(
     program: decode.Program,
     steps: int,
@@ -201,12 +216,11 @@ def packed_denoise(
     pool: KVPool,
     state: DecodeState,
     plan: jax.Array,
-    max_steps: jax.Array,
-    stop_on_finish: jax.Array,
 ) -> tuple[KVPool, DecodeState, jax.Array, Trace]:
-    """``decode.denoise`` with the page tables and known positions, and the report, as one array each: one transfer each way."""
+    """``decode.denoise`` with all that comes from the host, and the report, as one array each: one transfer each way."""
+    pages, (known, max_steps, stop) = plan[:, :-PLAN_COLUMNS], plan[:, -PLAN_COLUMNS:].T
     pool, state, report, trace = programs.denoise(
-        program, params, pool, state, plan[:, :-1], plan[:, -1], steps=steps, max_steps=max_steps, stop_on_finish=stop_on_finish
+        program, params, pool, state, pages, known, steps=steps, max_steps=max_steps[0], stop_on_finish=stop[0] != 0
     )
     return pool, state, jnp.concatenate([*(getattr(report, name)[:, None] for name in _SCALARS), report.tokens], 1), trace
 

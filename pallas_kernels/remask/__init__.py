@@ -36,7 +36,7 @@ def predict(
     current: jax.Array,
     *,
     forbidden_id: int,
-    sampling: Sampling,
+    sampling: Sampling | None,
     penalized: jax.Array | None = None,
     penalty: jax.Array | None = None,
     banned: jax.Array | None = None,
@@ -52,7 +52,8 @@ def predict(
       logits: ``[R, V]`` float32.
       current: ``[R]`` int32, the token that stands there; its probability is reported.
       forbidden_id: never chosen and left out of the softmax (the mask).
-      sampling: rows with temperature above 0 draw from softmax(logits / temperature) cut to top-k, then top-p.
+      sampling: rows with temperature above 0 draw from softmax(logits / temperature) cut to top-k, then top-p. None: all are greedy, and
+        the device is not asked whether any samples.
       penalized: ``[R]`` int32, a token whose logit is lowered by ``penalty`` (``[R]`` float32); negative: none.
       penalty: see ``penalized``.
       banned: ``[R, M]`` int32, ids that are neither chosen nor counted in the softmax of their row; negative: none.

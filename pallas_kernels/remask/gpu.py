@@ -256,7 +256,7 @@ def predict_from_hidden(
     lm_head: jax.Array,
     current: jax.Array,
     *,
-    sampling: Sampling,
+    sampling: Sampling | None,
     top_k: int = 0,
     vocab_axes: tuple[str, ...] = (),
     **options: Any,
@@ -273,4 +273,5 @@ def predict_from_hidden(
     tiled = width % _TILE_K == 0 and vocab % 8 == 0  # shared memory is laid out in tiles of 8 rows
     if vocab_axes or top_k > 1 or not tiled or not hidden.dtype == lm_head.dtype == jnp.bfloat16:
         return full()
-    return lax.cond((sampling.temperature > 0).any(), full, lambda: greedy(hidden, lm_head, current, top_k=top_k, **options))
+    fast = functools.partial(greedy, hidden, lm_head, current, top_k=top_k, **options)
+    return fast() if sampling is None else lax.cond((sampling.temperature > 0).any(), full, fast)

@@ -40,7 +40,7 @@ def predict(
     current: jax.Array,
     *,
     forbidden_id: int,
-    sampling: Sampling,
+    sampling: Sampling | None,
     penalized: jax.Array | None = None,
     penalty: jax.Array | None = None,
     banned: jax.Array | None = None,
@@ -62,7 +62,9 @@ def predict(
     def prob_of(token: jax.Array) -> jax.Array:
         return jnp.exp(jnp.take_along_axis(logits, token[..., None] if token.ndim == 1 else token, -1) - peak[:, None]) / total[:, None]
 
-    token = lax.cond((sampling.temperature > 0).any(), lambda: _sample(logits, sampling, greedy), lambda: greedy)
+    token = greedy
+    if sampling is not None:
+        token = lax.cond((sampling.temperature > 0).any(), lambda: _sample(logits, sampling, greedy), lambda: greedy)
     if top_k <= 1:
         top_ids = greedy[:, None][:, :top_k]
     else:

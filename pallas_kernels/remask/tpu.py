@@ -59,7 +59,7 @@ class _Columns(NamedTuple):
     floats: jax.Array  # [R, 2]: penalty, temperature
 
 
-def predict(logits: jax.Array, current: jax.Array, *, sampling: Sampling, top_k: int = 0, **options: Any) -> Best:
+def predict(logits: jax.Array, current: jax.Array, *, sampling: Sampling | None, top_k: int = 0, **options: Any) -> Best:
     """See ``remask.predict``."""
 
     def full(rows: slice | jax.Array) -> jax.Array:
@@ -69,7 +69,7 @@ def predict(logits: jax.Array, current: jax.Array, *, sampling: Sampling, top_k:
 
 
 def predict_from_hidden(
-    hidden: jax.Array, lm_head: jax.Array, current: jax.Array, *, sampling: Sampling, top_k: int = 0, **options: Any
+    hidden: jax.Array, lm_head: jax.Array, current: jax.Array, *, sampling: Sampling | None, top_k: int = 0, **options: Any
 ) -> Best:
     """See ``remask.predict_from_hidden``."""
 
@@ -85,7 +85,7 @@ def _predict(
     current: jax.Array,
     *,
     forbidden_id: int,
-    sampling: Sampling,
+    sampling: Sampling | None,
     penalized: jax.Array | None = None,
     penalty: jax.Array | None = None,
     banned: jax.Array | None = None,
@@ -97,6 +97,9 @@ def _predict(
     if top_k > MAX_TOP_K:
         raise ValueError(f"top_k={top_k}: the TPU kernel reports at most {MAX_TOP_K} tokens")
     rows = current.shape[0]
+    if sampling is None:
+        cold = jnp.zeros(rows, jnp.float32)
+        sampling = Sampling(jax.random.split(jax.random.key(0, impl="threefry2x32"), rows), cold, cold + 1, cold.astype(jnp.int32))
     vocab = source[-1].shape[0 if len(source) == 2 else 1]
     if str(jax.random.key_impl(sampling.key)) != "threefry2x32":
         raise ValueError(f"the TPU kernel draws with threefry2x32 keys, got {jax.random.key_impl(sampling.key)}")
