@@ -49,11 +49,26 @@ def test_random_params_follow_the_schema():
 
 
 def test_it_reports_every_combination_and_every_kernel():
-    command = ["bench", "step", "--shape", "tiny", "--batch", "2", "--strategy", "dmax", "--context", "32", "--repeats", "1", "--json"]
+    command = [
+        "bench",
+        "step",
+        "--shape",
+        "tiny",
+        "--batch",
+        "2",
+        "--strategy",
+        "dmax,llada2",
+        "--context",
+        "32",
+        "--repeats",
+        "1",
+        "--json",
+    ]
     result = CliRunner().invoke(app, [*command, "--dtype", "float32"], catch_exceptions=False)
     assert result.exit_code == 0
     report = json.loads(result.stdout)
-    (step,) = report["steps"]
+    step, other = report["steps"]
+    assert other["strategy"] == "llada2"
     assert (step["strategy"], step["batch"], step["context"]) == ("dmax", 2, 32)
     assert 0 < step["floor_ms"] < step["ms_median"]
     assert step["floor_ratio"] == pytest.approx(step["ms_median"] / step["floor_ms"])

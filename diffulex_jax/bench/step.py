@@ -98,7 +98,8 @@ def run(
                 compiled[context, batch, name] = program, threads.submit(dispatch.lower(*arguments).compile)
                 if (context, batch) not in counters:
                     forward, counts = traffic.touch_counter(program)
-                    lowered = jax.jit(forward).lower(*arguments[:3], _page_tables(program))
+                    window = jax.eval_shape(traffic.window_of, arguments[2])
+                    lowered = jax.jit(forward).lower(*arguments[:2], window, _page_tables(program))
                     counters[context, batch] = threads.submit(lowered.compile), counts
         for context, batch, name in cases:
             program, executable = compiled[context, batch, name]
@@ -146,7 +147,7 @@ def measure(
     batch, pages = program.dims.slots, _page_tables(program)
     plan = make_plan(pages, max_steps=STEPS)
     counts.clear()
-    jax.block_until_ready(forward(params, pool, state, pages))
+    jax.block_until_ready(forward(params, pool, traffic.window_of(state), pages))
 
     def block(pool: KVPool, state: DecodeState, *, read: bool) -> tuple[KVPool, DecodeState, list[float]]:
         times = [time.perf_counter()]
@@ -160,7 +161,7 @@ def measure(
         return pool, state, [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
 
     pool, state, _ = block(pool, state, read=True)  # the first block
-    jax.block_until_ready(forward(params, pool, state, pages))
+    jax.block_until_ready(forward(params, pool, traffic.window_of(state), pages))
     jax.effects_barrier()
     spent: dict[bool, list[list[float]]] = {True: [], False: []}
     for _ in range(repeats):

@@ -32,12 +32,20 @@ def copy_bandwidth(device: jax.Device) -> float:
     return 2 * x.nbytes / best
 
 
+Window = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def window_of(state: DecodeState) -> Window:
+    """What a forward needs of the state, the same for every strategy: tokens, positions, what is cached, and which blocks are active."""
+    return state.tokens, state.positions, state.written_upto, state.active
+
+
 def touch_counter(program: decode.Program) -> tuple[Callable[..., jax.Array], list[int]]:
     """A forward over the window that counts the experts its tokens go to.
 
     Returns:
-      ``(forward(params, pool, state, page_table), counts)``; each run appends a number for each mixture-of-experts layer to ``counts``
-      by the time ``jax.effects_barrier`` returns.
+      ``(forward(params, pool, window_of(state), page_table), counts)``; each run appends a number for each mixture-of-experts layer to
+      ``counts`` by the time ``jax.effects_barrier`` returns.
     """
     counts: list[int] = []
 
@@ -46,22 +54,23 @@ def touch_counter(program: decode.Program) -> tuple[Callable[..., jax.Array], li
         jax.debug.callback(lambda count: counts.append(int(count)), touched)
         return grouped_matmul.expert_mlp(x, ids, weights, gate_up, down, **rest, backend=program.kernels.grouped_matmul)
 
-    def forward(params: llada2.Params, pool: KVPool, state: DecodeState, page_table: jax.Array) -> jax.Array:
-        slots = len(state.live)
+    def forward(params: llada2.Params, pool: KVPool, window: Window, page_table: jax.Array) -> jax.Array:
+        tokens, positions, written_upto, active = window
+        slots = len(tokens)
         attend = functools.partial(
             block_attention.block_attention,
             pool_k=pool.k,
             pool_v=pool.v,
             page_table=page_table,
-            prefix_len=state.written_upto,
-            lanes=state.active,
+            prefix_len=written_upto,
+            lanes=active,
             backend=program.kernels.block_attention,
         )
         return llada2.hidden(
             params,
             program.config,
-            llada2.embed(params, state.tokens.reshape(slots, -1)),
-            state.positions.reshape(slots, -1),
+            llada2.embed(params, tokens.reshape(slots, -1)),
+            positions.reshape(slots, -1),
             lambda layer, heads: (attend(heads, layer=layer), ()),
             experts=spy,
             streamed=program.kernels.grouped_matmul == "gpu",

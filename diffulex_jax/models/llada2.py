@@ -9,7 +9,6 @@ F expert hidden width, V vocabulary, L layers of one kind.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from diffulex_jax.config import ModelConfig
-from diffulex_jax.models.routing import route
+from diffulex_jax.models.routing import route, route_streamed
 from diffulex_jax.parallel.mesh import add_up
 from pallas_kernels import grouped_matmul
 
@@ -171,16 +170,19 @@ def hidden(
         return [gated(h, "mlp", times) for h in hs]
 
     def moe(hs: Sequence[jax.Array], w: Params, times: Times, layer: jax.Array) -> list[jax.Array]:
-        choose = functools.partial(route, router=w["router"], bias=w["router_bias"], config=config, by_rank=streamed)
-        routed = [[r.reshape(*h.shape[:2], -1) for r in choose(h.reshape(-1, h.shape[-1]))] for h in hs]
-        flat, ids, weights = (join(parts).reshape(-1, parts[0].shape[-1]) for parts in (hs, *zip(*routed, strict=True)))
-        stack = params["moe"]
-        along = {"shared": (stack["shared_gate_up"], stack["shared_down"])} if streamed and config.num_shared_experts else {}
+        stack, shared = params["moe"], config.num_shared_experts > 0
+        along: dict[str, Any] = {}
+        flat = join(hs).reshape(-1, hs[0].shape[-1])
+        if streamed:
+            ids, weights, along["counted"] = route_streamed(flat, w["router"], w["router_bias"], config, valid)
+            along["shared"] = (stack["shared_gate_up"], stack["shared_down"]) if shared else None
+        else:
+            routed = [route(h.reshape(-1, h.shape[-1]), w["router"], w["router_bias"], config) for h in hs]
+            parts = ([r.reshape(*h.shape[:2], -1) for r, h in zip(rs, hs, strict=True)] for rs in zip(*routed, strict=True))
+            ids, weights = (join(rs).reshape(len(flat), -1) for rs in parts)
         y = experts(flat, ids, weights, stack["experts_gate_up"], stack["experts_down"], layer=layer, valid=valid, **along)
         ys = split(y.reshape(len(x), -1, y.shape[-1]))
-        if along or not config.num_shared_experts:
-            return list(ys)
-        return [y + gated(h, "shared", times) for y, h in zip(ys, hs, strict=True)]
+        return [y + gated(h, "shared", times) for y, h in zip(ys, hs, strict=True)] if shared and not streamed else list(ys)
 
     first, auxes, xs = 0, [], list(split(x))
     for kind, mlp in (("dense", dense), ("moe", moe)):
@@ -202,7 +204,8 @@ def hidden(
                 return (layer + 1, [x + add_up(y, "mlp") for x, y in zip(xs, ys, strict=True)]), aux
 
         scanned = {leaf: w for leaf, w in params[kind].items() if not leaf.startswith("experts_")}
-        (_, xs), aux = lax.scan(block, (jnp.int32(0), xs), scanned)
+        # A GPU stands still for some microseconds wherever one turn of a loop ends; all turns in one would compile several times longer.
+        (_, xs), aux = lax.scan(block, (jnp.int32(0), xs), scanned, unroll=2 if streamed else 1)
         first += len(scanned["attn_norm"])
         auxes.append(aux)
     aux = auxes[0] if len(auxes) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from diffulex_jax.config import ModelConfig
+from pallas_kernels import grouped_matmul
 
 
 def route(x: jax.Array, router: jax.Array, bias: jax.Array, config: ModelConfig, *, by_rank: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -52,6 +53,24 @@ def route(x: jax.Array, router: jax.Array, bias: jax.Array, config: ModelConfig,
         total = sum(weights[:, i : i + 1] for i in range(weights.shape[1])) if by_rank else weights.sum(-1, keepdims=True)
         weights = weights / (total + 1e-20)
     return ids.astype(jnp.int32), weights * c.routed_scaling_factor
+
+
+def route_streamed(
+    x: jax.Array, router: jax.Array, bias: jax.Array, config: ModelConfig, valid: jax.Array | None
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """:func:`route` on a Hopper GPU: by rank, or for many tokens by a kernel that counts as well: ``(ids, weights, counted)``."""
+    c = config
+    chosen = grouped_matmul.choose(
+        jnp.matmul(x, router.astype(x.dtype), preferred_element_type=jnp.float32),  # products of bfloat16 are exact in float32
+        bias,
+        valid,
+        top_k=c.num_experts_per_tok,
+        groups=c.n_group,
+        kept=c.topk_group,
+        normalise=c.norm_topk_prob,
+        scale=c.routed_scaling_factor,
+    )
+    return chosen or (*route(x, router, bias, config, by_rank=True), None)
 
 
 def _rank(x: jax.Array) -> jax.Array:

@@ -9,8 +9,8 @@ every token belongs to.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +19,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from pallas_kernels.grouped_matmul.gpu_kernel import Groups, Tile, fits, matmul
+from pallas_kernels.grouped_matmul.gpu_routing import dispatch
 from pallas_kernels.grouped_matmul.reference import add_shared
 from pallas_kernels.grouped_matmul.routing import combine
 from pallas_kernels.grouped_matmul.xla import ragged
 
 
-_COMPARED_PAIRS = 4096
-"""Up to this many (token, expert) pairs, comparing all with all is the quickest way to count."""
-
-
-class _Plan(NamedTuple):
-    """Where rows go: ``source [P]`` the token of each row, ``place [T, k]`` the row of each pair."""
-
-    groups: Groups
-    source: jax.Array
-    place: jax.Array
+COMPARED_PAIRS = 4096
+"""Up to this many (token, expert) pairs, comparing all with all is the quickest way to sort them."""
 
 
 def hopper(
@@ -46,6 +39,7 @@ def hopper(
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
     shared: tuple[jax.Array, jax.Array] | None = None,
+    counted: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """See ``expert_mlp``. For bfloat16 and widths that tiles of 64 divide; anything else goes through ``lax.ragged_dot``."""
     alike = shared is None or shared[1].shape[-2] == down.shape[-2]
@@ -55,18 +49,16 @@ def hopper(
     if layer is None:
         layer, gate_up, down = 0, gate_up[None], down[None]
         shared = None if shared is None else (shared[0][None], shared[1][None])
-    num_groups, mean = gate_up.shape[1], expert_ids.size / gate_up.shape[1]
-    if shared is not None:  # one more expert, of which every token is sure
+    num_groups, mean, along = gate_up.shape[1], expert_ids.size / gate_up.shape[1], int(shared is not None)
+    if shared is not None:
         shared = (shared[0].reshape(*shared[0].shape[:2], -1), shared[1])
-        expert_ids = jnp.pad(expert_ids, ((0, 0), (0, 1)), constant_values=num_groups)
-        weights = jnp.pad(weights, ((0, 0), (0, 1)), constant_values=1)
-        num_groups += 1
-    rows = _rows_per_tile(mean)
-    plan = _plan(expert_ids, valid, num_groups=num_groups, tile_rows=rows)
+    tile = _rows_per_tile(mean)
+    place_rows = _sorted_by_comparing if expert_ids.size <= COMPARED_PAIRS else functools.partial(_sorted_by_counting, counted=counted)
+    rows, place, groups = place_rows(x, expert_ids, valid, num_groups=num_groups, along=along, tile_rows=tile)
     index, extra = jnp.asarray(layer, jnp.int32), shared or (None, None)
-    hidden = matmul(x[_padded(plan.source)], gate_up, extra[0], index, plan.groups, swiglu=True, tile=Tile(rows, 128))
-    out = matmul(hidden, down, extra[1], index, plan.groups, swiglu=False, tile=Tile(rows, 256))
-    return combine(out, plan.place, weights, valid=valid).astype(x.dtype)
+    hidden = matmul(rows, gate_up, extra[0], index, groups, swiglu=True, tile=Tile(tile, 128))
+    out = matmul(hidden, down, extra[1], index, groups, swiglu=False, tile=Tile(tile, 256))
+    return combine(out, place, weights, valid=valid).astype(x.dtype)
 
 
 def _rows_per_tile(mean: float) -> int:
@@ -77,33 +69,53 @@ def _rows_per_tile(mean: float) -> int:
     return next((rows for most, rows in ((4, 16), (12, 32), (48, 64)) if mean <= most), 128)
 
 
-def _plan(expert_ids: jax.Array, valid: jax.Array | None, *, num_groups: int, tile_rows: int) -> _Plan:
-    """Sorts pairs by expert by counting: a pair's place is how many come before it. Few kernels, each over all pairs at once."""
-    pairs, per_token = expert_ids.size, expert_ids.shape[1]
+Sorted = tuple[jax.Array, jax.Array, Groups]
+"""Rows sorted by group, the row of each pair ``[T, k]`` (``[T, k + 1]`` with a shared expert), and the groups."""
+
+
+def _sorted_by_comparing(
+    x: jax.Array, expert_ids: jax.Array, valid: jax.Array | None, *, num_groups: int, along: int, tile_rows: int
+) -> Sorted:
+    """A pair's place is how many come before it. Few kernels, each over all pairs at once."""
+    expert_ids = jnp.pad(expert_ids, ((0, 0), (0, along)), constant_values=num_groups)  # of a shared expert every token is sure
+    num_groups += along
     if valid is not None:
         expert_ids = jnp.where(valid[:, None], expert_ids, num_groups)
-    of, index = expert_ids.reshape(-1), jnp.arange(pairs, dtype=jnp.int32)
-    groups = jnp.arange(num_groups, dtype=jnp.int32)
-    token = np.arange(pairs, dtype=np.int32) // per_token
-    if pairs <= _COMPARED_PAIRS:
-        # Groups and pairs are counted for alike: behind the groups' starts come the pairs' places.
-        key, own = jnp.concatenate([groups, of])[:, None], jnp.arange(num_groups + pairs, dtype=jnp.int32)[:, None] - num_groups
-        same = of == key
-        start, size = _counts((of < key) | (same & (index < own)), same)
-        place = start[num_groups:]
-        source = jnp.sum(jnp.where(place == index[:, None], token, 0), 1, dtype=jnp.int32)
-    else:
-        # Per token and group first: the sum over earlier tokens is a matmul, exact in float32. Pairs of invalid tokens are a group too.
-        start, size = _counts(of < groups[:, None], of == groups[:, None])
-        groups = jnp.arange(num_groups + 1)
-        chosen = jnp.sum(expert_ids[..., None] == groups, 1, dtype=jnp.bfloat16)
-        earlier = jnp.tril(jnp.ones((len(chosen), len(chosen)), jnp.bfloat16), -1)
-        before = jnp.matmul(earlier, chosen, preferred_element_type=jnp.float32).astype(jnp.int32)
-        begin = jnp.append(start, size[-1] + start[-1])
-        place = begin[expert_ids] + jnp.take_along_axis(before, expert_ids, 1)
-        place = jnp.where(expert_ids == num_groups, place + jnp.arange(per_token), place).reshape(-1)
-        source = jnp.zeros_like(index).at[place].set(token, unique_indices=True, mode="promise_in_bounds")
-    return _Plan(Groups.of(start, size, num_groups, tile_rows), source, place.reshape(expert_ids.shape))
+    pairs, of = expert_ids.size, expert_ids.reshape(-1)
+    index, token = jnp.arange(pairs, dtype=jnp.int32), np.arange(pairs, dtype=np.int32) // expert_ids.shape[1]
+    # Groups and pairs are counted for alike: behind the groups' starts come the pairs' places.
+    key, own = jnp.append(jnp.arange(num_groups), of)[:, None], jnp.arange(num_groups + pairs)[:, None] - num_groups
+    same = of == key
+    start, size = _counts((of < key) | (same & (index < own)), same)
+    place = start[num_groups:]
+    source = jnp.sum(jnp.where(place == index[:, None], token, 0), 1, dtype=jnp.int32)
+    return x[_padded(source)], place.reshape(expert_ids.shape), Groups.of(start, size, num_groups, tile_rows)
+
+
+def _sorted_by_counting(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    valid: jax.Array | None,
+    *,
+    num_groups: int,
+    along: int,
+    tile_rows: int,
+    counted: tuple[jax.Array, jax.Array] | None,
+) -> Sorted:
+    """Experts one after the other, the tokens of each in their order, behind them all tokens for a shared expert."""
+    nth, size = counted or _count(expert_ids, valid, num_groups)
+    size = jnp.append(size, jnp.full(along, len(x)))
+    group = jnp.arange(len(size))
+    start = jnp.sum(jnp.where(group < group[:, None], size, 0), 1, dtype=jnp.int32)
+    rows, place = dispatch(x, expert_ids, nth, start, valid, count=-(-(expert_ids.size + along * len(x)) // 8) * 8, shared=bool(along))
+    return rows, place, Groups.of(start, size, len(size), tile_rows)
+
+
+def _count(expert_ids: jax.Array, valid: jax.Array | None, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """``Counted`` of experts chosen elsewhere."""
+    chosen = (expert_ids[..., None] == jnp.arange(num_experts)).any(1)
+    upto = jnp.cumsum(chosen if valid is None else chosen & valid[:, None], 0, dtype=jnp.int32)
+    return jnp.take_along_axis(upto, expert_ids, 1, mode="clip") - 1, upto[-1]
 
 
 def _counts(*where: jax.Array) -> tuple[jax.Array, ...]:

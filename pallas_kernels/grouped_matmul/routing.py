@@ -33,9 +33,13 @@ def route(expert_ids: jax.Array, *, num_experts: int, valid: jax.Array | None) -
 
 
 def combine(rows: jax.Array, place: jax.Array, weights: jax.Array, *, valid: jax.Array | None) -> jax.Array:
-    """``[T, D]`` float32: each token's weighted sum of its ``rows[place[t]]``, added in the order of its choices."""
+    """``[T, D]`` float32: each token's weighted sum of its ``rows[place[t]]``, added in the order of its choices.
+
+    Where ``place`` has more columns than ``weights``, what is there counts whole.
+    """
     total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
-    for j in range(weights.shape[1]):
-        total += weights[:, j, None] * rows[place[:, j]]
+    for j in range(place.shape[1]):
+        row = rows[place[:, j]]
+        total += weights[:, j, None] * row if j < weights.shape[1] else row
     # A select, not a product: what stands in rows that were never computed may be NaN.
     return total if valid is None else jnp.where(valid[:, None], total, 0)

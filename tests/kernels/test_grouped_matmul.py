@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu
 from jax.test_util import check_grads
 
-from pallas_kernels.grouped_matmul import choose_backend, dense, expert_mlp, gpu, gpu_kernel
+from pallas_kernels.grouped_matmul import choose, choose_backend, dense, expert_mlp, gpu, gpu_kernel
 from pallas_kernels.target import Target, current_target
 
 
@@ -162,31 +162,81 @@ def test_errors_name_what_is_wrong():
         expert_mlp(x, ids, weights, gate_up[..., 1:], down)
 
 
-@pytest.mark.parametrize("tokens", [1, 24, 700])  # few pairs are compared with one another, many counted by a matmul
+@pytest.mark.parametrize("tokens", [1, 24])
+@pytest.mark.parametrize("along", [0, 1])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_gpu_plan_is_a_stable_sort_by_expert(tokens, masked):
+def test_the_gpu_sorts_rows_by_expert(tokens, along, masked):
+    """Stable, with a shared expert behind the 32 others."""
     rng = np.random.default_rng(tokens)
     ids = np.stack([rng.permutation(32)[:8] for _ in range(tokens)]).astype(np.int32)
     valid = rng.random(tokens) < 0.7 if masked else np.ones(tokens, bool)
-    plan = gpu._plan(jnp.asarray(ids), jnp.asarray(valid) if masked else None, num_groups=32, tile_rows=16)
-    of = np.where(valid[:, None], ids, 32).reshape(-1)
-    order = np.argsort(of, kind="stable")
-    np.testing.assert_array_equal(plan.source, order // 8)
-    np.testing.assert_array_equal(np.asarray(plan.place).reshape(-1)[order], np.arange(8 * tokens))
-    size = np.bincount(of, minlength=33)[:32]
-    start = np.cumsum(size) - size
-    np.testing.assert_array_equal(plan.groups.size[:32], size)
-    np.testing.assert_array_equal(np.where(size, plan.groups.start[:32], 0), np.where(size, start, 0))
-    # Tiles of 16 rows that begin at multiples of 8.
-    np.testing.assert_array_equal(
-        plan.groups.upto, np.cumsum([-(-(s % 8 + n) // 16) if n else 0 for s, n in zip(start, size, strict=True)])
+    x = jnp.arange(tokens, dtype=jnp.float32)[:, None]
+    rows, place, groups = gpu._sorted_by_comparing(
+        x, jnp.asarray(ids), jnp.asarray(valid) if masked else None, num_groups=32, along=along, tile_rows=16
     )
+    pairs = np.pad(ids, ((0, 0), (0, along)), constant_values=32)
+    of = np.where(valid[:, None], pairs, 32 + along).reshape(-1)
+    order = np.argsort(of, kind="stable")
+    count = int((of < 32 + along).sum())
+    np.testing.assert_array_equal(rows[:count, 0], order[:count] // pairs.shape[1])
+    np.testing.assert_array_equal(np.asarray(place).reshape(-1)[order], np.arange(len(order)))
+    size = np.bincount(of, minlength=33 + along)[: 32 + along]
+    start = np.cumsum(size) - size
+    np.testing.assert_array_equal(groups.size[: len(size)], size)
+    np.testing.assert_array_equal(np.where(size, groups.start[: len(size)], 0), np.where(size, start, 0))
+    # Tiles of 16 rows that begin at multiples of 8.
+    tiles = [-(-(s % 8 + n) // 16) if n else 0 for s, n in zip(start, size, strict=True)]
+    np.testing.assert_array_equal(groups.upto, np.cumsum(tiles))
 
 
-@pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)")
-@pytest.mark.parametrize("tokens", [3, 70])
-def test_the_hopper_kernels_in_the_simulator(tokens, monkeypatch):
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gpu_counts_how_often_experts_are_chosen(masked):
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permutation(32)[:8] for _ in range(700)]).astype(np.int32)
+    valid = rng.random(700) < 0.7 if masked else np.ones(700, bool)
+    nth, size = gpu._count(jnp.asarray(ids), jnp.asarray(valid) if masked else None, 32)
+    seen = np.zeros(32, int)
+    for token in np.flatnonzero(valid):
+        np.testing.assert_array_equal(nth[token], seen[ids[token]])
+        seen[ids[token]] += 1
+    np.testing.assert_array_equal(size, seen)
+
+
+simulated = pytest.mark.skipif(
+    not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)"
+)
+
+
+@simulated
+@pytest.mark.parametrize("kept", [4, 8])
+def test_experts_are_chosen_and_counted_in_the_simulator(kept, monkeypatch):
+    monkeypatch.setattr(gpu, "COMPARED_PAIRS", 0)
+    rng = np.random.default_rng(kept)
+    logits, bias = jnp.asarray(rng.standard_normal((70, 256)), jnp.float32), jnp.asarray(rng.standard_normal(256) / 8, jnp.float32)
+    logits = logits.at[3].set(0.5).at[5, 7].set(jnp.nan)  # a row of equals, and a row with what is not a number
+    valid = jnp.arange(70) % 5 != 2
+    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+        chosen = choose(logits, bias, valid, top_k=8, groups=8, kept=kept, normalise=True, scale=2.5)
+    ids, weights, nth, size = (np.asarray(a) for a in jax.tree.leaves(chosen))
+    score = 1 / (1 + np.exp(-np.nan_to_num(np.asarray(logits))))
+    biased = score + np.asarray(bias)
+    groups = np.sort(biased.reshape(70, 8, 32), -1)[..., -2:].sum(-1)
+    lost = np.argsort(-groups, 1, kind="stable")[:, kept:]
+    np.put_along_axis(open_groups := np.ones((70, 8), bool), lost, False, 1)
+    want = np.argsort(-np.where(np.repeat(open_groups, 32, 1), biased, -np.inf), 1, kind="stable")[:, :8]
+    np.testing.assert_array_equal(ids, want)
+    own = np.take_along_axis(score, want, 1)
+    np.testing.assert_allclose(weights, 2.5 * own / own.sum(1, keepdims=True), rtol=1e-5)
+    want_nth, want_size = gpu._count(jnp.asarray(want), valid, 256)
+    np.testing.assert_array_equal(size, want_size)
+    np.testing.assert_array_equal(nth[np.asarray(valid)], want_nth[np.asarray(valid)])
+
+
+@simulated
+@pytest.mark.parametrize(("tokens", "compared"), [(3, 4096), (70, 4096), (70, 0)])
+def test_the_hopper_kernels_in_the_simulator(tokens, compared, monkeypatch):
     monkeypatch.setattr(gpu_kernel, "num_multiprocessors", lambda: 2)
+    monkeypatch.setattr(gpu, "COMPARED_PAIRS", compared)
     x, ids, weights, gate_up, down = make(3, tokens=tokens, embed=128, width=128, dtype=jnp.bfloat16)
     stacks = [jnp.stack([jnp.full_like(a, jnp.nan), a]) for a in (gate_up, down)]
     shared = (stacks[0][:, 0].reshape(2, 128, 2, 128), stacks[1][:, 0])
