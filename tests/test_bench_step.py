@@ -49,22 +49,8 @@ def test_random_params_follow_the_schema():
 
 
 def test_it_reports_every_combination_and_every_kernel():
-    command = [
-        "bench",
-        "step",
-        "--shape",
-        "tiny",
-        "--batch",
-        "2",
-        "--strategy",
-        "dmax,llada2",
-        "--context",
-        "32",
-        "--repeats",
-        "1",
-        "--json",
-    ]
-    result = CliRunner().invoke(app, [*command, "--dtype", "float32"], catch_exceptions=False)
+    command = "bench step --shape tiny --batch 2 --strategy dmax,llada2 --context 32 --repeats 1 --dtype float32 --json"
+    result = CliRunner().invoke(app, command.split(), catch_exceptions=False)
     assert result.exit_code == 0
     report = json.loads(result.stdout)
     step, other = report["steps"]

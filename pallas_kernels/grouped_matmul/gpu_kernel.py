@@ -55,9 +55,9 @@ class Groups(NamedTuple):
 
 
 def fits(*matrices: tuple[int, ...]) -> bool:
-    """Whether weights of these ``(depth, width)`` can be tiled; SwiGLU halves the first width."""
+    """Whether weights of these ``(depth, width)`` can be tiled. SwiGLU halves the first width; 128 threads copy rows of that depth."""
     (depth, width), (depth2, width2) = matrices
-    return depth % _UNIT == 0 and width % (2 * _UNIT) == 0 and depth2 % _UNIT == 0 and width2 % _UNIT == 0
+    return depth % (2 * _UNIT) == 0 and width % (2 * _UNIT) == 0 and depth2 % _UNIT == 0 and width2 % _UNIT == 0
 
 
 def num_multiprocessors() -> int:

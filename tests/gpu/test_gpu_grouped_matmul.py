@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
+from diffulex_jax.bench.shapes import SHAPES
+from diffulex_jax.models.routing import route, route_streamed
 from pallas_kernels.grouped_matmul import expert_mlp, linear
 
 
@@ -50,8 +52,9 @@ def run(args, *, shared=None, **options):
     return jax.jit(lambda *a: expert_mlp(*a[:5], layer=a[5], shared=a[6], backend="gpu", **options))(*args[:5], jnp.int32(1), shared)
 
 
-@pytest.mark.parametrize("crowded", [False, True])
-@pytest.mark.parametrize("tokens", [1, 7, 32, 64, 256, 1024, 1500])
+@pytest.mark.parametrize(
+    ("tokens", "crowded"), [(1, False), (7, False), (32, False), (32, True), (256, False), (1024, False), (1500, True)]
+)
 def test_the_kernels_compute_the_formula(key, relative_error, tokens, crowded):
     args = make(key, tokens, crowded=crowded)
     routed, shared = exact(*args, 1)
@@ -59,6 +62,39 @@ def test_the_kernels_compute_the_formula(key, relative_error, tokens, crowded):
     print(f"relative error at {tokens} tokens: {error:.5f}, with the shared expert {together:.5f}")
     assert error < 5e-3  # bfloat16 has eight bits: hidden values, rows and result are rounded once each
     assert together < 5e-3
+
+
+@pytest.mark.parametrize("tokens", [600, 1024])
+def test_many_tokens_are_routed_by_a_kernel_and_computed(key, relative_error, tokens):
+    experts, embed, width = 256, 512, 128
+    keys = jax.random.split(key, 5)
+    x, valid = jax.random.normal(keys[0], (tokens, embed), jnp.bfloat16), jnp.arange(tokens) % 7 != 3
+    router = (jax.random.normal(keys[1], (embed, experts)) * 0.05).astype(jnp.bfloat16)
+    bias = jax.random.normal(keys[2], (experts,)) * 0.05
+    gate_up, down = (
+        (jax.random.normal(k, (2, experts, *shape)) / shape[0] ** 0.5).astype(jnp.bfloat16)
+        for k, shape in ((keys[3], (embed, 2 * width)), (keys[4], (width, embed)))
+    )
+
+    @jax.jit
+    def routed(x, valid):
+        ids, weights, counted = route_streamed(x, router, bias, SHAPES["llada2-mini"], valid)
+        options = {"layer": jnp.int32(1), "valid": valid, "counted": counted, "backend": "gpu"}
+        return ids, weights, expert_mlp(x, ids, weights, gate_up, down, **options)
+
+    ids, weights, got = routed(x, valid)
+    with jax.default_matmul_precision("highest"):
+        want_ids, want_weights = route(x, router, bias, SHAPES["llada2-mini"])
+        wide = [a[1].astype(jnp.float32) for a in (gate_up, down)]
+        want = jax.jit(expert_mlp, static_argnames="backend")(x.astype(jnp.float32), ids, weights, *wide, valid=valid, backend="dense")
+    same = np.sort(ids, 1) == np.sort(want_ids, 1)
+    assert same.mean() > 0.999  # logits are sums in another order: a near tie may go either way
+    rows = np.asarray(same.all(1))
+    np.testing.assert_allclose(np.sort(weights, 1)[rows], np.sort(want_weights, 1)[rows], rtol=1e-4)
+    error = relative_error(got[valid], want[valid])
+    print(f"relative error at {tokens} tokens routed by the kernel: {error:.5f}")
+    assert error < 5e-3
+    np.testing.assert_array_equal(got[~valid], 0)
 
 
 def test_as_near_the_formula_as_plain_xla_in_bfloat16(key, relative_error):
