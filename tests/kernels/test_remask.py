@@ -17,7 +17,7 @@ from diffulex_jax.rules.blocks import may_force
 from diffulex_jax.state import Dims, Prediction
 from diffulex_jax.strategies import llada2_edit
 from pallas_kernels import remask
-from pallas_kernels.remask import reference, tpu, tpu_decision
+from pallas_kernels.remask import gpu, reference, tpu, tpu_decision
 
 
 ROWS, VOCAB, EMBED, MASK = 19, 333, 16, 332
@@ -85,6 +85,15 @@ def test_greedy_rows_without_options():
     options = {name: options[name] for name in ("forbidden_id", "sampling")}
     want = call(reference.predict_from_hidden, hidden, lm_head, current, **options)
     assert_same(call(tpu.predict_from_hidden, hidden, lm_head, current, tile=TILE, interpret=True, **options), want)
+
+
+@pytest.mark.parametrize(
+    "function", [reference.predict_from_hidden, gpu.predict_from_hidden, functools.partial(tpu.predict_from_hidden, interpret=True)]
+)
+def test_without_sampling_all_rows_are_greedy(function):
+    hidden, lm_head, current, options = make(5, temperature=(0.0,))
+    want = call(reference.predict_from_hidden, hidden, lm_head, current, **options)
+    assert_same(call(function, hidden, lm_head, current, **options | {"sampling": None}), want)
 
 
 def test_bfloat16_states():
