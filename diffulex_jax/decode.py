@@ -16,25 +16,9 @@ from jax import lax
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
 from diffulex_jax.parallel.mesh import first_index, shared_by
-from diffulex_jax.request_state import given_blocks
 from diffulex_jax.rules.base import Rule
-from diffulex_jax.rules.blocks import activate, stability
-from diffulex_jax.state import (
-    ERROR,
-    LENGTH,
-    MAX_NFE,
-    RUNNING,
-    STOP,
-    Canvas,
-    DecodeState,
-    Dims,
-    KVPool,
-    Merge,
-    Pending,
-    Prediction,
-    StepReport,
-    Trace,
-)
+from diffulex_jax.state import DecodeState, Dims, KVPool, Merge, Prediction, StepReport, Trace
+from diffulex_jax.window import advance, count_step, finish, seen, settled_positions, write_window
 from pallas_kernels import Kernels, block_attention, grouped_matmul, remask, token_merge
 from pallas_kernels.target import anywhere
 
@@ -99,9 +83,9 @@ def denoise(
 
     def body(carry: Carry, writes: bool | None = None) -> Carry:
         i, pool, state, trace = carry
-        before = _advance(program, state)
+        before = advance(program.dims, program.rule, program.config.mask_token_id, state)
         pool, after = step(program, params, pool, before, page_table, writes)
-        trace = jax.tree.map(lambda buffer, row: buffer.at[i].set(row), trace, _seen(before, after))
+        trace = jax.tree.map(lambda buffer, row: buffer.at[i].set(row), trace, seen(before, after))
         return i + 1, pool, after, trace
 
     def alike(carry: Carry, writes: bool) -> Carry:
@@ -113,13 +97,13 @@ def denoise(
 
         return lax.while_loop(same, functools.partial(body, writes=writes), carry)
 
-    rows = jax.eval_shape(_seen, state, state)
+    rows = jax.eval_shape(seen, state, state)
     trace = jax.tree.map(lambda row: jnp.zeros((steps, *row.shape), row.dtype), rows)
     # For every branch a GPU waits for the host. Steps in a loop of their kind ask it one thing each: whether to go on.
     apart = program.kernels.grouped_matmul == "gpu"
     run = (lambda carry: alike(alike(carry, True), False)) if apart else body
     _, pool, state, trace = lax.while_loop(go_on, run, (jnp.int32(0), pool, state, trace))
-    state = state.replace(sequence=_write_window(state))
+    state = state.replace(sequence=write_window(state))
     return pool, state, report(state, known, (steps + program.dims.window) * program.dims.block), trace
 
 
@@ -191,7 +175,7 @@ def _write(program: Program, pool: KVPool, k: jax.Array, v: jax.Array, pages: ja
 
 def report(state: DecodeState, known: jax.Array, count: int) -> StepReport:
     """The few numbers the host reads, and the ``count`` tokens of each row from position ``known`` ``[S]`` on."""
-    position, _, settled = _positions(state)
+    position, _, settled = settled_positions(state)
     upto = jnp.where(settled | (position < state.prompt_len[:, None]), position[:, -1:] + 1, position).min(1)
     return StepReport(
         status=state.status,
@@ -220,7 +204,7 @@ def step(
         state = state.replace(tokens=jnp.where(state.masked, program.config.mask_token_id, state.tokens))
         # A row whose prediction is not a number has nothing to go on with; the others never see it.
         broken = (~jnp.isfinite(prediction.prob) & before.editable).any((1, 2))
-        return pool, _finish(_count(before, state), broken)
+        return pool, finish(count_step(before, state), broken)
 
 
 def predict(
@@ -334,118 +318,3 @@ def _end_overdue_blocks(program: Program, prediction: Prediction, state: DecodeS
     over = state.active & (state.steps >= budget[:, None])
     state = state.fill(state.masked & over[..., None], prediction.token, prediction.prob)
     return state.replace(hold=state.hold & ~over, merge=state.merge.replace(soft=state.merge.soft & ~over[..., None]))
-
-
-def _count(before: DecodeState, after: DecodeState) -> DecodeState:
-    """Counts the forward, and what the rules did to tokens that were filled before it."""
-    seen = _seen(before, after)
-    revised, remasked = (a.sum((1, 2), dtype=jnp.int32) * after.live for a in (seen.revised, seen.remasked))
-    nfe = after.nfe + after.live
-    now = nfe[:, None, None]
-    accepted = before.editable & before.masked & ~after.masked
-    return after.replace(
-        nfe=nfe,
-        revised=after.revised + revised,
-        remasked=after.remasked + remasked,
-        first_step=jnp.where(accepted & (after.first_step == 0), now, after.first_step),
-        last_step=jnp.where(accepted | seen.revised, now, after.last_step),
-        stable=stability(after, seen.revised | seen.remasked),
-    )
-
-
-def _seen(before: DecodeState, after: DecodeState) -> Trace:
-    """What one step did to the window."""
-    filled = before.editable & ~before.masked
-    return Trace(
-        start=after.start,
-        live=before.live,
-        tokens=after.tokens,
-        masked=after.masked,
-        confidence=after.confidence,
-        revised=filled & ~after.masked & (after.tokens != before.tokens),
-        remasked=filled & after.masked,
-    )
-
-
-def _positions(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``[S, K B]`` each: absolute positions of the window, which are undecoded, and which can no longer change."""
-    slots, _, block = state.tokens.shape
-    masked = (state.masked | ~state.active[..., None]).reshape(slots, -1)
-    return state.positions.reshape(slots, -1), masked, ~masked & jnp.repeat(~state.hold, block, 1)
-
-
-def _finish(state: DecodeState, broken: jax.Array) -> DecodeState:
-    """Ends rows whose output can no longer change, or whose NFE is spent; marks settled first blocks as ready to move.
-
-    A row ends at a stop token with everything before it settled, or with all its tokens settled; or because it is ``broken``
-    (``[S]`` bool), and then with what was settled before this window.
-    """
-    position, masked, settled = _positions(state)
-    generated = position >= state.prompt_len[:, None]
-    wanted = generated & (position < state.limit[:, None])
-    tokens = state.tokens.reshape(position.shape)
-    given = state.frozen.reshape(position.shape)
-    stops = (tokens[..., None] == state.settings.stop_ids[:, None]).any(-1) & wanted & ~masked & ~given
-    end = state.start + position.shape[1]
-
-    def first(where: jax.Array) -> jax.Array:
-        return jnp.where(where, position, jnp.minimum(end, state.limit)[:, None]).min(1)
-
-    first_open, first_stop = first(wanted & ~settled), first(stops)
-    stop = stops.any(1) & (first_stop < first_open)
-    length = first_open >= state.limit
-    spent = state.nfe >= state.settings.max_nfe
-    status = jnp.select([broken, stop, length, spent], [ERROR, STOP, LENGTH, MAX_NFE], RUNNING)
-    # A row cut off by its NFE budget returns the contiguous filled prefix, itself cut before a stop token.
-    cut = jnp.minimum(first(wanted & masked), first_stop)
-    upto = jnp.select([broken, stop, length], [jnp.clip(state.start, state.prompt_len, state.limit), first_stop, state.limit], cut)
-    return state.replace(
-        status=jnp.where(state.live, status, state.status).astype(jnp.int32),
-        length=jnp.where(state.live, upto, state.length).astype(jnp.int32),
-        live=state.live & (status == RUNNING),
-        ready=state.active[:, 0] & ~state.masked[:, 0].any(-1) & ~state.hold[:, 0],
-    )
-
-
-def _advance(program: Program, state: DecodeState) -> DecodeState:
-    """Moves rows whose first block is ready one block on, and starts look-ahead blocks.
-
-    The block that leaves becomes pending; a new one enters at the window's end.
-    """
-    dims, mask_id = program.dims, program.config.mask_token_id
-    go = state.live & state.ready
-    start = state.start + dims.block
-    tokens, masked, frozen = given_blocks(state, start + (dims.window - 1) * dims.block, 1, dims.block, mask_id)
-
-    def rolled(array: jax.Array, last: Any) -> jax.Array:
-        return jnp.concatenate([array[:, 1:], jnp.broadcast_to(last, array[:, :1].shape).astype(array.dtype)], 1)
-
-    fresh = program.rule.init(dims)
-    shifted = state.replace(
-        tokens=rolled(state.tokens, tokens),
-        masked=rolled(state.masked, masked),
-        frozen=rolled(state.frozen, frozen),
-        confidence=rolled(state.confidence, 0.0),
-        first_step=rolled(state.first_step, 0),
-        last_step=rolled(state.last_step, 0),
-        active=rolled(state.active, False),
-        hold=rolled(state.hold, False),
-        stable=rolled(state.stable, True),
-        ready=jnp.zeros_like(state.ready),
-        steps=rolled(state.steps, 0),
-        merge=jax.tree.map(lambda a: rolled(a, 0), state.merge),
-        rule=jax.tree.map(lambda a, f: rolled(a, f[:, :1]) if f.ndim > 1 else a, state.rule, fresh),
-        pending=Pending(state.tokens[:, 0], jax.tree.map(lambda a: a[:, 0], state.merge), state.active[:, 0]),
-        start=start,
-    )
-    moved = jax.tree.map(lambda new, old: jnp.where(go.reshape(-1, *[1] * (old.ndim - 1)), new, old), shifted, state)
-    return activate(moved.replace(sequence=_write_window(state, go)))
-
-
-def _write_window(state: DecodeState, rows: jax.Array | None = None) -> Canvas:
-    """``sequence`` with what the window knows at its positions; of ``rows`` ``[S]`` alone where given."""
-    slots = state.tokens.shape[0]
-    row, at = jnp.arange(slots)[:, None], state.positions.reshape(slots, -1)
-    if rows is not None:
-        at = jnp.where(rows[:, None], at, state.sequence.tokens.shape[1])
-    return jax.tree.map(lambda s, w: s.at[row, at].set(w.reshape(slots, -1), mode="drop"), state.sequence, state.window)

@@ -202,6 +202,8 @@ def test_the_gpu_counts_how_often_experts_are_chosen(masked):
     np.testing.assert_array_equal(size, seen)
 
 
+# Hopper kernels run nowhere else without a Hopper GPU. JAX 0.10, the only one for Python 3.11, has no simulator for them; what counts and
+# sorts around them is tested above on every version, and tests/gpu holds the kernels themselves to float32.
 simulated = pytest.mark.skipif(
     not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)"
 )
