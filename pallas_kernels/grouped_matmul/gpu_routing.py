@@ -9,7 +9,7 @@ experts' rows begin.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -195,21 +195,9 @@ def _choose(
     upto_g.at[rows, mine][...] = pl.run_scoped(count, plgpu.ACC((TOKENS, share)))
 
 
-class Placed(NamedTuple):
-    """Rows sorted by expert. Which of them belong to an expert, ``Groups`` says; the others were not written.
-
-    Attributes:
-      rows: ``[M, D]``.
-      place: ``[T, k]`` int32, the row of each pair; ``[T, k + 1]`` with a shared expert. Of tokens that are not valid: 0.
-    """
-
-    rows: jax.Array
-    place: jax.Array
-
-
 def dispatch(
     x: jax.Array, ids: jax.Array, nth: jax.Array, start: jax.Array, valid: jax.Array | None, *, count: int, shared: bool
-) -> Placed:
+) -> tuple[jax.Array, jax.Array]:
     """Copies each token's row to the rows of its experts, a thread block a token.
 
     Args:
@@ -219,6 +207,10 @@ def dispatch(
       valid: ``[T]`` bool; others are not copied.
       count: M, rows there is room for.
       shared: whether all tokens go to one more expert.
+
+    Returns:
+      ``(rows [M, D], place [T, k] int32)``: the rows by expert, of which those of no token are not written, and the row of each pair; with
+      a column more for the shared expert, and 0 for tokens that are not valid.
     """
     tokens, width = x.shape
     top_k = ids.shape[1]
@@ -244,4 +236,5 @@ def dispatch(
         grid_names=("token",),
         kernel_name="dispatch_rows",
     )
-    return Placed(*kernel(x, ids, nth, start, jnp.ones(tokens, bool) if valid is None else valid))
+    rows, place = kernel(x, ids, nth, start, jnp.ones(tokens, bool) if valid is None else valid)
+    return rows, place
