@@ -19,7 +19,7 @@ from diffulex_jax.parallel.mesh import first_index, shared_by
 from diffulex_jax.rules.base import Rule
 from diffulex_jax.state import DecodeState, Dims, KVPool, Merge, Prediction, StepReport, Trace
 from diffulex_jax.window import advance, count_step, finish, seen, settled_positions, write_window
-from pallas_kernels import Kernels, block_attention, grouped_matmul, remask, token_merge
+from pallas_kernels import Kernels, block_attention, grouped_matmul, prediction, token_merge
 from pallas_kernels.target import anywhere
 
 
@@ -281,15 +281,15 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
 
     # A draw belongs to a position, not to a step: while the distribution stays, so does the sample, and edit rules settle.
     # After a re-mask the request draws anew; the same noise would choose the doubted token again.
-    def sampling() -> remask.Sampling:
+    def sampling() -> prediction.Sampling:
         keys = jax.random.wrap_key_data(jnp.repeat(state.key, per_position, 0))
         draws = jax.vmap(jax.random.fold_in)(keys, state.positions.reshape(-1))
         draws = jax.vmap(jax.random.fold_in)(draws, rows(state.remasked))
-        return remask.Sampling(draws, rows(jnp.where(state.live, s.temperature, 0)), rows(s.top_p), rows(s.top_k))
+        return prediction.Sampling(draws, rows(jnp.where(state.live, s.temperature, 0)), rows(s.top_p), rows(s.top_k))
 
     early = (state.positions - state.prompt_len[:, None, None] < s.min_tokens[:, None, None]).reshape(-1)
     left = jnp.concatenate([jnp.full_like(state.tokens[..., :1], -1), state.tokens[..., :-1]], -1)
-    best = remask.predict_from_hidden(
+    best = prediction.predict_from_hidden(
         h.reshape(-1, h.shape[-1]),
         params["lm_head"],
         state.tokens.reshape(-1),
@@ -300,7 +300,7 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
         banned=jnp.where(early[:, None], jnp.repeat(s.stop_ids, per_position, 0), -1),
         top_k=program.dims.candidates,
         vocab_axes=shared_by("vocab"),
-        backend=program.kernels.remask,
+        backend=program.kernels.prediction,
     )
     return Prediction(
         token=best.token.reshape(shape),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels import block_attention, grouped_matmul, remask, token_merge
+from pallas_kernels import block_attention, grouped_matmul, prediction, remask, token_merge
 from pallas_kernels.target import target_of
 
 
@@ -18,11 +18,14 @@ class Kernels(NamedTuple):
 
     block_attention: str
     grouped_matmul: str
+    prediction: str
     remask: str
     token_merge: str
 
 
-REFERENCE = Kernels(block_attention="reference", grouped_matmul="ragged", remask="reference", token_merge="reference")
+REFERENCE = Kernels(
+    block_attention="reference", grouped_matmul="ragged", prediction="reference", remask="reference", token_merge="reference"
+)
 """Plain XLA for everything: right everywhere, fast nowhere."""
 
 
@@ -32,6 +35,7 @@ def choose(device: jax.Device) -> Kernels:
     return Kernels(
         block_attention=block_attention.choose_backend(target),
         grouped_matmul=grouped_matmul.choose_backend(target),
+        prediction=prediction.choose_backend(target),
         remask=remask.choose_backend(target),
         token_merge=token_merge.choose_backend(target),
     )

@@ -24,7 +24,7 @@ from diffulex_jax.parallel.mesh import make_mesh, sharding
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import POOL_AXES, STATE_AXES, KVPool
 from diffulex_jax.strategies import dmax
-from pallas_kernels import remask
+from pallas_kernels import prediction
 
 
 CONFIG = ModelConfig(
@@ -102,12 +102,12 @@ def shared_vocabulary():
     hidden, lm_head = (jnp.asarray(rng.standard_normal((n, 16)), jnp.float32) for n in (rows, vocab))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(rows))
     at = jnp.arange(rows)
-    sampling = remask.Sampling(keys, jnp.where(at % 2, 0.9, 0.0), jnp.where(at % 3, 1.0, 0.7), jnp.zeros(rows, jnp.int32))
+    sampling = prediction.Sampling(keys, jnp.where(at % 2, 0.9, 0.0), jnp.where(at % 3, 1.0, 0.7), jnp.zeros(rows, jnp.int32))
     current, options = jnp.asarray(rng.integers(0, vocab, rows), jnp.int32), {"forbidden_id": 95, "sampling": sampling, "top_k": 3}
-    want = remask.predict_from_hidden(hidden, lm_head, current, backend="reference", **options)
+    want = prediction.predict_from_hidden(hidden, lm_head, current, backend="reference", **options)
 
     def local(lm_head):
-        return remask.tpu.predict_from_hidden(hidden, lm_head, current, vocab_axes=("expert", "tensor"), interpret=True, **options)
+        return prediction.tpu.predict_from_hidden(hidden, lm_head, current, vocab_axes=("expert", "tensor"), interpret=True, **options)
 
     mesh = make_mesh(data=2, expert=2, tensor=2)
     with jax.set_mesh(mesh):

@@ -163,7 +163,7 @@ def test_routing_weights_scale():
 def test_steps_of_a_kind_in_loops_of_their_own_are_the_same_steps(temperature):
     """How a GPU runs them; its kernels leave float32 to plain XLA. Blocks end at different steps, and in the middle of a dispatch."""
     ends = []
-    for kernels, greedy in ((KERNELS, False), (Kernels("gpu", "gpu", "gpu", "gpu"), temperature == 0)):
+    for kernels, greedy in ((KERNELS, False), (Kernels("gpu", "gpu", "gpu", "reference", "gpu"), temperature == 0)):
         program, pool, state = setup(REFERENCE, [1, 2, 3], max_tokens=9, accept_threshold=0.3, temperature=temperature, seed=3)
         program = program._replace(kernels=kernels, greedy=greedy)
         for _ in range(2):

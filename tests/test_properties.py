@@ -16,7 +16,7 @@ from scripted import EOS, Script, play
 from diffulex_jax import SamplingParams
 from diffulex_jax.rules import levenshtein
 from diffulex_jax.strategies import dmax, llada2, llada2_edit
-from pallas_kernels import block_attention, remask, token_merge
+from pallas_kernels import block_attention, prediction, token_merge
 
 
 seeds = st.integers(0, 2**31 - 1)
@@ -109,19 +109,19 @@ def test_rows_do_not_see_each_other(name, pair):
     assert twice == [together[0]] * 2
 
 
-# remask.predict
+# prediction.predict
 
 ROWS, VOCAB = 6, 12
-jit_predict = functools.partial(jax.jit, static_argnames="top_k")(remask.predict)
+jit_predict = functools.partial(jax.jit, static_argnames="top_k")(prediction.predict)
 
 
 def logits_with_ties(rng) -> np.ndarray:
     return rng.integers(-6, 7, (ROWS, VOCAB)).astype(np.float32) / 2
 
 
-def sampling(seed: int, *, temperature, top_p=1.0, top_k=0, rows: int = ROWS) -> remask.Sampling:
+def sampling(seed: int, *, temperature, top_p=1.0, top_k=0, rows: int = ROWS) -> prediction.Sampling:
     keys = jax.random.split(jax.random.key(seed), rows)
-    return remask.Sampling(keys, jnp.full(rows, temperature), jnp.full(rows, top_p), jnp.full(rows, top_k))
+    return prediction.Sampling(keys, jnp.full(rows, temperature), jnp.full(rows, top_p), jnp.full(rows, top_k))
 
 
 def softmax(x):

@@ -14,7 +14,7 @@ from jax import lax
 from diffulex_jax.bench.traffic import expert_bytes
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
-from pallas_kernels import Kernels, block_attention, grouped_matmul, remask, token_merge
+from pallas_kernels import Kernels, block_attention, grouped_matmul, prediction, token_merge
 from pallas_kernels.token_merge import MergeSpec
 
 
@@ -50,19 +50,19 @@ def measure(
 
     current = jnp.zeros(tokens, jnp.int32)
 
-    def prediction(x: jax.Array, i: jax.Array, params: llada2.Params, current: jax.Array) -> jax.Array:
+    def predict(x: jax.Array, i: jax.Array, params: llada2.Params, current: jax.Array) -> jax.Array:
         still = jnp.zeros(tokens, jnp.float32)
-        best = remask.predict_from_hidden(
+        best = prediction.predict_from_hidden(
             x,
             params["lm_head"],
             current,
             forbidden_id=config.mask_token_id,
-            sampling=remask.Sampling(jax.random.split(jax.random.key(0), tokens), still, still + 1, current),
-            backend=kernels.remask,
+            sampling=prediction.Sampling(jax.random.split(jax.random.key(0), tokens), still, still + 1, current),
+            backend=kernels.prediction,
         )
         return x + (best.prob * 1e-3).astype(dtype)[:, None]
 
-    yield result("prediction", _ms(prediction, x, 8, params, current), params["lm_head"].nbytes)
+    yield result("prediction", _ms(predict, x, 8, params, current), params["lm_head"].nbytes)
 
     def merge(x: jax.Array, i: jax.Array, params: llada2.Params, ids: jax.Array) -> jax.Array:
         probs = jax.nn.sigmoid(x[:, :1].astype(jnp.float32))

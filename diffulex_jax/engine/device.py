@@ -68,7 +68,7 @@ class JaxDevice:
         self._jit_write = jax.jit(_write_pages, donate_argnums=(0,), out_shardings=on_pool)
         self._jit_sequence = jax.jit(lambda state, slot: jax.tree.map(lambda a: a[slot], state.sequence), out_shardings=everywhere)
         # By whether all rows are known to be greedy; that makes a difference on a GPU alone.
-        kinds = (False, True) if program.kernels.remask == "gpu" else (False,)
+        kinds = (False, True) if program.kernels.prediction == "gpu" else (False,)
         self._jit_denoise = {g: jit_denoise(program._replace(greedy=g), mesh, dtype=dtype, steps=steps_per_dispatch) for g in kinds}
         with jax.set_mesh(mesh):
             self.pool, self.state = jax.jit(lambda: empty(program, dtype, num_pages), out_shardings=(on_pool, on_slots))()

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffulex_jax.bench import aot
 from diffulex_jax.parallel.mesh import make_mesh
-from pallas_kernels import block_attention, remask, token_merge
+from pallas_kernels import block_attention, prediction, remask, token_merge
 from pallas_kernels.block_attention.tpu import POOL_ORDER
 
 
@@ -38,9 +38,9 @@ def kernels(compiled):
 @pytest.mark.parametrize("topology, dtype", [("v5e:2x2", jnp.float32), ("v5p:2x2x1", jnp.bfloat16)])
 def test_prediction(topology, dtype):
     def predict(hidden, lm_head, current, key, temperature, top_p, cut, penalized, penalty, banned):
-        sampling = remask.Sampling(jax.random.wrap_key_data(key), temperature, top_p, cut)
+        sampling = prediction.Sampling(jax.random.wrap_key_data(key), temperature, top_p, cut)
         options = {"penalized": penalized, "penalty": penalty, "banned": banned, "top_k": 5}
-        return remask.predict_from_hidden(hidden, lm_head, current, forbidden_id=7, sampling=sampling, **options)
+        return prediction.predict_from_hidden(hidden, lm_head, current, forbidden_id=7, sampling=sampling, **options)
 
     rows = [((ROWS,), kind) for kind in (jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32)]
     args = ((ROWS, EMBED), dtype), ((VOCAB, EMBED), dtype), ((ROWS,), jnp.int32), ((ROWS, 2), jnp.uint32), *rows, ((ROWS, 8), jnp.int32)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_attention, remask, token_merge
+from pallas_kernels import block_attention, prediction, token_merge
 from pallas_kernels.target import Target
 
 
-@pytest.mark.parametrize("operation", [block_attention, remask, token_merge])
+@pytest.mark.parametrize("operation", [block_attention, prediction, token_merge])
 @pytest.mark.parametrize("capability,hopper", [(7.5, False), (8.0, False), (8.9, False), (9.0, True), (10.0, False)])
 def test_hopper_kernels_run_on_hopper_only(operation, capability, hopper):
     compiles = jax.__version_info__ >= (0, 11)
@@ -28,8 +28,8 @@ def test_prediction_in_float32(top_k):
     rng = np.random.default_rng(0)
     hidden, lm_head = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 64), (40, 64)))
     zeros = jnp.zeros(4)
-    sampling = remask.Sampling(jax.random.split(jax.random.key(0), 4), zeros, zeros + 1, zeros.astype(jnp.int32))
-    both(remask.predict_from_hidden, hidden, lm_head, jnp.arange(4), forbidden_id=39, sampling=sampling, top_k=top_k)
+    sampling = prediction.Sampling(jax.random.split(jax.random.key(0), 4), zeros, zeros + 1, zeros.astype(jnp.int32))
+    both(prediction.predict_from_hidden, hidden, lm_head, jnp.arange(4), forbidden_id=39, sampling=sampling, top_k=top_k)
 
 
 def test_attention_in_float32():

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.remask import reference
-from pallas_kernels.remask.reference import Best, Sampling
+from pallas_kernels.prediction import reference
+from pallas_kernels.prediction.reference import Best, Sampling
 
 
 _TILE_K = 64  # bf16 elements of one 128-byte swizzled row
@@ -220,7 +220,7 @@ def reduce_vocabulary(
         grid_names=("part", "rows"),
         num_threads=plan.rows // 64 + 1,
         thread_name="wg",
-        kernel_name="lm_head_remask",
+        kernel_name="lm_head_prediction",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **debug,
     )

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import remask
-from pallas_kernels.remask import gpu
+from pallas_kernels import prediction
+from pallas_kernels.prediction import gpu
 
 
 def make(rng, rows, vocab, width, dtype=jnp.bfloat16, temperature=0.0):
@@ -24,7 +24,7 @@ def make(rng, rows, vocab, width, dtype=jnp.bfloat16, temperature=0.0):
     ones = jnp.ones(rows, jnp.float32)
     options = {
         "forbidden_id": int(best[2]),
-        "sampling": remask.Sampling(keys, ones * temperature, ones * 0.9, jnp.zeros(rows, jnp.int32)),
+        "sampling": prediction.Sampling(keys, ones * temperature, ones * 0.9, jnp.zeros(rows, jnp.int32)),
         "penalized": jnp.asarray(np.where(row % 2 == 0, best, rng.integers(-1, vocab, rows)), jnp.int32),
         "penalty": jnp.asarray(np.where(row % 3 == 0, 0.0, 2.5), jnp.float32),
         "banned": jnp.asarray(np.stack([np.where(row % 4 == 1, best, -1), rng.integers(0, vocab, rows)], 1), jnp.int32),
@@ -35,7 +35,7 @@ def make(rng, rows, vocab, width, dtype=jnp.bfloat16, temperature=0.0):
 
 @functools.partial(jax.jit, static_argnames=("backend", "forbidden_id", "top_k"))
 def predict(*args, **options):
-    return remask.predict_from_hidden(*args, **options)
+    return prediction.predict_from_hidden(*args, **options)
 
 
 def exact(hidden, lm_head, current, options):

@@ -46,7 +46,7 @@ def predict(
     banned: jax.Array | None = None,
     top_k: int = 0,
 ) -> Best:
-    """See ``remask.predict``."""
+    """See ``prediction.predict``."""
     vocab = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     if penalized is not None:
         assert penalty is not None, "penalized tokens need a penalty"

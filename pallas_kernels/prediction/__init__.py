@@ -1,0 +1,95 @@
+"""Prediction: the best allowed token, its probability and the current token's, from vocabulary logits or hidden states."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+
+from pallas_kernels.prediction import gpu, reference, tpu
+from pallas_kernels.prediction.reference import Best, Sampling
+from pallas_kernels.target import Target, is_hopper, pick
+
+
+__all__ = ["Backend", "Best", "Sampling", "choose_backend", "predict", "predict_from_hidden"]
+
+Backend = Literal["reference", "gpu", "tpu"]
+
+_FROM_LOGITS = {"reference": reference.predict, "gpu": reference.predict, "tpu": tpu.predict}
+_FROM_HIDDEN = {
+    "reference": reference.predict_from_hidden,
+    "gpu": gpu.predict_from_hidden,
+    "tpu": tpu.predict_from_hidden,
+}
+
+
+def choose_backend(target: Target) -> Backend:
+    """The backend used on ``target`` unless told otherwise."""
+    return "gpu" if is_hopper(target) else "tpu" if target.platform == "tpu" else "reference"
+
+
+def predict(
+    logits: jax.Array,
+    current: jax.Array,
+    *,
+    forbidden_id: int,
+    sampling: Sampling | None,
+    penalized: jax.Array | None = None,
+    penalty: jax.Array | None = None,
+    banned: jax.Array | None = None,
+    top_k: int = 0,
+    backend: str | None = None,
+) -> Best:
+    """Reduces each row of logits to the chosen token and the probabilities rules ask for.
+
+    Probabilities are the model's own: softmax over the allowed vocabulary at temperature 1, whatever the sampling. So a
+    threshold means the same at every temperature, and sampling with ``top_k=1`` equals greedy decoding.
+
+    Args:
+      logits: ``[R, V]`` float32.
+      current: ``[R]`` int32, the token that stands there; its probability is reported.
+      forbidden_id: never chosen and left out of the softmax (the mask).
+      sampling: rows with temperature above 0 draw from softmax(logits / temperature) cut to top-k, then top-p. None: all are greedy, and
+        the device is not asked whether any samples.
+      penalized: ``[R]`` int32, a token whose logit is lowered by ``penalty`` (``[R]`` float32); negative: none.
+      penalty: see ``penalized``.
+      banned: ``[R, M]`` int32, ids that are neither chosen nor counted in the softmax of their row; negative: none.
+      top_k: how many best tokens to report.
+      backend: see :data:`Backend`; None chooses by the current mesh.
+
+    Returns:
+      :class:`Best`. Ties go to the lowest id; a row with a NaN has NaN probabilities.
+
+    Raises:
+      ValueError: for an unknown backend.
+    """
+    options: dict[str, Any] = {"forbidden_id": forbidden_id, "sampling": sampling, "penalized": penalized, "penalty": penalty}
+    return pick("prediction", backend, choose_backend, _FROM_LOGITS)(logits, current, **options, banned=banned, top_k=top_k)
+
+
+def predict_from_hidden(
+    hidden: jax.Array,
+    lm_head: jax.Array,
+    current: jax.Array,
+    *,
+    vocab_axes: tuple[str, ...] = (),
+    backend: str | None = None,
+    **options: Any,
+) -> Best:
+    """:func:`predict` of the logits ``hidden @ lm_head.T`` (float32 sums), which a backend need not ever hold in memory.
+
+    Args:
+      hidden: ``[R, D]`` normalised last hidden states.
+      lm_head: ``[V, D]``.
+      current: ``[R]`` int32.
+      vocab_axes: inside a ``jax.shard_map``: the mesh axes that share the vocabulary, each device with consecutive rows of ``lm_head``;
+        the devices exchange what they found, and all return the result over the whole vocabulary.
+      backend: see :data:`Backend`; None chooses by the current mesh.
+      **options: the keywords of :func:`predict`.
+
+    Raises:
+      ValueError: for an unknown backend.
+    """
+    if vocab_axes:
+        options["vocab_axes"] = vocab_axes
+    return pick("prediction", backend, choose_backend, _FROM_HIDDEN)(hidden, lm_head, current, **options)

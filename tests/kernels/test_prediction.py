@@ -1,0 +1,142 @@
+"""Prediction: the TPU kernel, simulated, and the Hopper kernel's fallbacks against plain jnp.
+
+19 rows in tiles of 8, 333 tokens in tiles of 128: neither divides.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import prediction
+from pallas_kernels.prediction import gpu, reference, tpu
+
+
+ROWS, VOCAB, EMBED, MASK = 19, 333, 16, 332
+TILE = (8, 128)
+
+
+def make(seed=0, *, temperature=(0.0, 0.7, 1.5), filters=False, rows=ROWS, vocab=VOCAB):
+    """(hidden, lm_head, current, options): every kind of row, some positions penalised or banned where it changes the best token."""
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.standard_normal((rows, EMBED)), jnp.float32)
+    lm_head = jnp.asarray(rng.standard_normal((vocab, EMBED)), jnp.float32)
+    row = np.arange(rows)
+    order = np.argsort(-np.asarray(hidden @ lm_head.T), 1)
+    banned = np.full((rows, 3), -1)
+    banned[row % 5 == 1, :2] = order[row % 5 == 1, :2]
+    sampling = prediction.Sampling(
+        key=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), row),
+        temperature=jnp.asarray(rng.choice(temperature, rows), jnp.float32),
+        top_p=jnp.asarray(np.where(filters & (row % 3 == 0), 0.5, 1.0), jnp.float32),
+        top_k=jnp.asarray(np.where(filters & (row % 4 == 0), 5, 0), jnp.int32),
+    )
+    options = {
+        "forbidden_id": vocab - 1,
+        "sampling": sampling,
+        "penalized": jnp.asarray(np.where(row % 2 == 0, order[:, 0], -1), jnp.int32),
+        "penalty": jnp.full(rows, 3.0, jnp.float32),
+        "banned": jnp.asarray(banned, jnp.int32),
+    }
+    return hidden, lm_head, jnp.asarray(rng.integers(0, vocab, rows), jnp.int32), options
+
+
+@functools.partial(jax.jit, static_argnames=("function", "interpret", "tile", "forbidden_id", "top_k"))
+def call(function, *args, **options):
+    return function(*args, **options)
+
+
+def assert_same(got, want, *, rtol=1e-5):
+    for name in prediction.Best._fields:
+        a, b = getattr(got, name), getattr(want, name)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        if a.dtype == jnp.int32:
+            np.testing.assert_array_equal(a, b, err_msg=name)
+        else:
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("top_k, filters", [(0, False), (1, True), (4, False)])
+def test_from_hidden_states(interpret, top_k, filters):
+    *args, options = make(filters=filters)
+    want = call(reference.predict_from_hidden, *args, top_k=top_k, **options)
+    assert len({*np.asarray(want.token).tolist()}) > ROWS // 2
+    assert_same(call(tpu.predict_from_hidden, *args, top_k=top_k, tile=TILE, interpret=interpret, **options), want)
+
+
+@pytest.mark.parametrize("top_k", [1, 7])
+def test_from_logits(interpret, top_k):
+    hidden, lm_head, current, options = make(1)
+    logits = hidden @ lm_head.T
+    want = call(reference.predict, logits, current, top_k=top_k, **options)
+    assert_same(call(tpu.predict, logits, current, top_k=top_k, tile=TILE, interpret=interpret, **options), want)
+
+
+def test_greedy_rows_without_options():
+    hidden, lm_head, current, options = make(2, temperature=(0.0,))
+    options = {name: options[name] for name in ("forbidden_id", "sampling")}
+    want = call(reference.predict_from_hidden, hidden, lm_head, current, **options)
+    assert_same(call(tpu.predict_from_hidden, hidden, lm_head, current, tile=TILE, interpret=True, **options), want)
+
+
+@pytest.mark.parametrize(
+    "function", [reference.predict_from_hidden, gpu.predict_from_hidden, functools.partial(tpu.predict_from_hidden, interpret=True)]
+)
+def test_without_sampling_all_rows_are_greedy(function):
+    hidden, lm_head, current, options = make(5, temperature=(0.0,))
+    want = call(reference.predict_from_hidden, hidden, lm_head, current, **options)
+    assert_same(call(function, hidden, lm_head, current, **options | {"sampling": None}), want)
+
+
+def test_bfloat16_states():
+    hidden, lm_head, current, options = make(3, temperature=(0.0,))
+    args = hidden.astype(jnp.bfloat16), lm_head.astype(jnp.bfloat16), current
+    want = call(reference.predict_from_hidden, *args, top_k=2, **options)
+    assert_same(call(tpu.predict_from_hidden, *args, top_k=2, tile=TILE, interpret=True, **options), want, rtol=1e-4)
+
+
+def test_draws_are_those_of_the_reference_for_every_token():
+    # Equal logits leave the choice to the noise alone: 200 draws from 2000 tokens would show a single wrong bit.
+    *_, options = make(4, temperature=(1.0,), rows=200, vocab=2000)
+    options = {name: options[name] for name in ("forbidden_id", "sampling")}
+    logits, current = jnp.zeros((200, 2000)), jnp.zeros(200, jnp.int32)
+    got = call(tpu.predict, logits, current, tile=(64, 256), interpret=True, **options)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (2000,)))(options["sampling"].key)
+    np.testing.assert_array_equal(got.token, jnp.argmax(noise[:, :-1], 1))
+    np.testing.assert_allclose(got.prob, 1 / 1999, rtol=1e-5)
+
+
+def test_ties_go_to_the_lowest_id(interpret):
+    logits = jnp.zeros((3, VOCAB)).at[0, jnp.array([300, 131, 130])].set(5.0).at[1, 7].set(5.0)
+    *_, current, options = make(5, temperature=(0.0,), rows=3)
+    options = {name: options[name] for name in ("forbidden_id", "sampling")}
+    got = call(tpu.predict, logits, current, top_k=4, tile=TILE, interpret=interpret, **options)
+    np.testing.assert_array_equal(got.token, [130, 7, 0])
+    np.testing.assert_array_equal(got.top_ids, [[130, 131, 300, 0], [7, 0, 1, 2], [0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("at", [0, 200, VOCAB - 2])
+def test_a_row_that_is_not_finite_says_so_and_no_other_row_does(interpret, bad, at):
+    hidden, lm_head, current, options = make(6)
+    logits = (hidden @ lm_head.T).at[5, at].set(bad)
+    options["banned"] = options["banned"].at[5].set(-1)
+    got = call(tpu.predict, logits, current, top_k=1, tile=TILE, interpret=interpret, **options)
+    np.testing.assert_array_equal(np.isnan(got.prob), np.arange(ROWS) == 5)
+    np.testing.assert_array_equal(np.isnan(got.current_prob), np.arange(ROWS) == 5)
+    want = call(reference.predict, logits, current, top_k=1, **options)
+    assert bool(jnp.isnan(want.prob[5])) and int(want.token[5]) < VOCAB
+    assert_same(*(jax.tree.map(lambda a: np.delete(a, 5, 0), best) for best in (got, want)))
+
+
+def test_unknown_keys_and_too_many_candidates_are_refused():
+    hidden, lm_head, current, options = make(7)
+    with pytest.raises(ValueError, match="top_k=200.*at most 128"):
+        tpu.predict_from_hidden(hidden, lm_head, current, top_k=200, **options)
+    other = options["sampling"]._replace(key=jax.random.split(jax.random.key(0, impl="rbg"), ROWS))
+    with pytest.raises(ValueError, match="threefry2x32 keys, got rbg"):
+        tpu.predict_from_hidden(hidden, lm_head, current, **options | {"sampling": other})
