@@ -35,7 +35,9 @@ class SamplingParams:
       max_nfe: most forwards to spend; the contiguous decoded prefix is returned then. None: no limit.
       accept_threshold: a mask is filled when its prediction is more probable than this; 1 or more never accepts by threshold, so
         ``num_to_transfer`` masks are filled a step.
-      num_to_transfer: masks filled per block and step at the least (``llada2``, ``llada2_edit``).
+      num_to_transfer: masks filled per block and step at the least (``llada2``, ``llada2_edit``, ``sdar``).
+      denoising_steps: steps over which a block's masks are shared out, in place of ``num_to_transfer``: of B masks, step i of S fills
+        floor(B / S) at the least, and one more while i < B mod S. At most the block size; 0 leaves it to ``num_to_transfer``.
       edit_threshold: (``llada2_edit``) a filled token is replaced by a different prediction more probable than this; 0 replaces
         every one.
       max_post_edit_steps: (``llada2_edit``) steps spent on a block after its last mask was filled.
@@ -67,6 +69,7 @@ class SamplingParams:
     max_nfe: int | None = None
     accept_threshold: float = 0.9
     num_to_transfer: int = 1
+    denoising_steps: int = 0
     edit_threshold: float = 0.5
     max_post_edit_steps: int = 16
     remask_threshold: float = 0.0

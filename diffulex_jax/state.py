@@ -59,6 +59,7 @@ class Settings(struct.PyTreeNode):
     top_p: jax.Array
     top_k: jax.Array
     num_to_transfer: jax.Array
+    denoising_steps: jax.Array
     max_post_edit_steps: jax.Array
     max_nfe: jax.Array
     min_tokens: jax.Array

@@ -4,9 +4,22 @@ from diffulex_jax.rules.base import Rule, chain, dims_for, stateless
 from diffulex_jax.rules.edit import edit
 from diffulex_jax.rules.levenshtein import levenshtein
 from diffulex_jax.rules.remask import remask
+from diffulex_jax.rules.sequential import sequential
 from diffulex_jax.rules.soft_parallel import soft_parallel
 from diffulex_jax.rules.threshold import threshold
 from diffulex_jax.rules.token_merge import token_merge
 
 
-__all__ = ["Rule", "chain", "dims_for", "edit", "levenshtein", "remask", "soft_parallel", "stateless", "threshold", "token_merge"]
+__all__ = [
+    "Rule",
+    "chain",
+    "dims_for",
+    "edit",
+    "levenshtein",
+    "remask",
+    "sequential",
+    "soft_parallel",
+    "stateless",
+    "threshold",
+    "token_merge",
+]

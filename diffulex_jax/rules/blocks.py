@@ -23,6 +23,20 @@ def may_force(state: DecodeState) -> jax.Array:
     return jnp.concatenate([jnp.ones_like(state.active[:, :1]), before], 1)
 
 
+def quota(state: DecodeState) -> jax.Array:
+    """``[S, K]`` int32: masks that each block fills at the least in this step; 0 where :func:`may_force` says no.
+
+    Where ``denoising_steps`` is S, a block of B tokens is shared out over S steps: step i, counted from 0, fills floor(B / S),
+    and one more while i < B mod S (SDAR's schedule; no step is left without a mask, as S <= B). A block that has masks after
+    S steps goes on with floor(B / S). Where it is 0, every step fills ``num_to_transfer``.
+    """
+    block, s = state.tokens.shape[-1], state.settings
+    of = jnp.maximum(s.denoising_steps, 1)[:, None]
+    share = block // of + (state.steps - 1 < block % of)  # the step that runs is counted already
+    least = jnp.where(s.denoising_steps[:, None] > 0, share, s.num_to_transfer[:, None])
+    return jnp.where(may_force(state), least, 0)
+
+
 def stability(state: DecodeState, changed: jax.Array) -> jax.Array:
     """``[S, K]`` bool: enough of each block's filled tokens kept their value; ``changed`` ``[S, K, B]``: those that did not."""
     filled = jnp.maximum((state.editable & ~state.masked).sum(-1), 1)
