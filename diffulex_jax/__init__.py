@@ -1,10 +1,40 @@
-"""Diffusion language models (LLaDA2, DMax and their kin) decoded and served in JAX."""
+"""Diffusion language models (LLaDA2, DMax and their kin) decoded and served in JAX.
 
-from diffulex_jax.engine.config import EngineConfig
-from diffulex_jax.engine.engine import Engine
-from diffulex_jax.engine.results import Output
-from diffulex_jax.rules import Rule, chain, stateless
-from diffulex_jax.sampling_params import SamplingParams
+Names are imported when they are first used: ``import diffulex_jax`` alone does not import JAX.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diffulex_jax import lazy
 
 
-__all__ = ["Engine", "EngineConfig", "Output", "Rule", "SamplingParams", "chain", "stateless"]
+if TYPE_CHECKING:
+    from diffulex_jax.engine.config import EngineConfig
+    from diffulex_jax.engine.engine import Engine
+    from diffulex_jax.engine.results import Output
+    from diffulex_jax.rules import Rule, chain, stateless
+    from diffulex_jax.sampling_params import SamplingParams
+    from diffulex_jax.version import __version__
+
+
+__all__ = ["Engine", "EngineConfig", "Output", "Rule", "SamplingParams", "__version__", "chain", "stateless"]
+
+__getattr__ = lazy.names(
+    __name__,
+    {
+        "Engine": "diffulex_jax.engine.engine",
+        "EngineConfig": "diffulex_jax.engine.config",
+        "Output": "diffulex_jax.engine.results",
+        "Rule": "diffulex_jax.rules",
+        "SamplingParams": "diffulex_jax.sampling_params",
+        "__version__": "diffulex_jax.version",
+        "chain": "diffulex_jax.rules",
+        "stateless": "diffulex_jax.rules",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import inspect
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import diffulex_jax
 from diffulex_jax import Output, SamplingParams, cli
-from diffulex_jax.bench import decode
+from diffulex_jax.async_serving import AsyncEngine
+from diffulex_jax.bench import aot, decode
 from diffulex_jax.bench.shapes import SHAPES
+from diffulex_jax.cli import options
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.models import llada2
+from diffulex_jax.strategies import STRATEGIES
 
 
 MODEL = str(pathlib.Path(__file__).parent / "golden" / "tiny-llada2-trained")
@@ -33,8 +43,18 @@ ANSWER = Output(
 )
 
 
-def run(*args: str):
-    return CliRunner().invoke(cli.app, args)
+ROOT = pathlib.Path(__file__).parent.parent
+COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'diffulex-jax'; from diffulex_jax.cli import main; main()"]
+
+
+def run(*args: str, stdin: bytes | None = None):
+    return CliRunner().invoke(cli.app, args, input=stdin)
+
+
+def start(*args: str, **settings) -> subprocess.Popen:
+    """The command line in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | settings.pop("env", {})
+    return subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **settings)
 
 
 @pytest.fixture
@@ -57,9 +77,9 @@ def asked(monkeypatch):
 
         def generate(self, prompts, params):
             seen.update(prompts=prompts, params=params)
-            return [ANSWER] * params.n
+            return [ANSWER] * (params.n * len(prompts))
 
-    monkeypatch.setattr(cli, "Engine", Engine)
+    monkeypatch.setattr("diffulex_jax.engine.engine.Engine", Engine)
     return seen
 
 
@@ -104,6 +124,31 @@ def test_every_engine_setting_is_an_option(asked):
     assert asked["prompts"] == [[5, 6]]
 
 
+def test_prompts_come_from_arguments_options_files_and_standard_input(asked, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbffrom a file\n\n")
+    result = run("generate", "one", "-", "--prompt", "two", "--prompt-file", str(tmp_path / "prompt.txt"), "--json", stdin=b"piped\r\n")
+    assert result.exit_code == 0, result.output
+    assert asked["prompts"] == ["one", "piped", "two", "from a file\n"]
+    assert len(json.loads(result.stdout)["outputs"]) == 4
+    assert run("generate", stdin="caf\xe9".encode()).exit_code == 0
+    assert asked["prompts"] == ["caf\xe9"]
+    assert run("generate", "--prompt-ids", "1,2", "--prompt-ids", "3").exit_code == 0
+    assert asked["prompts"] == [[1, 2], [3]]
+
+
+def test_standard_input_that_is_no_utf_8_is_one_line():
+    result = run("generate", stdin=b"caf\xe9")
+    assert (result.exit_code, result.stderr) == (2, "error: standard input is not UTF-8: byte 0xe9 at offset 3\n")
+
+
+def test_an_argument_that_is_no_utf_8_is_one_line():
+    """As a shell passes it: Python makes half a surrogate pair of the byte."""
+    process = start("generate", b"caf\xe9")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: an argument is not UTF-8: byte 0xe9")
+
+
 def test_chat_goes_through_the_chat_template(asked):
     assert run("generate", "--chat", "--prompt", "hi").exit_code == 0
     assert asked["messages"] == [{"role": "user", "content": "hi"}]
@@ -131,9 +176,14 @@ def test_readable_output_names_tokens_forwards_and_edits(asked):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", MODEL], "exactly one of --prompt and --prompt-ids"),
-        (["--model", MODEL, "--prompt", "a", "--prompt-ids", "1"], "exactly one of --prompt and --prompt-ids"),
-        (["--model", MODEL, "--prompt-ids", "1", "--chat"], "--chat takes a --prompt"),
+        (["--model", MODEL], "standard input is empty"),
+        (["--model", MODEL, "--prompt", "a", "--prompt-ids", "1"], "as text or as --prompt-ids, not both"),
+        (["--model", MODEL, "--prompt-ids", "1", "--chat"], "--chat takes prompts as text"),
+        (["--model", MODEL, "--prompt", ""], "--prompt is empty"),
+        (["--model", MODEL, "--prompt-file", "/no/such/file"], "/no/such/file"),
+        (["caf\udce9"], "not UTF-8: byte 0xe9"),
+        (["--prompt", "caf\udce9"], "not UTF-8: byte 0xe9"),
+        (["--prompt", "a", "--stop", "caf\udce9"], "not UTF-8: byte 0xe9"),
         (["--model", MODEL, "--prompt-ids", "1,x"], "got '1,x'"),
         (["--model", MODEL, "--prompt-ids", "1", "--temperature", "-1"], "temperature=-1.0"),
         (["--model", MODEL, "--prompt-ids", "1", "--top-p", "nan"], "top_p=nan"),
@@ -226,10 +276,93 @@ def test_doctor_says_what_jax_sees():
     assert facts["versions"]["jax"] == jax.__version__
     assert facts["platform"] == "cpu"
     assert [device["id"] for device in facts["devices"]] == [device.id for device in jax.devices()]
-    assert facts["kernels"] == {"block_attention": "reference", "grouped_matmul": "cpu", "remask": "reference", "token_merge": "reference"}
+    named = {"block_attention": "reference", "grouped_matmul": "cpu", "remask": "reference", "token_merge": "reference"}
+    assert named.items() <= facts["kernels"].items()
     assert jax.__version__ in run("doctor").stdout
 
 
 def test_the_installed_command_is_this_one():
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="diffulex-jax")
-    assert entry.load() is cli.app
+    assert entry.load() is cli.main
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["generate", "--help"], ["serve", "--help"], ["aot", "--help"], ["bench", "decode", "--help"]]
+)
+def test_help_is_whole_and_comes_at_once(args):
+    """In a second of processor time, so that a busy machine does not matter, and without what takes seconds to import."""
+    timed = COMMAND[-1].replace("main()", "\ntry: main()\nfinally: print(__import__('time').process_time(), *sys.modules, file=sys.stderr)")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    done = subprocess.run([*COMMAND[:-1], timed, *args], capture_output=True, text=True, env=environment, timeout=60)
+    seconds, *modules = done.stderr.split()
+    assert float(seconds) < 1
+    assert not {"jax", "transformers", "tokenizers", "fastapi", "rich"} & set(modules)
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    if args == ["generate", "--help"]:
+        for field in (*dataclasses.fields(SamplingParams), *dataclasses.fields(EngineConfig)):
+            assert field.name == "max_slots" or f"--{field.name.replace('_', '-')} " in done.stdout
+        titles = [line for line in done.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
+        assert titles == ["Arguments:", "Options:", "The request:", "Decoding:", "The engine:"]
+    if args == ["aot", "--help"]:
+        assert "diffulex-jax[tpu]" in done.stdout
+
+
+def test_usage_errors_come_at_once():
+    timed = COMMAND[-1].replace("main()", "\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)")
+    done = subprocess.run([*COMMAND[:-1], timed, "generate", "--temprature", "1"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "No such option: --temprature" in done.stderr and "--temperature" in done.stderr
+    assert not {"jax", "transformers"} & set(done.stderr.split())
+
+
+def test_names_in_help_are_those_there_are():
+    """Help is printed without importing what takes JAX, so it has lists of its own."""
+    assert options.STRATEGY_NAMES == tuple(STRATEGIES)
+    assert options.SHAPE_NAMES == tuple(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("command", "source"), [("serve", AsyncEngine.from_pretrained), ("aot", aot.compile_denoise)], ids=["serve", "aot"]
+)
+def test_options_written_by_hand_have_the_defaults_of_what_they_set(command, source):
+    (found,) = (c.callback for c in cli.app.registered_commands if (c.name or c.callback.__name__) == command)
+    own, theirs = inspect.signature(found).parameters, inspect.signature(source).parameters
+    shared = [name for name in own if name in theirs and theirs[name].default is not inspect.Parameter.empty]
+    named = {"silence_seconds", "tick_seconds"} if command == "serve" else {"data", "expert", "tensor", "context", "strategy", "block_size"}
+    assert named <= set(shared)
+    for name in named:
+        assert own[name].default == theirs[name].default, name
+
+
+def test_the_version_is_that_of_the_project():
+    assert diffulex_jax.__version__ == importlib.metadata.version("diffulex-jax")
+    assert run("--version").stdout == f"diffulex-jax {diffulex_jax.__version__}\n"
+
+
+def test_importing_the_package_imports_no_jax():
+    code = (
+        "import sys, diffulex_jax, diffulex_jax.engine.config, diffulex_jax.sampling_params; print('jax' in sys.modules, dir(diffulex_jax))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60
+    )
+    assert done.stdout.startswith("False"), done.stderr
+    assert "'Engine'" in done.stdout
+    with pytest.raises(AttributeError, match="no attribute 'Engin'"):
+        _ = diffulex_jax.Engin  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5, 5.0, 8.0])
+def test_ctrl_c_ends_at_once_with_130_at_any_moment(seconds, tmp_path):
+    """While importing, loading and compiling: nothing is cached here. Destroying XLA while its threads compile would crash."""
+    cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "DIFFULEX_JAX_CACHE": "off"}
+    process = start("generate", "--max-tokens", "200", "--ignore-eos", "What is 1 + 2?", env=cold)
+    time.sleep(seconds)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=30)
+    assert time.monotonic() - began < 2
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err

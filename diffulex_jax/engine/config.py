@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
 
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -62,6 +60,8 @@ class EngineConfig:
 
     @property
     def jax_dtype(self) -> Any:
+        import jax.numpy as jnp  # late: the command line reads the settings without JAX
+
         return jnp.dtype(self.dtype)
 
     @property

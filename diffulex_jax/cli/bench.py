@@ -1,0 +1,125 @@
+"""``diffulex-jax bench decode``, ``bench step`` and ``bench serve``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Annotated, Any
+
+import typer
+
+from diffulex_jax.bench.load import Load
+from diffulex_jax.bench.load import text as load_text
+from diffulex_jax.cli.options import SHAPE_NAMES, STRATEGY_NAMES, PlainCommand, numbers, one_line_errors, settings_as_options, split
+from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.sampling_params import SamplingParams
+
+
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed.")
+
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+_STRATEGIES = ", ".join(STRATEGY_NAMES)
+_SHAPES = ", ".join(SHAPE_NAMES)
+_PROMPTS = "Random prompts of this length, which ignore EOS. Default: built-in questions for the embedded model, 64 for others."
+
+
+@bench.command("decode", cls=PlainCommand)
+@settings_as_options(SamplingParams, EngineConfig, leave_out=("pinned", "init_tokens"), max_tokens=256, max_slots=1)
+def bench_decode(
+    *,
+    model: Annotated[str | None, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")] = None,
+    shape: Annotated[str | None, typer.Option(help=f"Random weights instead of a model: {_SHAPES}.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {_STRATEGIES}. Default: all.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help=_PROMPTS)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often every prompt is decoded.")] = 5,
+    as_json: _AsJson = False,
+    **settings: Any,
+) -> None:
+    """Tokens per second, milliseconds a step, and the share of a step that is not the model."""
+    with one_line_errors():
+        sampling, engine_settings = split(settings)
+        from diffulex_jax.bench import decode
+
+        report = decode.run(
+            model=model,
+            shape=shape,
+            strategies=strategy or list(STRATEGY_NAMES),
+            sampling=sampling,
+            prompt_tokens=prompt_tokens,
+            repeats=repeats,
+            progress=not as_json,
+            **engine_settings,
+        )
+    typer.echo(json.dumps(report) if as_json else decode.table(report))
+
+
+@bench.command("step", cls=PlainCommand)
+def bench_step(
+    *,
+    shape: Annotated[str, typer.Option(help=f"One of {_SHAPES}; the weights are random.")] = "llada2-mini",
+    batch: Annotated[str, typer.Option(help="Rows decoded together: 1,8,32.")] = "1,8,32",
+    strategy: Annotated[str, typer.Option(help=f"Of {_STRATEGIES}, separated by commas.")] = "llada2,dmax",
+    context: Annotated[str, typer.Option(help="Cached positions in front of the block: 128,2048.")] = "128,2048",
+    dtype: Annotated[str, typer.Option(help="Of weights, activations and cache: bfloat16 or float32.")] = "bfloat16",
+    kernels: Annotated[str, typer.Option(help="auto (the device's own kernels) or reference (plain XLA).")] = "auto",
+    repeats: Annotated[int, typer.Option(help="How many blocks of each combination are timed.")] = 10,
+    as_json: _AsJson = False,
+) -> None:
+    """Milliseconds a denoise step and each of its kernels, against the memory traffic they cannot do without."""
+    with one_line_errors():
+        batches, contexts = numbers("--batch", batch), numbers("--context", context)
+        from diffulex_jax.bench import step
+
+        report = step.run(
+            shape=shape,
+            batches=batches,
+            strategies=strategy.split(","),
+            contexts=contexts,
+            dtype=dtype,
+            kernels=kernels,
+            repeats=repeats,
+            progress=(lambda line: None) if as_json else typer.echo,
+        )
+    if as_json:
+        typer.echo(json.dumps(report))
+
+
+@bench.command("serve", cls=PlainCommand)
+@settings_as_options(SamplingParams, Load, leave_out=("logprobs", "return_step_map", "pinned", "init_tokens"))
+def bench_serve(
+    *,
+    url: Annotated[str, typer.Option(help="The server, without a path.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str, typer.Option(help="Sent with every request.")] = "",
+    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times. Default: built-in questions.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Random token ids of this length instead.")] = None,
+    plot: Annotated[pathlib.Path | None, typer.Option(help="Draw the load into this PNG file.")] = None,
+    as_json: _AsJson = False,
+    **settings: Any,
+) -> None:
+    """Put load on a running server: latencies, throughput, goodput, forwards."""
+    with one_line_errors():
+        if prompt and prompt_tokens:
+            raise ValueError("give --prompt or --prompt-tokens, not both")
+        mine = {field.name for field in dataclasses.fields(Load)}
+        load = Load(**{name: value for name, value in settings.items() if name in mine})
+        sampling, _ = split({name: value for name, value in settings.items() if name not in mine})
+        from diffulex_jax.bench import serve, serve_plots  # late: their packages come with the extra "serve"
+        from diffulex_jax.bench.decode import QUESTIONS
+
+        figures, seen = serve.run(
+            url=url,
+            prompts=prompt_tokens or prompt or QUESTIONS,
+            settings=_asked_for(sampling),
+            load=load,
+            api_key=api_key,
+        )
+        if plot is not None:
+            serve_plots.draw(seen, load, plot)
+    typer.echo(json.dumps(figures) if as_json else load_text(figures))
+
+
+def _asked_for(sampling: SamplingParams) -> dict[str, Any]:
+    """Settings that differ from their defaults, as JSON has them."""
+    plain, usual = dataclasses.asdict(sampling), SamplingParams()
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items() if v != getattr(usual, name)}

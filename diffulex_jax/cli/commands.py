@@ -1,0 +1,240 @@
+"""``diffulex-jax generate``, ``serve``, ``aot`` and ``doctor``; ``bench`` stands beside.
+
+Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``EngineConfig``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import json
+import os
+import pathlib
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffulex_jax.async_serving.settings import ServerSettings
+from diffulex_jax.cli import interrupt, prompts
+from diffulex_jax.cli.bench import bench
+from diffulex_jax.cli.options import SHAPE_NAMES, STRATEGY_NAMES, PlainCommand, one_line_errors, settings_as_options, split
+from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.sampling_params import SamplingParams
+
+
+if TYPE_CHECKING:
+    from diffulex_jax.engine.results import Output
+
+
+class CommandLine(typer.Typer):
+    """The commands; called as the process's own command line, Ctrl-C ends it at any moment."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        interrupt.watch()
+        return super().__call__(*args, **kwargs)
+
+
+app = CommandLine(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Diffusion language models in JAX.",
+)
+app.add_typer(bench, name="bench")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from diffulex_jax.version import __version__
+
+        typer.echo(f"diffulex-jax {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    *,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Diffusion language models in JAX."""
+
+
+_Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+_STRATEGIES = f"{', '.join(STRATEGY_NAMES)}"
+_PROMPT = "The prompt as text; several are answered in order. '-', or none at all: standard input."
+
+
+@app.command(cls=PlainCommand)
+@settings_as_options(SamplingParams, EngineConfig, leave_out=("max_slots",))
+def generate(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help=_PROMPT)] = None,
+    *,
+    model: _Model = "embedded",
+    strategy: Annotated[str, typer.Option(help=f"One of {_STRATEGIES}.")] = "llada2",
+    prompt: Annotated[list[str] | None, typer.Option(help="The prompt as text. May be given several times.")] = None,
+    prompt_file: Annotated[
+        list[pathlib.Path] | None, typer.Option(help="A UTF-8 file that holds one prompt. May be given several times.")
+    ] = None,
+    prompt_ids: Annotated[list[str] | None, typer.Option(help="The prompt as token ids: 1,2,3. May be given several times.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt through the model's chat template.")] = False,
+    as_json: _AsJson = False,
+    **settings: Any,
+) -> None:
+    """Decode prompts. With several, or with --n above 1, the JSON object is {"outputs": [...]}."""
+    with one_line_errors():
+        asked = prompts.collect(arguments or [], texts=prompt or [], files=prompt_file or [], ids=prompt_ids or [])
+        if chat and prompt_ids:
+            raise ValueError("--chat takes prompts as text, not --prompt-ids")
+        sampling, engine_settings = split(settings)
+        from diffulex_jax.engine.engine import Engine  # late, as all that takes JAX
+
+        began = time.perf_counter()
+        slots = min(sampling.n * len(asked), max(sampling.n, EngineConfig().max_slots))
+        engine = Engine.from_pretrained(model, strategy=strategy, max_slots=slots, **engine_settings)
+        start_seconds = time.perf_counter() - began
+        if chat:
+            if engine.tokenizer is None:
+                raise ValueError("--chat needs a model with a tokenizer")
+            asked = [engine.tokenizer.apply_chat_template([{"role": "user", "content": str(text)}]) for text in asked]
+        outputs = engine.generate(asked, sampling)
+    if not as_json:
+        typer.echo("\n\n".join(_readable(output, start_seconds) for output in outputs))
+    elif len(outputs) == 1:
+        typer.echo(json.dumps(_plain(outputs[0])))
+    else:
+        typer.echo(json.dumps({"outputs": [_plain(output) for output in outputs]}))
+
+
+class Isolation(enum.Enum):
+    """Where ``serve`` runs the engine."""
+
+    PROCESS = "process"
+    THREAD = "thread"
+
+
+_PROCESS = "The engine's process"
+
+
+@app.command(cls=PlainCommand)
+@settings_as_options(EngineConfig, ServerSettings)
+def serve(
+    *,
+    model: _Model = "embedded",
+    strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {_STRATEGIES}. Default: llada2.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
+    isolation: Annotated[
+        Isolation, typer.Option(help="A process, watched and restarted, or a thread.", rich_help_panel=_PROCESS)
+    ] = Isolation.PROCESS,
+    silence_seconds: Annotated[
+        float, typer.Option(help="A process that gives no sign of life for so long is taken for dead.", rich_help_panel=_PROCESS)
+    ] = 3.0,
+    tick_seconds: Annotated[float, typer.Option(help="Longest time one step may take in a process.", rich_help_panel=_PROCESS)] = 120.0,
+    compile_cache: Annotated[pathlib.Path | None, typer.Option(help="Keeps compiled programs; default: in the user's cache.")] = None,
+    **settings: Any,
+) -> None:
+    """Serve a model over HTTP: OpenAI's routes, and some of its own."""
+    with one_line_errors():
+        from diffulex_jax.async_serving import http  # late: its packages come with the extra "serve"
+        from diffulex_jax.async_serving.async_engine import AsyncEngine
+
+        mine = {field.name for field in dataclasses.fields(ServerSettings)}
+        chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in mine}
+        engine_settings = {k: v for k, v in settings.items() if k not in mine}
+        http.log_as_json()
+        engine = AsyncEngine(
+            functools.partial(http.build_engines, model, strategy or ["llada2"], **engine_settings),
+            isolation=isolation.value,
+            compile_cache=compile_cache or _cache_directory(),
+            silence_seconds=silence_seconds,
+            tick_seconds=tick_seconds,
+        )
+        interrupt.leave_to_loop()
+        http.serve(engine, model=model, host=host, port=port, settings=ServerSettings(**chosen))
+
+
+def _cache_directory() -> pathlib.Path:
+    """Where this user's programs keep what they can make again."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "diffulex-jax" / "compiled"
+
+
+_SLICE = "The slice"
+
+
+@app.command("aot", cls=PlainCommand)
+def aot_(
+    *,
+    topology: Annotated[str, typer.Option(help="A slice of TPUs: v5e:2x2, v5e:16x16, v6e:2x2, v5p:2x2x1, v4:2x2x1, tpu7x:2x2x1, ….")],
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPE_NAMES)}.")] = "llada2-mini",
+    strategy: Annotated[str, typer.Option(help=f"One of {_STRATEGIES}.")] = "llada2_edit",
+    data: Annotated[
+        int | None, typer.Option(help="Devices over which slots and pages are split; default: all that are left.", rich_help_panel=_SLICE)
+    ] = None,
+    expert: Annotated[
+        int, typer.Option(help="Devices over which experts and vocabulary are split, beside those of tensor.", rich_help_panel=_SLICE)
+    ] = 1,
+    tensor: Annotated[
+        int | None, typer.Option(help="Devices over which heads are split too; default: by key/value heads.", rich_help_panel=_SLICE)
+    ] = None,
+    slots_per_device: Annotated[int, typer.Option(help="Requests decoded together, for each index of data.", rich_help_panel=_SLICE)] = 8,
+    context: Annotated[int, typer.Option(help="Positions of each slot.", rich_help_panel=_SLICE)] = 2048,
+    block_size: Annotated[int, typer.Option(help="Tokens in a block.")] = 32,
+    buffer_size: Annotated[int, typer.Option(help="Blocks denoised together.")] = 1,
+    steps_per_dispatch: Annotated[int, typer.Option(help="Denoise steps the device runs before the host looks.")] = 8,
+    as_json: _AsJson = False,
+) -> None:
+    """Compile for TPUs that are not there.
+
+    Says of the denoise loop: does it fit, and what is exchanged? Needs diffulex-jax[tpu].
+    """
+    with one_line_errors():
+        if shape not in SHAPE_NAMES:
+            raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPE_NAMES)}")
+        from diffulex_jax.bench import aot
+        from diffulex_jax.bench.shapes import SHAPES
+
+        compiled = aot.compile_denoise(
+            topology,
+            SHAPES[shape],
+            strategy=strategy,
+            data=data,
+            expert=expert,
+            tensor=tensor,
+            slots_per_device=slots_per_device,
+            context=context,
+            block_size=block_size,
+            buffer_size=buffer_size,
+            steps_per_dispatch=steps_per_dispatch,
+        )
+        typer.echo(json.dumps(dataclasses.asdict(compiled) | {"fits": compiled.fits}) if as_json else aot.text(compiled))
+
+
+@app.command(cls=PlainCommand)
+def doctor(*, as_json: _AsJson = False) -> None:
+    """Show what JAX sees here, and which kernels it takes."""
+    from diffulex_jax.bench import machine
+
+    facts = machine.describe()
+    typer.echo(json.dumps(facts) if as_json else machine.text(facts))
+
+
+def _plain(output: Output) -> dict[str, Any]:
+    fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output) if field.name != "trace"}
+    return fields | {"tokens_per_forward": output.tokens_per_forward}
+
+
+def _readable(output: Output, start_seconds: float) -> str:
+    answer = output.text if output.text is not None else ",".join(map(str, output.token_ids))
+    figures = {
+        "tokens": f"{len(output.token_ids)} ({output.finish_reason})",
+        "forwards": output.nfe,
+        "tokens per forward": f"{output.tokens_per_forward:.2f}",
+        "edits": output.revised_tokens,
+        "masked again": output.remasked_tokens,
+        "seconds": f"{output.seconds:.2f}, after {start_seconds:.1f} to load and compile",
+    }
+    return "\n".join([answer, "", *(f"{name:>18}  {value}" for name, value in figures.items())])
