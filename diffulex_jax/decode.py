@@ -100,7 +100,7 @@ def denoise(
     rows = jax.eval_shape(seen, state, state)
     trace = jax.tree.map(lambda row: jnp.zeros((steps, *row.shape), row.dtype), rows)
     # For every branch a GPU waits for the host. Steps in a loop of their kind ask it one thing each: whether to go on.
-    apart = program.kernels.grouped_matmul == "gpu"
+    apart = program.kernels.host_drives_loops
     run = (lambda carry: alike(alike(carry, True), False)) if apart else body
     _, pool, state, trace = lax.while_loop(go_on, run, (jnp.int32(0), pool, state, trace))
     state = state.replace(sequence=write_window(state))
@@ -162,10 +162,8 @@ def _hidden(program: Program, params: llada2.Params) -> Callable[..., tuple[jax.
     experts = functools.partial(grouped_matmul.expert_mlp, backend=program.kernels.grouped_matmul)
     if shared_by("expert") and "moe" in params:
         experts = functools.partial(experts, first_expert=first_index("expert", params["moe"]["experts_down"].shape[1]))
-    # Where devices share a layer, each computes its part of it in plain XLA; in float32 rows are independent to the last bit.
-    whole = not any(map(shared_by, ("expert", "mlp", "kv_heads")))
-    streamed = program.kernels.grouped_matmul == "gpu" and whole and params["embed"].dtype == jnp.bfloat16
-    return functools.partial(llada2.hidden, params, program.config, experts=experts, streamed=streamed)
+    kernels = program.kernels.for_layers(params["embed"].dtype, shared=any(map(shared_by, ("expert", "mlp", "kv_heads"))))
+    return functools.partial(llada2.hidden, params, program.config, experts=experts, streamed=not kernels.rows_apart)
 
 
 def _write(program: Program, pool: KVPool, k: jax.Array, v: jax.Array, pages: jax.Array) -> KVPool:

@@ -2,40 +2,85 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels import block_attention, grouped_matmul, prediction, remask, token_merge
-from pallas_kernels.target import target_of
+from pallas_kernels import block_attention, expert_choice, grouped_matmul, linear, prediction, remask, token_merge
+from pallas_kernels.target import Target, target_of
 
 
-__all__ = ["REFERENCE", "Kernels", "choose"]
+__all__ = ["REFERENCE", "Kernels", "choose", "choose_for"]
 
 
 class Kernels(NamedTuple):
-    """The backend of each operation, by name."""
+    """What an engine computes with on its devices: the backend of each operation by name, and what follows from them.
+
+    Attributes:
+      block_attention, expert_choice, grouped_matmul, linear, prediction, remask, token_merge: names of backends.
+      host_drives_loops: every branch and every turn of a loop asks the device something and waits for the answer (XLA on a GPU). Then a
+        program should ask as little as it can, at the price of a longer one.
+      layers_per_turn: layers in one turn of the loop over layers: where there is a gap between turns, more of them leave fewer gaps.
+      rows_apart: the last bits of a row of a matmul may depend on which rows are beside it, and must not; so rows that are there in some
+        steps only go through matmuls of their own. Where it is False, bits are not held to that.
+      pool_order: dimensions of the KV pool from major to minor, as the kernels read it; None leaves them in their order.
+    """
 
     block_attention: str
+    expert_choice: str
     grouped_matmul: str
+    linear: str
     prediction: str
     remask: str
     token_merge: str
+    host_drives_loops: bool = False
+    layers_per_turn: int = 1
+    rows_apart: bool = True
+    pool_order: tuple[int, ...] | None = None
+
+    def for_layers(self, dtype: Any, *, shared: bool) -> Kernels:
+        """The kernels of layers whose weights are of ``dtype``; ``shared``: several devices have a part of each layer.
+
+        The Hopper kernels that read stacks of layers in place are for bfloat16 and for whole layers. Other layers are plain XLA, and in
+        float32 independent of the rows beside them.
+        """
+        if self.rows_apart or (jnp.dtype(dtype) == jnp.bfloat16 and not shared):
+            return self
+        return self._replace(expert_choice="sorted", linear="sliced", layers_per_turn=1, rows_apart=True)
 
 
 REFERENCE = Kernels(
-    block_attention="reference", grouped_matmul="ragged", prediction="reference", remask="reference", token_merge="reference"
+    block_attention="reference",
+    expert_choice="sorted",
+    grouped_matmul="ragged",
+    linear="sliced",
+    prediction="reference",
+    remask="reference",
+    token_merge="reference",
 )
 """Plain XLA for everything: right everywhere, fast nowhere."""
 
 
 def choose(device: jax.Device) -> Kernels:
     """The backends that are fastest on ``device``, as far as was measured."""
-    target = target_of(device)
+    return choose_for(target_of(device))
+
+
+def choose_for(target: Target) -> Kernels:
+    """The backends that are fastest on a kind of device, as far as was measured."""
+    attention, matrices = block_attention.choose_backend(target), linear.choose_backend(target)
+    in_place = matrices == "gpu"
     return Kernels(
-        block_attention=block_attention.choose_backend(target),
+        block_attention=attention,
+        expert_choice=expert_choice.choose_backend(target),
         grouped_matmul=grouped_matmul.choose_backend(target),
+        linear=matrices,
         prediction=prediction.choose_backend(target),
         remask=remask.choose_backend(target),
         token_merge=token_merge.choose_backend(target),
+        host_drives_loops=target.platform == "gpu",
+        layers_per_turn=2 if in_place else 1,
+        rows_apart=not in_place,
+        pool_order=block_attention.pool_order(attention),
     )

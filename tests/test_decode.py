@@ -1,8 +1,7 @@
-"""The decode step over a real, tiny model: what is written to the pool when, and how experts are chosen."""
+"""The decode step over a real, tiny model: what is written to the pool, and when."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -16,12 +15,14 @@ from diffulex_jax.models import llada2
 from diffulex_jax.request_state import admit, empty_state, make_request
 from diffulex_jax.state import DecodeState, KVPool
 from diffulex_jax.strategies import dmax
-from pallas_kernels import Kernels
+from pallas_kernels import choose_for
+from pallas_kernels.target import Target
 
 
 BLOCK, PAGES = 4, 3
 TABLE = np.array([[2, 0, 1]], np.int32)  # the pages of the only slot
 REFERENCE, FAST = dmax(), dmax(mode="fast")
+HOPPER = choose_for(Target("gpu", 9.0))
 PARAMS = llada2.init(CONFIG, jax.random.key(0), scale=0.5)
 
 
@@ -105,65 +106,11 @@ def test_written_upto_follows_the_forward_that_wrote():
     assert seen == [(0, 4), (4, 8), (8, 12)]
 
 
-def route(logits: list[float], bias: list[float], **settings) -> tuple[list[int], list[float]]:
-    """Experts and weights of one token whose router logits are ``logits``: 4 experts in 2 groups."""
-    config = dataclasses.replace(CONFIG, routed_scaling_factor=1.0, **settings)
-    ids, weights = llada2.route(jnp.ones((1, 1)), jnp.array([logits]), jnp.array(bias), config)
-    return ids[0].tolist(), weights[0].tolist()
-
-
-HALF, THREE_QUARTERS = 0.0, float(np.log(3))  # logits of these sigmoids
-
-
-def test_routing_selects_by_biased_and_weighs_by_unbiased_scores():
-    """Scores 0.5, 0.5 | 0.75, 0.5; the bias turns the second group's order around and leaves its weights alone."""
-    ids, weights = route([HALF, HALF, THREE_QUARTERS, HALF], [0.0, 0.0, 0.0, 0.5])
-    assert ids == [3, 2]
-    np.testing.assert_allclose(weights, [0.4, 0.6], rtol=1e-6)  # 0.5 and 0.75, normalised
-
-
-def test_routing_keeps_to_the_best_group():
-    """The best expert (0.75) is alone in its group: 0.75 + 0.1 lose to 0.5 + 0.5."""
-    ids, _ = route([THREE_QUARTERS, HALF, HALF, HALF], [0.0, -0.4, 0.0, 0.0])
-    assert ids == [2, 3]
-    ids, _ = route([THREE_QUARTERS, HALF, HALF, HALF], [0.0, -0.4, 0.0, 0.0], topk_group=2)
-    assert ids == [0, 2]
-
-
-def test_routing_ties_go_to_the_lower_expert():
-    assert route([HALF] * 4, [0.0] * 4)[0] == [0, 1]
-
-
-@pytest.mark.parametrize("settings", [{}, {"n_group": 1, "topk_group": 1}, {"n_group": 16, "topk_group": 4}, {"norm_topk_prob": False}])
-def test_routing_by_rank_is_routing_by_sorting(settings):
-    """Scores on a coarse grid, so that ties are everywhere: between experts, and between groups."""
-    config = dataclasses.replace(CONFIG, num_experts=32, num_experts_per_tok=8, **{"n_group": 8, "topk_group": 4} | settings)
-    router, bias = jnp.round(jax.random.normal(jax.random.key(0), (6, 32)) * 2) / 2, jnp.round(jnp.arange(32) % 3 / 2) / 8
-    x = jnp.round(jax.random.normal(jax.random.key(1), (200, 6)))
-    route = jax.jit(functools.partial(llada2.route, router=router, bias=bias, config=config), static_argnames="by_rank")
-    (ids, weights), (want_ids, want_weights) = route(x, by_rank=True), route(x, by_rank=False)
-    np.testing.assert_array_equal(ids, want_ids)
-    np.testing.assert_allclose(weights, want_weights, rtol=1e-6)
-
-
-def test_routing_by_rank_names_experts_even_where_scores_are_not_numbers():
-    config = dataclasses.replace(CONFIG, n_group=2, topk_group=1)
-    ids, weights = llada2.route(jnp.full((3, 1), jnp.nan), jnp.ones((1, 4)), jnp.zeros(4), config, by_rank=True)
-    assert bool(((ids >= 0) & (ids < 4)).all())
-    assert bool(jnp.isnan(weights).all())
-
-
-def test_routing_weights_scale():
-    np.testing.assert_allclose(route([HALF] * 4, [0.0] * 4, norm_topk_prob=False)[1], [0.5, 0.5])
-    ids, weights = llada2.route(jnp.ones((1, 1)), jnp.zeros((1, 4)), jnp.zeros(4), dataclasses.replace(CONFIG, routed_scaling_factor=2.5))
-    np.testing.assert_allclose(weights, [[1.25, 1.25]])
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_steps_of_a_kind_in_loops_of_their_own_are_the_same_steps(temperature):
     """How a GPU runs them; its kernels leave float32 to plain XLA. Blocks end at different steps, and in the middle of a dispatch."""
     ends = []
-    for kernels, greedy in ((KERNELS, False), (Kernels("gpu", "gpu", "gpu", "reference", "gpu"), temperature == 0)):
+    for kernels, greedy in ((KERNELS, False), (HOPPER, temperature == 0)):
         program, pool, state = setup(REFERENCE, [1, 2, 3], max_tokens=9, accept_threshold=0.3, temperature=temperature, seed=3)
         program = program._replace(kernels=kernels, greedy=greedy)
         for _ in range(2):

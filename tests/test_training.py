@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from diffulex_jax import Engine, Output, SamplingParams
-from diffulex_jax.models import checkpoint, llada2
+from diffulex_jax.models import checkpoint
 from diffulex_jax.training import data, evaluate, export, losses, tasks, tokenizer, train
-from pallas_kernels import grouped_matmul
+from pallas_kernels import expert_choice, grouped_matmul
 
 
 TINY = dataclasses.replace(
@@ -136,7 +136,7 @@ def test_the_noisy_half_sees_what_the_engine_sees(embedded):
 def test_dense_experts_agree_with_the_kernel_and_balance_changes_only_gradients():
     rng = np.random.default_rng(2)
     x, router, gate_up, down = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((6, 32), (32, 4), (1, 4, 32, 32), (1, 4, 16, 32)))
-    ids, weights = llada2.route(x, router / 10, jnp.zeros(4), TINY)
+    ids, weights, _ = expert_choice.choose(x, router / 10, jnp.zeros(4), expert_choice.Router(top_k=2), backend="sorted")
     stack = (gate_up / 10, down / 10)
     reference = grouped_matmul.expert_mlp(x, ids, weights, *stack, layer=0, backend="dense")
 

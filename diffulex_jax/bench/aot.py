@@ -142,7 +142,7 @@ def compile_denoise(
     abstract = jax.eval_shape(functools.partial(llada2.init, config, dtype=dtype), jax.random.key(0))
     params = placed(abstract, jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config)))
     pool, state = jax.eval_shape(functools.partial(empty, program, dtype, num_pages))
-    where = (pool, pool_placement(mesh)), (state, sharding(mesh, STATE_AXES))
+    where = (pool, pool_placement(mesh, program.kernels)), (state, sharding(mesh, STATE_AXES))
     pool, state = (placed(tree, jax.tree.map(lambda _, at=at: at, tree)) for tree, at in where)
     everywhere = NamedSharding(mesh, PartitionSpec())
     plan = jax.ShapeDtypeStruct((slots, pages + PLAN_COLUMNS), jnp.int32, sharding=everywhere)

@@ -19,7 +19,7 @@ from pallas_kernels import block_attention, grouped_matmul
 
 def copy_bandwidth(device: jax.Device) -> float:
     """Bytes a second that a large copy on ``device`` reads and writes, the best of several."""
-    count = 2**28 if device.platform == "gpu" else 2**22  # float32: far more than any cache holds
+    count = 2**28 if device.memory_stats() else 2**22  # float32: far more than any cache of an accelerator or a CPU holds
     change = jax.jit(lambda x: x + 1, donate_argnums=0)  # as a copy, but one that no compiler leaves out
     x = jax.block_until_ready(change(jnp.zeros(count, jnp.float32)))
     best = float("inf")
@@ -73,7 +73,7 @@ def touch_counter(program: decode.Program) -> tuple[Callable[..., jax.Array], li
             positions.reshape(slots, -1),
             lambda layer, heads: (attend(heads, layer=layer), ()),
             experts=spy,
-            streamed=program.kernels.grouped_matmul == "gpu",
+            streamed=not program.kernels.for_layers(params["embed"].dtype, shared=False).rows_apart,
         )[0]
 
     return forward, counts

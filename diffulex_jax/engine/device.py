@@ -51,7 +51,7 @@ class JaxDevice:
         self.program, self.mesh, self.num_pages = program, mesh, num_pages
         self._params, self.eos_ids = params, eos_ids
         config, dims = program.config, program.dims
-        on_pool, on_slots, everywhere = programs.pool_placement(mesh), sharding(mesh, STATE_AXES), sharding(mesh, ())
+        on_pool, on_slots, everywhere = programs.pool_placement(mesh, program.kernels), sharding(mesh, STATE_AXES), sharding(mesh, ())
         # A prompt that sees all of itself cannot be cut into chunks: then there is a size for every power of two.
         whole = [2**i for i in range(dims.pages_per_slot.bit_length() + 1)][::-1]
         sizes = whole if program.attention == "prefix_full" else [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
@@ -67,8 +67,8 @@ class JaxDevice:
         self._jit_read = jax.jit(_read_pages, out_shardings=everywhere)
         self._jit_write = jax.jit(_write_pages, donate_argnums=(0,), out_shardings=on_pool)
         self._jit_sequence = jax.jit(lambda state, slot: jax.tree.map(lambda a: a[slot], state.sequence), out_shardings=everywhere)
-        # By whether all rows are known to be greedy; that makes a difference on a GPU alone.
-        kinds = (False, True) if program.kernels.prediction == "gpu" else (False,)
+        # By whether all rows are known to be greedy: one question less for a host that drives the loops.
+        kinds = (False, True) if program.kernels.host_drives_loops else (False,)
         self._jit_denoise = {g: jit_denoise(program._replace(greedy=g), mesh, dtype=dtype, steps=steps_per_dispatch) for g in kinds}
         with jax.set_mesh(mesh):
             self.pool, self.state = jax.jit(lambda: empty(program, dtype, num_pages), out_shardings=(on_pool, on_slots))()
@@ -181,7 +181,7 @@ def jit_denoise(program: decode.Program, mesh: Mesh, *, dtype: Any, steps: int) 
     ``(params, pool, state, plan) -> (pool, state, report, trace)``; pool and state are donated; ``plan`` is as in :func:`make_plan`,
     the report ``[S, ...]`` int32 is packed.
     """
-    on_pool, on_slots, everywhere = programs.pool_placement(mesh), sharding(mesh, STATE_AXES), sharding(mesh, ())
+    on_pool, on_slots, everywhere = programs.pool_placement(mesh, program.kernels), sharding(mesh, STATE_AXES), sharding(mesh, ())
     return jax.jit(
         exact(functools.partial(packed_denoise, program, steps), dtype),
         donate_argnums=(1, 2),

@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diffulex_jax import decode
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
-from diffulex_jax.parallel.mesh import first_index, platform, sharding, spec, spread
+from diffulex_jax.parallel.mesh import first_index, sharding, spec, spread
 from diffulex_jax.state import POOL_AXES, STATE_AXES, DecodeState, KVPool, StepReport, Trace
-from pallas_kernels.block_attention.tpu import POOL_ORDER
+from pallas_kernels import Kernels
 
 
 def denoise(
@@ -70,10 +70,10 @@ def prefill(
     return run(params, pool, tokens, count, start, length, page_table)
 
 
-def pool_placement(mesh: Mesh) -> NamedSharding | Format:
-    """Where the pool is, and on TPU in which order, so that the kernels read and write it where it lies."""
+def pool_placement(mesh: Mesh, kernels: Kernels) -> NamedSharding | Format:
+    """Where the pool is, and in which order where the kernels ask for one, so that they read and write it where it lies."""
     where = sharding(mesh, POOL_AXES)
-    return Format(Layout(major_to_minor=POOL_ORDER), where) if platform(mesh) == "tpu" else where
+    return where if kernels.pool_order is None else Format(Layout(major_to_minor=kernels.pool_order), where)
 
 
 def param_specs(config: ModelConfig) -> Any:

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from diffulex_jax.config import ModelConfig
-from diffulex_jax.models.routing import route, route_streamed
 from diffulex_jax.parallel.mesh import add_up
-from pallas_kernels import grouped_matmul
+from pallas_kernels import expert_choice, grouped_matmul, linear
 
 
 Params = dict[str, Any]
@@ -138,7 +137,7 @@ def hidden(
       valid: ``[R, T]`` bool; False rows route to no expert (their output means nothing).
       experts: how the routed experts are computed; a token's result must not depend on the others.
       streamed: for a GPU, where in bfloat16 a token's last bits may depend on what else is there. A layer's weights are then read where
-        they lie in the stack (``grouped_matmul.linear``) instead of sliced out of it, ``experts`` gets the shared expert to go along
+        they lie in the stack (``pallas_kernels.linear``) instead of sliced out of it, ``experts`` gets the shared expert to go along
         with the routed ones, experts are chosen without sorting, and only attention tells leading tokens from the others.
 
     Returns:
@@ -174,16 +173,25 @@ def hidden(
         along: dict[str, Any] = {}
         flat = join(hs).reshape(-1, hs[0].shape[-1])
         if streamed:
-            ids, weights, along["counted"] = route_streamed(flat, w["router"], w["router_bias"], config, valid)
+            chosen = expert_choice.choose(flat, w["router"], w["router_bias"], router, valid=valid, backend="gpu")
+            ids, weights, along["counted"] = chosen
             along["shared"] = (stack["shared_gate_up"], stack["shared_down"]) if shared else None
         else:
-            routed = [route(h.reshape(-1, h.shape[-1]), w["router"], w["router_bias"], config) for h in hs]
+            rows = (h.reshape(-1, h.shape[-1]) for h in hs)
+            routed = [expert_choice.choose(h, w["router"], w["router_bias"], router, backend="sorted")[:2] for h in rows]
             parts = ([r.reshape(*h.shape[:2], -1) for r, h in zip(rs, hs, strict=True)] for rs in zip(*routed, strict=True))
             ids, weights = (join(rs).reshape(len(flat), -1) for rs in parts)
         y = experts(flat, ids, weights, stack["experts_gate_up"], stack["experts_down"], layer=layer, valid=valid, **along)
         ys = split(y.reshape(len(x), -1, y.shape[-1]))
         return [y + gated(h, "shared", times) for y, h in zip(ys, hs, strict=True)] if shared and not streamed else list(ys)
 
+    router = expert_choice.Router(
+        top_k=config.num_experts_per_tok,
+        groups=config.n_group,
+        kept=config.topk_group,
+        normalise=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+    )
     first, auxes, xs = 0, [], list(split(x))
     for kind, mlp in (("dense", dense), ("moe", moe)):
         if kind not in params:
@@ -195,7 +203,7 @@ def hidden(
             layer, xs = carry
 
             def times(x: jax.Array, name: str) -> jax.Array:
-                return grouped_matmul.linear(x, params[kind][name], layer) if streamed else _contract(x, w[name])
+                return linear.linear(x, params[kind][name], layer, backend="gpu") if streamed else _contract(x, w[name])
 
             with jax.named_scope("attention"):
                 xs, aux = attention(xs, w, times, first + layer)

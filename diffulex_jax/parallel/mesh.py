@@ -103,8 +103,3 @@ def add_up(x: jax.Array, axis: str) -> jax.Array:
     """The sum of ``x`` over the devices that share a logical axis."""
     names = shared_by(axis)
     return lax.psum(x, names) if names else x
-
-
-def platform(mesh: Mesh) -> str:
-    """``"cpu"``, ``"gpu"`` or ``"tpu"``: what kernels are chosen by."""
-    return mesh.devices.flat[0].platform

@@ -18,7 +18,7 @@ import optax
 
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.models import llada2
-from pallas_kernels.block_attention import split_heads
+from pallas_kernels.block_attention import masked_attention, split_heads
 
 
 BLOCK = 32
@@ -60,7 +60,7 @@ def predict(params: llada2.Params, config: ModelConfig, noisy: jax.Array, clean:
 
     def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, tuple[()]]:
         del layer
-        return attention(*split_heads(heads), mask), ()
+        return masked_attention(*split_heads(heads), mask), ()
 
     # A one-hot product, not a gather: the gradient of a gather is a scatter in which most tokens (masks, end of sequence)
     # fight over the same two rows.
@@ -70,14 +70,6 @@ def predict(params: llada2.Params, config: ModelConfig, noisy: jax.Array, clean:
     h, _ = llada2.hidden(params, config, x, positions, attend, experts=functools.partial(dense_experts, balance=balance))
     z = llada2.logits(params, h[:, :length])
     return z.at[..., config.mask_token_id].set(-jnp.inf)  # never a label, never drafted
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Masked attention: ``q [R, T, KV, G, H]``, ``k`` and ``v [R, S, KV, H]``, ``mask [T, S]`` bool -> ``[R, T, KV, G, H]``."""
-    merged = q.reshape(*q.shape[:2], -1, q.shape[-1])
-    fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16
-    out = jax.nn.dot_product_attention(merged, k, v, mask=mask[None, None], implementation="cudnn" if fused else "xla")
-    return out.reshape(q.shape)
 
 
 def dense_experts(

@@ -7,11 +7,12 @@ from typing import Any, Literal
 import jax
 
 from pallas_kernels.block_attention import gpu, reference, tpu
+from pallas_kernels.block_attention.masked import masked_attention
 from pallas_kernels.block_attention.reference import split_heads
 from pallas_kernels.target import Target, is_hopper, pick
 
 
-__all__ = ["Backend", "block_attention", "choose_backend", "split_heads", "write_blocks"]
+__all__ = ["Backend", "block_attention", "choose_backend", "masked_attention", "pool_order", "split_heads", "write_blocks"]
 
 Backend = Literal["reference", "gpu", "tpu"]
 
@@ -22,6 +23,11 @@ _WRITE = {"reference": reference.write_blocks, "gpu": reference.write_blocks, "t
 def choose_backend(target: Target) -> Backend:
     """The backend used on ``target`` unless told otherwise."""
     return "gpu" if is_hopper(target) else "tpu" if target.platform == "tpu" else "reference"
+
+
+def pool_order(backend: str) -> tuple[int, ...] | None:
+    """Dimensions of the pool from major to minor, as ``backend`` reads it where it lies; None: in their order."""
+    return tpu.POOL_ORDER if backend == "tpu" else None
 
 
 def block_attention(

@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul.xla import ragged
 from pallas_kernels.target import Target, is_hopper, pick
 
 
-__all__ = ["Backend", "choose", "choose_backend", "dense", "expert_mlp", "linear"]
+__all__ = ["Backend", "Counted", "choose_backend", "dense", "expert_mlp"]
 
 Backend = Literal["dense", "ragged", "cpu", "gpu"]
 
@@ -29,49 +29,8 @@ def _hopper(*args: Any, **kwargs: Any) -> jax.Array:
     return hopper(*args, **kwargs)
 
 
-def linear(x: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
-    """``x`` times matrix ``layer`` of a stack, read where it lies: a slice of a stack that a loop goes through is copied on a GPU.
-
-    For few rows of bfloat16 on a Hopper GPU; anything else is a slice and a matmul.
-
-    Args:
-      x: ``[R, T, ...]``.
-      stack: ``[L, ..., ...]``: behind L the axes of x behind T, and then those of the result.
-      layer: int32 scalar.
-    """
-    from pallas_kernels.grouped_matmul.gpu import from_stack
-
-    return from_stack(x, stack, layer)
-
-
 Counted = tuple[jax.Array, jax.Array]
 """``[T, k]`` int32, how many earlier tokens have the expert of a pair; and ``[E]`` int32, how many have an expert. Valid ones count."""
-
-
-def choose(
-    logits: jax.Array, bias: jax.Array, valid: jax.Array | None, *, top_k: int, groups: int, kept: int, normalise: bool, scale: float
-) -> tuple[jax.Array, jax.Array, Counted] | None:
-    """Group-limited top-k routing of many tokens by a kernel for Hopper GPUs, and what ``expert_mlp`` there would have to count.
-
-    Args:
-      logits: ``[T, E]`` float32; an expert's score is its sigmoid. One that is not a number counts as 0.
-      bias: ``[E]`` float32, added to scores where experts are compared. Of equals the first wins.
-      valid: ``[T]`` bool or None.
-      top_k: experts of a token.
-      groups: the experts lie in so many groups of the same size.
-      kept: only experts of so many groups are chosen from: of those with the largest sums of their two best.
-      normalise: whether a token's weights, its experts' scores, are divided by their sum.
-      scale: what weights are multiplied by.
-
-    Returns:
-      ``(ids [T, k], weights [T, k], counted)`` for ``expert_mlp``, with the same ``valid``. None for few tokens, which XLA is quicker
-      with, and for numbers of experts and groups that do not suit the kernel.
-    """
-    from pallas_kernels.grouped_matmul import gpu, gpu_routing
-
-    if len(logits) * top_k <= gpu.COMPARED_PAIRS or not gpu_routing.fits(logits.shape[1], top_k, groups):
-        return None
-    return gpu_routing.choose(logits, bias, valid, top_k=top_k, groups=groups, kept=kept, normalise=normalise, scale=scale)
 
 
 _BACKENDS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "ragged": ragged, "cpu": streamed, "gpu": _hopper}
@@ -116,7 +75,7 @@ def expert_mlp(
         that share the experts add theirs up. Always by ``lax.ragged_dot``.
       shared: ``(gate_up [D, 2, S], down [S, D])`` of an expert that is added, unweighted, for every token; with ``layer`` both
         have a leading L.
-      counted: what :func:`choose` returned, if that chose the experts. For backend ``"gpu"``, which counts otherwise.
+      counted: what ``expert_choice.choose`` counted, with the same ``valid``, if it did. For backend ``"gpu"``, which counts otherwise.
       backend: ``"dense"`` (every expert for every token; the only one meant to be differentiated), ``"ragged"``
         (``lax.ragged_dot``), ``"cpu"`` or ``"gpu"`` (Hopper); None chooses by the current mesh's devices, else the default one.
 

@@ -10,7 +10,6 @@ every token belongs to.
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from pallas_kernels.grouped_matmul.gpu_dispatch import dispatch
 from pallas_kernels.grouped_matmul.gpu_kernel import Groups, Tile, fits, matmul
-from pallas_kernels.grouped_matmul.gpu_routing import dispatch
 from pallas_kernels.grouped_matmul.reference import add_shared
 from pallas_kernels.grouped_matmul.routing import combine
 from pallas_kernels.grouped_matmul.xla import ragged
@@ -89,7 +88,7 @@ def _sorted_by_comparing(
     start, size = _counts((of < key) | (same & (index < own)), same)
     place = start[num_groups:]
     source = jnp.sum(jnp.where(place == index[:, None], token, 0), 1, dtype=jnp.int32)
-    return x[_padded(source)], place.reshape(expert_ids.shape), Groups.of(start, size, num_groups, tile_rows)
+    return x[padded(source)], place.reshape(expert_ids.shape), Groups.of(start, size, num_groups, tile_rows)
 
 
 def _sorted_by_counting(
@@ -124,23 +123,6 @@ def _counts(*where: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(lax.reduce(ones, zeros, lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), (1,)))
 
 
-_STREAMED_ROWS = 1024
-"""Up to this many rows a matmul is bound by its weights."""
-
-
-def from_stack(x: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
-    """See ``linear``: a grouped matmul with one group."""
-    axes = x.ndim - 2
-    rows, depth, width = math.prod(x.shape[:2]), math.prod(x.shape[2:]), math.prod(stack.shape[1 + axes :])
-    shape = (*x.shape[:2], *stack.shape[1 + axes :])
-    if x.dtype != jnp.bfloat16 or stack.dtype != x.dtype or rows > _STREAMED_ROWS or depth % 64 or width % 64:
-        return jnp.tensordot(x, stack[layer], axes)
-    tile = min(128, max(8, 1 << (rows - 1).bit_length()))
-    one = [jnp.array([n], jnp.int32) for n in (0, rows, -(-rows // tile))]
-    flat, weights = _padded(x.reshape(rows, depth)), stack.reshape(len(stack), 1, depth, width)
-    return matmul(flat, weights, None, layer, Groups(*one), swiglu=False, tile=Tile(tile, 64 if rows <= 512 else 128))[:rows].reshape(shape)
-
-
-def _padded(rows: jax.Array) -> jax.Array:
+def padded(rows: jax.Array) -> jax.Array:
     """``rows`` and as many zeros as make them a multiple of 8: what the kernels' tiles are made of."""
     return jnp.pad(rows, [(0, -len(rows) % 8)] + [(0, 0)] * (rows.ndim - 1)) if len(rows) % 8 else rows

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from diffulex_jax.bench.shapes import SHAPES
-from diffulex_jax.models.routing import route, route_streamed
-from pallas_kernels.grouped_matmul import expert_mlp, linear
+from pallas_kernels.expert_choice import Router, choose
+from pallas_kernels.grouped_matmul import expert_mlp
 
 
 LAYERS, EXPERTS, CHOSEN, EMBED, WIDTH = 3, 64, 8, 512, 256
@@ -69,7 +68,8 @@ def test_many_tokens_are_routed_by_a_kernel_and_computed(key, relative_error, to
     experts, embed, width = 256, 512, 128
     keys = jax.random.split(key, 5)
     x, valid = jax.random.normal(keys[0], (tokens, embed), jnp.bfloat16), jnp.arange(tokens) % 7 != 3
-    router = (jax.random.normal(keys[1], (embed, experts)) * 0.05).astype(jnp.bfloat16)
+    matrix = (jax.random.normal(keys[1], (embed, experts)) * 0.05).astype(jnp.bfloat16)
+    router = Router(top_k=8, groups=8, kept=4, scale=2.5)
     bias = jax.random.normal(keys[2], (experts,)) * 0.05
     gate_up, down = (
         (jax.random.normal(k, (2, experts, *shape)) / shape[0] ** 0.5).astype(jnp.bfloat16)
@@ -78,13 +78,13 @@ def test_many_tokens_are_routed_by_a_kernel_and_computed(key, relative_error, to
 
     @jax.jit
     def routed(x, valid):
-        ids, weights, counted = route_streamed(x, router, bias, SHAPES["llada2-mini"], valid)
+        ids, weights, counted = choose(x, matrix, bias, router, valid=valid, backend="gpu")
         options = {"layer": jnp.int32(1), "valid": valid, "counted": counted, "backend": "gpu"}
         return ids, weights, expert_mlp(x, ids, weights, gate_up, down, **options)
 
     ids, weights, got = routed(x, valid)
     with jax.default_matmul_precision("highest"):
-        want_ids, want_weights = route(x, router, bias, SHAPES["llada2-mini"])
+        want_ids, want_weights, _ = choose(x, matrix, bias, router, backend="sorted")
         wide = [a[1].astype(jnp.float32) for a in (gate_up, down)]
         want = jax.jit(expert_mlp, static_argnames="backend")(x.astype(jnp.float32), ids, weights, *wide, valid=valid, backend="dense")
     same = np.sort(ids, 1) == np.sort(want_ids, 1)
@@ -135,15 +135,3 @@ def test_the_stack_is_read_at_the_layer_asked_for(key):
     args = make(key, 40)
     alone = jax.jit(lambda *a: expert_mlp(*a, backend="gpu"))(*args[:3], args[3][1], args[4][1])
     np.testing.assert_array_equal(run(args), alone)
-
-
-@pytest.mark.parametrize("rows", [1, 32, 100, 256, 1024, 1100])
-def test_linear_is_a_slice_and_a_matmul(key, relative_error, rows):
-    keys = jax.random.split(key, 2)
-    x = jax.random.normal(keys[0], (1, rows, 512), jnp.bfloat16)
-    stack = (jax.random.normal(keys[1], (3, 512, 4, 96)) * 0.05).astype(jnp.bfloat16)
-    got = jax.jit(linear)(x, stack, jnp.int32(2))
-    with jax.default_matmul_precision("highest"):
-        want = jnp.einsum("rtd,dkh->rtkh", x.astype(jnp.float32), stack[2].astype(jnp.float32))
-    assert got.dtype == jnp.bfloat16
-    assert relative_error(got, want) < 3e-3

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu
 from jax.test_util import check_grads
 
-from pallas_kernels.grouped_matmul import choose, choose_backend, dense, expert_mlp, gpu, gpu_kernel
+from pallas_kernels.grouped_matmul import choose_backend, dense, expert_mlp, gpu, gpu_kernel
 from pallas_kernels.target import Target, current_target
 
 
@@ -207,31 +207,6 @@ def test_the_gpu_counts_how_often_experts_are_chosen(masked):
 simulated = pytest.mark.skipif(
     not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)"
 )
-
-
-@simulated
-@pytest.mark.parametrize("kept", [4, 8])
-def test_experts_are_chosen_and_counted_in_the_simulator(kept, monkeypatch):
-    monkeypatch.setattr(gpu, "COMPARED_PAIRS", 0)
-    rng = np.random.default_rng(kept)
-    logits, bias = jnp.asarray(rng.standard_normal((70, 256)), jnp.float32), jnp.asarray(rng.standard_normal(256) / 8, jnp.float32)
-    logits = logits.at[3].set(0.5).at[5, 7].set(jnp.nan)  # a row of equals, and a row with what is not a number
-    valid = jnp.arange(70) % 5 != 2
-    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
-        chosen = choose(logits, bias, valid, top_k=8, groups=8, kept=kept, normalise=True, scale=2.5)
-    ids, weights, nth, size = (np.asarray(a) for a in jax.tree.leaves(chosen))
-    score = 1 / (1 + np.exp(-np.nan_to_num(np.asarray(logits))))
-    biased = score + np.asarray(bias)
-    groups = np.sort(biased.reshape(70, 8, 32), -1)[..., -2:].sum(-1)
-    lost = np.argsort(-groups, 1, kind="stable")[:, kept:]
-    np.put_along_axis(open_groups := np.ones((70, 8), bool), lost, False, 1)
-    want = np.argsort(-np.where(np.repeat(open_groups, 32, 1), biased, -np.inf), 1, kind="stable")[:, :8]
-    np.testing.assert_array_equal(ids, want)
-    own = np.take_along_axis(score, want, 1)
-    np.testing.assert_allclose(weights, 2.5 * own / own.sum(1, keepdims=True), rtol=1e-5)
-    want_nth, want_size = gpu._count(jnp.asarray(want), valid, 256)
-    np.testing.assert_array_equal(size, want_size)
-    np.testing.assert_array_equal(nth[np.asarray(valid)], want_nth[np.asarray(valid)])
 
 
 @simulated

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_attention, prediction, token_merge
+from pallas_kernels import REFERENCE, block_attention, choose_for, prediction, token_merge
 from pallas_kernels.target import Target
 
 
@@ -47,3 +47,19 @@ def test_merge_of_another_mode_or_width(mode, width):
     table, probs = jnp.asarray(rng.standard_normal((9, width)), jnp.float32), jnp.full((2, 3, 1), 0.4)
     tokens, soft = jnp.arange(6).reshape(2, 3), jnp.array([[True, False, True]] * 2)
     both(token_merge.merge, table, tokens, 8, tokens[..., None], probs, soft, spec=token_merge.MergeSpec(mode=mode))
+
+
+def test_what_follows_from_the_device():
+    cpu, tpu, ampere, hopper = (choose_for(t) for t in (Target("cpu"), Target("tpu"), Target("gpu", 8.0), Target("gpu", 9.0)))
+    compiles = jax.__version_info__ >= (0, 11)
+    assert [k.host_drives_loops for k in (REFERENCE, cpu, tpu, ampere, hopper)] == [False, False, False, True, True]
+    assert [k.layers_per_turn for k in (REFERENCE, cpu, tpu, ampere, hopper)] == [1, 1, 1, 1, 2 if compiles else 1]
+    assert [k.rows_apart for k in (REFERENCE, cpu, tpu, ampere, hopper)] == [True, True, True, True, not compiles]
+    assert [k.pool_order for k in (REFERENCE, cpu, tpu, ampere, hopper)] == [None, None, (0, 1, 3, 2, 4), None, None]
+
+
+@pytest.mark.parametrize("kernels", [REFERENCE, REFERENCE._replace(linear="gpu", expert_choice="gpu", rows_apart=False, layers_per_turn=2)])
+def test_layers_in_place_are_for_bfloat16_and_one_device(kernels):
+    assert kernels.for_layers(jnp.bfloat16, shared=False) == kernels
+    for dtype, shared in ((jnp.float32, False), (jnp.bfloat16, True)):
+        assert kernels.for_layers(dtype, shared=shared) == REFERENCE

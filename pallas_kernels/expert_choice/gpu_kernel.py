@@ -1,9 +1,8 @@
-"""Which experts many tokens go to, and where each token's row then lies, with Mosaic GPU.
+"""Which experts many tokens go to, with Mosaic GPU, and what counting them gives on the way.
 
-``choose`` takes 64 tokens a block, as rows of what a tensor core holds in registers, and gives each of four warpgroups a quarter of the
-experts: every warpgroup finds its own best few, and all then look for the best among those. Its time, 24 microseconds on an H100, hardly
-depends on how many tokens there are; below several hundred, XLA is as quick. ``dispatch`` copies each token's row to where its
-experts' rows begin.
+A block takes 64 tokens, as rows of what a tensor core holds in registers, and gives each of four warpgroups a quarter of the
+experts: every warpgroup finds its own best few, and all then look for the best among those. Its time, 24 microseconds on an H100,
+hardly depends on how many tokens there are; below several hundred, XLA is as quick.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.expert_choice.reference import Choice, Router
+
 
 TOKENS = 64
 """Tokens of one block: the rows of the smallest wgmma."""
@@ -25,23 +26,23 @@ _WARPGROUPS = 4
 _LAST = 2**31 - 1
 
 
-def fits(experts: int, top_k: int, groups: int) -> bool:
-    """Whether ``choose`` can: groups lie within a warpgroup's share, which is made of swizzled tiles of 64."""
-    share, size = experts // _WARPGROUPS, experts // groups
-    return experts % (64 * _WARPGROUPS) == 0 and size % 8 == 0 and share % size == 0 and share <= 128 and top_k % 8 == 0
+def fits(experts: int, router: Router) -> bool:
+    """Whether :func:`choose` can: by sigmoids; groups lie within a warpgroup's share, which is made of swizzled tiles of 64."""
+    share, size = experts // _WARPGROUPS, experts // router.groups
+    shaped = experts % (64 * _WARPGROUPS) == 0 and size % 8 == 0 and share % size == 0 and share <= 128
+    return router.score == "sigmoid" and shaped and router.top_k % 8 == 0
 
 
-def choose(
-    logits: jax.Array, bias: jax.Array, valid: jax.Array | None, *, top_k: int, groups: int, kept: int, normalise: bool, scale: float
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-    """See the package's ``choose``."""
+def choose(logits: jax.Array, bias: jax.Array, valid: jax.Array | None, router: Router) -> Choice:
+    """See the package's ``choose``; ``logits`` ``[N, E]`` float32. A score is a sigmoid; of what is not a number it counts as 0.5."""
     tokens, experts = logits.shape
+    top_k, groups = router.top_k, router.groups
     blocks, share = -(-tokens // TOKENS), experts // _WARPGROUPS
     counted = jnp.ones(tokens, jnp.float32) if valid is None else valid.astype(jnp.float32)
     swizzle = plgpu.SwizzleTransform(128)
     rows = blocks * TOKENS
     kernel = plgpu.kernel(
-        functools.partial(_choose, top_k=top_k, groups=groups, kept=kept, normalise=normalise, scale=scale),
+        functools.partial(_choose, router=router),
         out_type=[
             jax.ShapeDtypeStruct((rows, top_k), jnp.int32),
             jax.ShapeDtypeStruct((rows, top_k), jnp.float32),
@@ -72,7 +73,7 @@ def choose(
     size = upto[:, -1]
     before = jnp.cumsum(size, 0) - size
     nth = jnp.take_along_axis((upto + before[:, None]).reshape(rows, experts), ids, 1) - 1
-    return ids[:tokens], weights[:tokens], (nth[:tokens], size.sum(0))
+    return Choice(ids[:tokens], weights[:tokens], (nth[:tokens], size.sum(0)))
 
 
 def _choose(
@@ -93,12 +94,9 @@ def _choose(
     loaded: Any,
     summed: Any,
     listed: Any,
-    top_k: int,
-    groups: int,
-    kept: int,
-    normalise: bool,
-    scale: float,
+    router: Router,
 ) -> None:
+    top_k, groups, kept = router.top_k, router.groups, router.kept
     load: Any = plgpu.load  # JAX 0.10 types its index as required
     worker, block = lax.axis_index("worker"), lax.axis_index("block")
     share = chosen_s.shape[2]
@@ -182,7 +180,7 @@ def _choose(
     @pl.when(worker == 0)
     def write() -> None:
         ids_g.at[rows][...] = at
-        weights_g.at[rows][...] = (score / spread(total, score) if normalise else score) * scale
+        weights_g.at[rows][...] = (score / spread(total, score) if router.normalise else score) * router.scale
 
     chosen_s[worker] = chosen.astype(jnp.bfloat16)
     plgpu.commit_smem()
@@ -193,48 +191,3 @@ def _choose(
         return sums[...]
 
     upto_g.at[rows, mine][...] = pl.run_scoped(count, plgpu.ACC((TOKENS, share)))
-
-
-def dispatch(
-    x: jax.Array, ids: jax.Array, nth: jax.Array, start: jax.Array, valid: jax.Array | None, *, count: int, shared: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Copies each token's row to the rows of its experts, a thread block a token.
-
-    Args:
-      x: ``[T, D]``, D a multiple of 128.
-      ids, nth: ``[T, k]`` int32, the experts of each token, and which of an expert's rows are its.
-      start: ``[G]`` int32, the first row of each expert; of the shared one last.
-      valid: ``[T]`` bool; others are not copied.
-      count: M, rows there is room for.
-      shared: whether all tokens go to one more expert.
-
-    Returns:
-      ``(rows [M, D], place [T, k] int32)``: the rows by expert, of which those of no token are not written, and the row of each pair; with
-      a column more for the shared expert, and 0 for tokens that are not valid.
-    """
-    tokens, width = x.shape
-    top_k = ids.shape[1]
-
-    def body(x_g: Any, ids_g: Any, nth_g: Any, start_g: Any, valid_g: Any, rows_g: Any, place_g: Any) -> None:
-        token = lax.axis_index("token")
-        row, valid = x_g[token], valid_g[token]
-        for j in range(top_k + shared):
-            at = start_g[ids_g[token, j]] + nth_g[token, j] if j < top_k else start_g[len(start) - 1] + token
-            place_g[token, j] = jnp.where(valid, at, 0)
-
-            @pl.when(valid)
-            def copy(at: jax.Array = at) -> None:
-                rows_g[at] = row
-
-    kernel = plgpu.kernel(
-        body,
-        out_type=[
-            jax.ShapeDtypeStruct((count, width), x.dtype),
-            jax.ShapeDtypeStruct((tokens, top_k + shared), jnp.int32),
-        ],
-        grid=(tokens,),
-        grid_names=("token",),
-        kernel_name="dispatch_rows",
-    )
-    rows, place = kernel(x, ids, nth, start, jnp.ones(tokens, bool) if valid is None else valid)
-    return rows, place

@@ -1,0 +1,29 @@
+"""A matrix of a stack on a Hopper GPU against a matmul in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.linear import linear
+
+
+@pytest.mark.parametrize("rows", [1, 32, 100, 256, 1024, 1100])
+def test_linear_is_a_slice_and_a_matmul(key, relative_error, rows):
+    keys = jax.random.split(key, 2)
+    x = jax.random.normal(keys[0], (1, rows, 512), jnp.bfloat16)
+    stack = (jax.random.normal(keys[1], (3, 512, 4, 96)) * 0.05).astype(jnp.bfloat16)
+    got = jax.jit(lambda *a: linear(*a, backend="gpu"))(x, stack, jnp.int32(2))
+    with jax.default_matmul_precision("highest"):
+        want = jnp.einsum("rtd,dkh->rtkh", x.astype(jnp.float32), stack[2].astype(jnp.float32))
+    assert got.dtype == jnp.bfloat16
+    assert relative_error(got, want) < 3e-3
+
+
+def test_float32_is_a_slice_and_a_matmul_to_the_bit(key):
+    keys = jax.random.split(key, 2)
+    x, stack = jax.random.normal(keys[0], (1, 32, 512)), jax.random.normal(keys[1], (3, 512, 128))
+    got, want = (jax.jit(lambda *a, b=b: linear(*a, backend=b))(x, stack, jnp.int32(1)) for b in ("gpu", "sliced"))
+    np.testing.assert_array_equal(got, want)

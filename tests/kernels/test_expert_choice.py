@@ -1,0 +1,188 @@
+"""Which experts are chosen: every backend against the scheme written down in NumPy, and examples to check by hand."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu
+
+from pallas_kernels.expert_choice import Router, choose, choose_backend
+from pallas_kernels.grouped_matmul import gpu as experts
+from pallas_kernels.target import Target
+
+
+def chosen(logits, bias, router):
+    """``(ids, weights)`` of a stable sort, in float32."""
+    if router.score == "sigmoid":
+        score = 1 / (1 + np.exp(-logits.astype(np.float32)))
+    else:
+        powers = np.exp(logits.astype(np.float32) - logits.max(1, keepdims=True).astype(np.float32))
+        score = powers / powers.sum(1, keepdims=True)
+    compared = score + (0 if bias is None else bias)
+    if router.kept < router.groups:
+        grouped = compared.reshape(len(logits), router.groups, -1)
+        sums = np.sort(grouped, -1)[..., -2:].sum(-1)
+        lost = np.argsort(-sums, 1, kind="stable")[:, router.kept :]
+        stays = np.ones(sums.shape, bool)
+        np.put_along_axis(stays, lost, False, 1)
+        compared = np.where(stays[..., None], grouped, -np.inf).reshape(compared.shape)
+    ids = np.argsort(-compared, 1, kind="stable")[:, : router.top_k]
+    weights = np.take_along_axis(score, ids, 1)
+    if router.normalise:
+        weights = weights / (weights.sum(1, keepdims=True) + (1e-20 if router.score == "sigmoid" else 0))
+    return ids, weights * router.scale
+
+
+@functools.partial(jax.jit, static_argnames=("router", "backend"))
+def run(x, matrix, bias, router, backend):
+    return choose(x, matrix, bias, router, backend=backend)
+
+
+ROUTERS = [
+    Router(top_k=8, groups=8, kept=4, scale=2.5),
+    Router(top_k=8, groups=16, kept=4),
+    Router(top_k=8, normalise=False),
+    Router(top_k=8, score="softmax"),
+    Router(top_k=4, score="softmax", normalise=False, scale=0.5),
+    Router(top_k=4, score="softmax", groups=4, kept=2),
+]
+
+
+@pytest.mark.parametrize("backend", ["sorted", "compared", "gpu"])
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_as_the_scheme_says(backend, router, biased):
+    """With a bias all scores differ; without, logits are halves, so that ties are everywhere, between experts and between groups."""
+    rng = np.random.default_rng(biased)
+    logits = rng.standard_normal((64, 32)) * 2
+    bias = (rng.random(32) / 8).astype(np.float32) if biased else None
+    if not biased:
+        logits = np.abs(np.round(logits * 2) / 2)  # of either sign, two sigmoids could make the sum of two others but for rounding
+    ids, weights, counted = run(np.eye(64, dtype=np.float32), logits.astype(np.float32), bias, router, backend)
+    want_ids, want_weights = chosen(logits, bias, router)
+    np.testing.assert_array_equal(ids, want_ids)
+    np.testing.assert_allclose(weights, want_weights, rtol=1e-5)
+    assert (ids.dtype, weights.dtype, counted) == (jnp.int32, jnp.float32, None)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_comparing_is_sorting(router):
+    """Scores on a coarse grid, so that ties are everywhere: between experts, and between groups."""
+    matrix, bias = jnp.round(jax.random.normal(jax.random.key(0), (6, 32)) * 2) / 2, jnp.round(jnp.arange(32) % 3 / 2) / 8
+    x = jnp.round(jax.random.normal(jax.random.key(1), (200, 6)))
+    got, want = (run(x, matrix, bias, router, backend) for backend in ("compared", "sorted"))
+    np.testing.assert_array_equal(got.ids, want.ids)
+    np.testing.assert_allclose(got.weights, want.weights, rtol=1e-6)
+
+
+HALF, THREE_QUARTERS = 0.0, float(np.log(3))  # logits of these sigmoids
+
+
+def one(logits, bias, router):
+    """Experts and weights of one token, the same by every backend."""
+    first, *others = (choose(jnp.ones((1, 1)), jnp.array([logits]), bias, router, backend=b) for b in ("sorted", "compared", "gpu"))
+    for other in others:
+        np.testing.assert_array_equal(other.ids, first.ids)
+        np.testing.assert_allclose(other.weights, first.weights, rtol=1e-6)
+    return first.ids[0].tolist(), first.weights[0].tolist()
+
+
+PAIRS = Router(top_k=2, groups=2, kept=1)
+
+
+def test_the_bias_selects_and_does_not_weigh():
+    """Scores 0.5, 0.5 | 0.75, 0.5; the bias turns the second group's order around and leaves its weights alone."""
+    ids, weights = one([HALF, HALF, THREE_QUARTERS, HALF], jnp.array([0.0, 0.0, 0.0, 0.5]), PAIRS)
+    assert ids == [3, 2]
+    np.testing.assert_allclose(weights, [0.4, 0.6], rtol=1e-6)  # 0.5 and 0.75, normalised
+
+
+def test_the_best_group_is_kept():
+    """The best expert (0.75) is alone in its group: 0.75 + 0.1 lose to 0.5 + 0.5."""
+    bias = jnp.array([0.0, -0.4, 0.0, 0.0])
+    assert one([THREE_QUARTERS, HALF, HALF, HALF], bias, PAIRS)[0] == [2, 3]
+    assert one([THREE_QUARTERS, HALF, HALF, HALF], bias, PAIRS._replace(kept=2))[0] == [0, 2]
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_ties_go_to_the_lower_expert(score):
+    assert one([HALF] * 4, None, PAIRS._replace(score=score))[0] == [0, 1]
+
+
+def test_softmax_is_over_all_experts():
+    """Powers 1, 2, 3, 4 of a sum of 10: 0.4 and 0.3, that is 4/7 and 3/7 of what was chosen."""
+    logits = [float(np.log(n)) for n in (1, 2, 3, 4)]
+    ids, weights = one(logits, None, Router(top_k=2, score="softmax"))
+    assert ids == [3, 2]
+    np.testing.assert_allclose(weights, [4 / 7, 3 / 7], rtol=1e-6)
+    np.testing.assert_allclose(one(logits, None, Router(top_k=2, score="softmax", normalise=False))[1], [0.4, 0.3], rtol=1e-6)
+
+
+def test_weights_are_scaled():
+    np.testing.assert_allclose(one([HALF] * 4, None, PAIRS._replace(normalise=False))[1], [0.5, 0.5])
+    np.testing.assert_allclose(one([HALF] * 4, None, PAIRS._replace(scale=2.5))[1], [1.25, 1.25])
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_experts_exist_even_where_scores_are_not_numbers(score):
+    router = Router(top_k=2, score=score)
+    for backend in ("sorted", "compared"):
+        ids, weights, _ = choose(jnp.full((3, 1), jnp.nan), jnp.ones((1, 4)), None, router, backend=backend)
+        assert bool(((ids >= 0) & (ids < 4)).all())
+        assert bool(jnp.isnan(weights).all())
+
+
+def test_choice_of_backend():
+    hopper = "gpu" if jax.__version_info__ >= (0, 11) else "sorted"
+    assert choose_backend(Target("gpu", 9.0)) == hopper
+    assert {choose_backend(t) for t in (Target("cpu"), Target("tpu"), Target("gpu", 8.0))} == {"sorted"}
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        (Router(top_k=2, score="tanh"), "unknown score 'tanh'.*sigmoid, softmax"),
+        (Router(top_k=2, groups=3), "4 experts do not lie in groups=3"),
+        (Router(top_k=2, groups=2, kept=3), "groups=2 of which kept=3"),
+        (Router(top_k=3, groups=2, kept=1), "top_k=3 exceeds"),
+        (Router(top_k=0), "top_k=0"),
+    ],
+)
+def test_a_router_that_does_not_fit_is_named(router, message):
+    with pytest.raises(ValueError, match=message):
+        choose(jnp.ones((1, 1)), jnp.ones((1, 4)), None, router)
+
+
+# JAX 0.10, the only one for Python 3.11, has no simulator for Hopper kernels.
+@pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)")
+@pytest.mark.parametrize("kept", [4, 8])
+def test_many_tokens_are_chosen_for_and_counted_in_the_simulator(kept, monkeypatch):
+    monkeypatch.setattr(experts, "COMPARED_PAIRS", 0)
+    rng = np.random.default_rng(kept)
+    logits, bias = rng.standard_normal((70, 256)).astype(np.float32), (rng.standard_normal(256) / 8).astype(np.float32)
+    logits[3] = 0.5  # a row of equals
+    valid = np.arange(70) % 5 != 2
+    router = Router(top_k=8, groups=8, kept=kept, scale=2.5)
+    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+        ids, weights, counted = choose(jnp.eye(70), jnp.asarray(logits), jnp.asarray(bias), router, valid=jnp.asarray(valid), backend="gpu")
+    nth, size = counted
+    want_ids, want_weights = chosen(logits, bias, router)
+    np.testing.assert_array_equal(ids, want_ids)
+    np.testing.assert_allclose(weights, want_weights, rtol=1e-5)
+    want_nth, want_size = experts._count(jnp.asarray(want_ids), jnp.asarray(valid), 256)
+    np.testing.assert_array_equal(size, want_size)
+    np.testing.assert_array_equal(nth[valid], want_nth[valid])
+
+
+@pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)")
+def test_what_is_not_a_number_is_counted_among_real_experts_in_the_simulator(monkeypatch):
+    monkeypatch.setattr(experts, "COMPARED_PAIRS", 0)
+    x, matrix = jnp.ones((64, 1)).at[5].set(jnp.nan), jnp.linspace(-1, 1, 256)[None]
+    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+        ids, _, counted = choose(x, matrix, None, Router(top_k=8), backend="gpu")
+    assert bool(((ids >= 0) & (ids < 256)).all())
+    assert int(counted[1].sum()) == 64 * 8

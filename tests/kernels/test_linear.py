@@ -1,0 +1,28 @@
+"""A matrix of a stack: every backend against the formula, where there is no GPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.linear import choose_backend, linear
+from pallas_kernels.target import Target
+
+
+@pytest.mark.parametrize("backend", ["sliced", "gpu", None])
+def test_the_last_axes_of_x_meet_the_first_of_the_matrix(backend):
+    rng = np.random.default_rng(0)
+    x, stack = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((3, 4, 5, 6, 7))
+    got = jax.jit(lambda *a: linear(*a, backend=backend))(jnp.asarray(x, jnp.float32), jnp.asarray(stack, jnp.float32), jnp.int32(2))
+    assert got.shape == (2, 3, 6, 7)
+    np.testing.assert_allclose(got, np.einsum("rtab,abcd->rtcd", x, stack[2]), rtol=1e-5, atol=1e-5)
+
+
+def test_choice_of_backend():
+    hopper = "gpu" if jax.__version_info__ >= (0, 11) else "sliced"
+    assert choose_backend(Target("gpu", 9.0)) == hopper
+    assert {choose_backend(t) for t in (Target("cpu"), Target("tpu"), Target("gpu", 8.0))} == {"sliced"}
+    with pytest.raises(ValueError, match="unknown linear backend 'fast'; valid: sliced, gpu"):
+        linear(jnp.ones((1, 1, 2)), jnp.ones((1, 2, 2)), 0, backend="fast")
