@@ -25,11 +25,11 @@ _SHORT_TEXT = 4000  # characters that are tokenised on the spot rather than in a
 
 
 class RequestError(Exception):
-    """A request ended without its answer; ``code`` and ``message`` as in ``protocol.Failure``."""
+    """A request ended without its answer; ``code``, ``message`` and ``field`` as in ``protocol.Failure``."""
 
-    def __init__(self, code: int, message: str):
+    def __init__(self, code: int, message: str, *, field: str | None = None):
         super().__init__(message)
-        self.code, self.message = code, message
+        self.code, self.message, self.field = code, message, field
 
 
 class AsyncEngine:
@@ -119,7 +119,7 @@ class AsyncEngine:
         """
         await self.supervisor.start()
         if self.tokenizer is not None:
-            await asyncio.to_thread(self.tokenizer.decode, [0])
+            await asyncio.to_thread(lambda: self._longest_token)  # loads it, too
 
     async def stop(self) -> None:
         """Ends the engine; requests in flight fail with code 503."""
@@ -158,19 +158,37 @@ class AsyncEngine:
         """
         there = list(self.facts["strategies"])
         if name is not None and name not in there:
-            raise RequestError(400, f"strategy {name[:100]!r} is not served here; choose one of {', '.join(there)}")
+            message = f"strategy {name[:100]!r} is not served here; choose one of {', '.join(there)}"
+            raise RequestError(400, message, field="strategy")
         return name or there[0]
 
     async def encode(self, text: str) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text. A long one is tokenised in a thread, one that could not fit is not tokenised at all.
 
         Raises:
-          RequestError: (400) where the model has no tokenizer.
+          RequestError: (400) where the model has no tokenizer, or the text is longer than ``max_model_len`` tokens could hold.
         """
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise RequestError(400, "this model has no tokenizer; give the prompt as token ids")
+            raise RequestError(400, "this model has no tokenizer; give the prompt as token ids", field="prompt")
+        self.check_length("prompt", len(text))
         return tokenizer.encode(text) if len(text) <= _SHORT_TEXT else await asyncio.to_thread(tokenizer.encode, text)
+
+    def check_length(self, name: str, characters: int) -> None:
+        """Refuses text by its length alone, before any work is done for it.
+
+        Raises:
+          RequestError: (400) where ``max_model_len`` tokens could not hold it, were all of them the longest there is.
+        """
+        longest, each = self.facts["max_model_len"], self._longest_token
+        if characters > longest * each:
+            message = f"{name} has {characters} characters, which max_model_len={longest} tokens of at most {each} cannot hold"
+            raise RequestError(400, message, field=name)
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        assert self.tokenizer is not None
+        return self.tokenizer.longest_token
 
     async def stream(
         self,
@@ -214,7 +232,7 @@ class AsyncEngine:
                 event = await inbox.get()
                 if isinstance(event, protocol.Failure):
                     outstanding = 0
-                    raise RequestError(event.code, event.message)
+                    raise RequestError(event.code, event.message, field=event.field)
                 outstanding -= isinstance(event, protocol.Reply)
                 yield event
         finally:

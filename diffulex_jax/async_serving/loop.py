@@ -133,8 +133,8 @@ def report(state: ServingState, request: ServingRequestState, output: Output | N
 
 
 def _generate(engine: Engine, state: ServingState, command: protocol.Generate) -> Sequence[protocol.Event]:
-    def failure(code: int, message: str) -> Sequence[protocol.Event]:
-        return [protocol.Failure(id=command.id, code=code, message=message)]
+    def failure(code: int, message: str, field: str | None = None) -> Sequence[protocol.Event]:
+        return [protocol.Failure(id=command.id, code=code, message=message, field=field)]
 
     if state.draining:
         return failure(503, "the server is shutting down")
@@ -143,7 +143,7 @@ def _generate(engine: Engine, state: ServingState, command: protocol.Generate) -
     try:
         ids = engine.add(command.prompt, command.params, trace=traced)
     except ValueError as error:
-        return failure(400, str(error))
+        return failure(400, str(error), getattr(error, "field", str(error).split()[0]))
     except Exception as error:
         logger.exception("request %s was not accepted", command.id)
         return failure(500, str(error) or type(error).__name__)
@@ -259,9 +259,12 @@ def run(
         state.recompiles += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    while True:
-        commands = receive(not any(engine.has_work for engine in engines.values()))
-        if any(isinstance(command, protocol.Stop) for command in commands):
-            return
-        if events := tick(engines, state, commands):
-            emit(events)
+    try:
+        while True:
+            commands = receive(not any(engine.has_work for engine in engines.values()))
+            if any(isinstance(command, protocol.Stop) for command in commands):
+                return
+            if events := tick(engines, state, commands):
+                emit(events)
+    finally:  # JAX knows one list of listeners for the process, which may see many loops
+        jax.monitoring.unregister_event_duration_listener(count)

@@ -155,11 +155,13 @@ class Failure:
     Attributes:
       code: as in HTTP. 400: the request will not do; 499: aborted; 500: it alone failed; 503: the engine cannot take or finish it.
       message: what is wrong, for the client.
+      field: the setting that is to blame (``"max_tokens"``, ``"prompt"``), if one is.
     """
 
     id: str
     code: int
     message: str
+    field: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,11 @@ class Tokenizer:
 
         return transformers.PreTrainedTokenizerFast.from_pretrained(self._path)
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest entry of the vocabulary: no token stands for more of a text."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, as it stands."""
         return self._tokenizer.encode(text)

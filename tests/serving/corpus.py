@@ -11,10 +11,20 @@ def _form(**fields) -> bytes:
     return json.dumps({"prompt": "x", "max_tokens": 4} | fields).encode()
 
 
+def _chat(content: object = "x", **fields) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 4} | fields).encode()
+
+
+def _turn(**message) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": "x"}, message], "max_tokens": 4}).encode()
+
+
 COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 CORPUS: list[tuple[str, str, bytes, int, str]] = [
-    ("not JSON", COMPLETIONS, b"{", 400, "JSON"),
+    ("not JSON", COMPLETIONS, b"{", 400, "the body is not JSON: Expecting property name enclosed in double quotes at character 1None"),
     ("no body", COMPLETIONS, b"", 400, ""),
     ("a list", COMPLETIONS, b"[]", 400, ""),
     ("null", GENERATE, b"null", 400, ""),
@@ -62,8 +72,24 @@ CORPUS: list[tuple[str, str, bytes, int, str]] = [
     ("a million outputs", COMPLETIONS, _form(n=1_000_000), 400, "n"),
     ("an unknown field", COMPLETIONS, _form(surprise=1), 400, "'surprise'"),
     ("an unsupported field", COMPLETIONS, _form(echo=True), 400, "echo"),
-    ("alternatives", COMPLETIONS, _form(logprobs=3), 400, "logprobs"),
-    ("a penalty", COMPLETIONS, _form(presence_penalty=0.5), 400, "presence_penalty"),
+    ("alternatives", COMPLETIONS, _form(logprobs=3), 400, "alternatives to the chosen tokens are not supported; logprobs may be 0"),
+    ("a negative number of alternatives", COMPLETIONS, _form(logprobs=-1), 400, "logprobs may be 0"),
+    ("the best of several", COMPLETIONS, _form(best_of=3, n=2), 400, "best_of: choosing among more outputs"),
+    ("text after the answer", COMPLETIONS, _form(suffix="!"), 400, "suffix: text after the answer is not supported"),
+    ("a penalty", COMPLETIONS, _form(presence_penalty=0.5), 400, "presence_penalty: penalties are not supported"),
+    ("a penalty that is a word", COMPLETIONS, _form(frequency_penalty=False), 400, "frequency_penalty"),
+    ("min_p", COMPLETIONS, _form(min_p=0.1), 400, "min_p is not supported"),
+    ("a seed of 65 bits", COMPLETIONS, _form(seed=2**64), 400, "seed"),
+    ("a seed of less than 64 bits below 0", COMPLETIONS, _form(seed=-(2**63) - 1), 400, "seed"),
+    ("another top_k", COMPLETIONS, _form(top_k=-2), 400, "top_k"),
+    ("a million bad ids", COMPLETIONS, _form(prompt=[[]] * 1_000_000), 400, "prompt.0"),
+    ("a million unknown fields", COMPLETIONS, _form(**{f"f{i}": 1 for i in range(200_000)}), 400, "an object of 200002 fields"),
+    ("offsets without end", COMPLETIONS, _form(pinned={str(i): -1 for i in range(200_000)}), 400, "at most 65536 offsets"),
+    ("more prompts than there is room", COMPLETIONS, _form(prompt=["x"] * 1000), 400, "1000 outputs"),
+    ("a text no prompt can hold", COMPLETIONS, _form(prompt="x" * 3_900_000), 400, "has 3900000 characters, which max_model_len=128"),
+    ("ids no prompt can hold", COMPLETIONS, _form(prompt=[5] * 1_000_000), 400, "prompt has 1000000 tokens"),
+    ("a text no prompt can hold to tokenise", "/tokenize", json.dumps({"prompt": "x" * 3_900_000}).encode(), 400, "3900000 characters"),
+    ("a chat no prompt can hold", CHAT, _chat("x" * 3_900_000), 400, "messages has 3900000 characters"),
     ("a bias", COMPLETIONS, _form(logit_bias={"5": 1.0}), 400, "logit_bias"),
     ("usage without a stream", COMPLETIONS, _form(stream_options={"include_usage": True}), 400, "stream_options"),
     ("patches without a stream", COMPLETIONS, _form(diffusion={"provisional": True}), 400, "diffusion.provisional"),
@@ -75,8 +101,28 @@ CORPUS: list[tuple[str, str, bytes, int, str]] = [
     ("another model", COMPLETIONS, _form(model="gpt-4"), 404, "gpt-4"),
     ("no messages", CHAT, b'{"messages": []}', 400, "messages"),
     ("an unknown role", CHAT, b'{"messages": [{"role": "wizard", "content": "x"}]}', 400, "messages.0.role"),
-    ("a picture", CHAT, b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, "messages.0.content"),
-    ("tools", CHAT, b'{"messages": [{"role": "user", "content": "x"}], "tools": []}', 400, "tools"),
+    ("a picture", CHAT, _chat([{"type": "text", "text": "x"}, IMAGE]), 400, "images are not supported; send textmessages.0.content.1"),
+    ("sound", CHAT, _chat([{"type": "input_audio", "input_audio": {}}]), 400, "sounds are not supported"),
+    ("a part of an unknown type", CHAT, _chat([{"type": "smell"}]), 400, "parts of type 'smell' are not supported"),
+    ("a part of no type", CHAT, _chat([{"text": "x"}]), 400, "messages.0.content.0.type"),
+    ("a part without its text", CHAT, _chat([{"type": "text"}]), 400, "the field text is missing"),
+    ("content of no kind", CHAT, _chat({"text": "x"}), 400, "messages.0.content: Input should be a valid string"),
+    ("no content", CHAT, _chat(None), 400, "a message of role 'user' needs content"),
+    ("a tool's answer", CHAT, _turn(role="tool", content="4", tool_call_id="1"), 400, "role 'tool' are not supported"),
+    ("calls of tools", CHAT, _turn(role="assistant", content=None, tool_calls=[TOOL]), 400, "messages.1.tool_calls"),
+    ("tools", CHAT, _chat(tools=[TOOL]), 400, "tools: tool calls are not supportedtools"),
+    ("tools that must be called", CHAT, _chat(tools=[TOOL], tool_choice="required"), 400, "tool"),
+    ("functions", CHAT, _chat(functions=[{"name": "f"}]), 400, "functions: function calls are not supported"),
+    ("a spoken answer", CHAT, _chat(modalities=["text", "audio"]), 400, "modalities: answers are text only"),
+    ("a voice", CHAT, _chat(audio={"voice": "alloy", "format": "wav"}), 400, "audio"),
+    ("a JSON schema", CHAT, _chat(response_format={"type": "json_schema", "json_schema": {"name": "x"}}), 400, "JSON mode and schemas"),
+    ("reasoning", CHAT, _chat(reasoning_effort="high"), 400, "reasoning_effort: these models do not reason"),
+    ("a stored answer", CHAT, _chat(store=True), 400, "store: answers are not stored"),
+    ("a service tier", CHAT, _chat(service_tier="priority"), 400, "service_tier"),
+    ("a prediction", CHAT, _chat(prediction={"type": "content", "content": "x"}), 400, "'prediction'"),
+    ("alternatives in a chat", CHAT, _chat(logprobs=True, top_logprobs=2), 400, "top_logprobs: alternatives"),
+    ("arguments of the template", CHAT, _chat(chat_template_kwargs={"enable_thinking": True}), 400, "chat_template_kwargs"),
+    ("a repetition penalty", CHAT, _chat(repetition_penalty=1.1), 400, "repetition_penalty: penalties are not supported"),
     (
         "two limits",
         CHAT,

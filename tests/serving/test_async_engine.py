@@ -10,9 +10,10 @@ import random
 import byte_model
 import numpy as np
 import pytest
+from jax._src import monitoring
 
 from diffulex_jax import Engine, SamplingParams
-from diffulex_jax.async_serving import Accepted, AsyncEngine, Commit, Provisional, Reply, RequestError
+from diffulex_jax.async_serving import Accepted, AsyncEngine, Commit, Provisional, Reply, RequestError, loop, protocol
 
 
 SETTINGS = {"block_size": 8, "max_model_len": 128, "max_slots": 4}
@@ -249,6 +250,24 @@ def test_a_failing_step_fails_all_at_once_and_the_engine_comes_back(engine, engi
         engine.abort(id_)
     assert [(e.code, "device lost" in e.message) for e in failed] == [(503, True)] * 3
     assert reply.token_ids and restarts == 1
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_loop_that_ends_leaves_no_listener_behind(engine, monkeypatch, fault):
+    def broken():
+        raise RuntimeError("the step broke")
+
+    listeners = list(monitoring.get_event_duration_listeners())
+    commands = [[protocol.Generate(id="a", prompt=(5,), params=SamplingParams(), strategy=engine.strategy)], [protocol.Stop()]]
+    if fault:
+        monkeypatch.setattr(engine, "step", broken)
+    with pytest.raises(RuntimeError, match="broke") if fault else contextlib.nullcontext():
+        loop.run({engine.strategy: engine}, lambda wait: commands.pop(0), lambda events: None)
+    assert monitoring.get_event_duration_listeners() == listeners
+    monkeypatch.undo()
+    engine.generate([[5]], SamplingParams(max_tokens=1))
+    while engine.has_work:
+        engine.step()
 
 
 def test_an_engine_that_cannot_be_built_says_why():

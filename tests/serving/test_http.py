@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import json
 import threading
 import time
 
@@ -15,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from running import frames
 
 from diffulex_jax import SamplingParams
-from diffulex_jax.async_serving.http.requests import Chat, Completion, Generate
+from diffulex_jax.async_serving.http.openai_requests import Chat, Completion
+from diffulex_jax.async_serving.http.requests import Generate
 
 
 TYPES = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error", 405: "invalid_request_error"}
@@ -37,6 +40,7 @@ def test_a_bad_request_is_told_why(server, path, body, status, says):
     error = check_error(response, status)
     assert error["type"] == TYPES[status]
     assert says in error["message"] + str(error["param"])
+    assert response.elapsed.total_seconds() < 5
 
 
 def test_a_good_request_beside_bad_ones_is_unaffected(server):
@@ -61,7 +65,33 @@ def test_a_form_that_is_not_json_is_told_what_is_wanted(server):
 
 
 def test_a_wrong_method_is_an_error_too(server):
-    check_error(server.client.get("/generate"), 405)
+    assert check_error(server.client.get("/generate"), 405)["message"] == "/generate takes POST, not GET"
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/v1/models", "/metrics", "/version", "/server_info", "/openapi.json"])
+def test_a_head_is_a_get_without_its_body(server, path):
+    asked, whole = server.client.head(path), server.client.get(path)
+    assert (asked.status_code, asked.content, asked.headers["content-type"]) == (200, b"", whole.headers["content-type"])
+    if path != "/metrics":
+        assert asked.headers["content-length"] == str(len(whole.content))
+
+
+def test_a_slash_at_the_end_means_nothing(server, model):
+    for path in ("/health/", "/v1/models/", f"/v1/models/{model}/"):
+        assert server.client.get(path).status_code == 200
+    forms = {"/v1/completions/": {"prompt": "x"}, "/v1/chat/completions/": {"messages": [{"role": "user", "content": "x"}]}}
+    for path, form in (forms | {"/generate/": {"prompt": "x"}}).items():
+        assert server.post(path, **form, max_tokens=2).status_code == 200
+    assert server.client.head("/v1/completions/").status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [("/v1/responses", "use /v1/chat/completions"), ("/v1/embeddings", "embeddings are not supported"), ("/v2/chat", "/v1/completions")],
+)
+def test_what_is_not_there_is_named(server, path, says):
+    message = check_error(server.post(path, input="x"), 404)["message"]
+    assert path in message and says in message
 
 
 def test_generate_answers_with_what_the_engine_made(server):
@@ -122,7 +152,7 @@ def test_a_request_can_be_aborted_by_its_id(server, stream):
     thread = threading.Thread(target=ask)
     thread.start()
     deadline = time.monotonic() + 10
-    while server.post("/abort", request_id="cmpl-mine").status_code == 404 and time.monotonic() < deadline:
+    while server.post("/abort", request_id="mine").status_code == 404 and time.monotonic() < deadline:
         pass
     thread.join(10)
     ((status, text, id_),) = answers
@@ -135,10 +165,26 @@ def test_request_ids_go_in_and_out(server):
     made = server.client.get("/health", headers={"x-request-id": "no spaces"}).headers["x-request-id"]
     assert len(made) == 32
     answer = server.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}, headers={"x-request-id": "abc-2"})
-    assert answer.json()["id"] == "cmpl-abc-2"
+    assert answer.headers["x-request-id"] == "abc-2" and "abc-2" not in answer.text
     time.sleep(0.2)
     (line,) = [line for line in server.log if line.get("request_id") == "abc-2"]
     assert (line["path"], line["status"], line["method"], line["level"]) == ("/v1/completions", 200, "POST", "info")
+    assert answer.json()["id"] == f"cmpl-{line['id']}"
+
+
+def test_requests_of_the_same_client_id_are_served_and_aborted_each_for_itself(server):
+    asked = [{"prompt": "x", "stream": True, "n": 2} | LONG, {"prompt": "y", "stream": True} | LONG]
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(httpx.Client(base_url=server.url, timeout=60)) for _ in asked]
+        streams = [
+            stack.enter_context(client.stream("POST", "/generate", json=form, headers={"x-request-id": "the-same"}))
+            for client, form in zip(clients, asked, strict=True)
+        ]
+        lines = [stream.iter_lines() for stream in streams]
+        ids = [json.loads(next(line).removeprefix("data: "))["id"] for line in lines]
+        assert ids[0] != ids[1] and "the-same" not in ids
+        assert server.post("/abort", request_id=ids[0]).json() == {"aborted": ids[0]}
+        assert any('"code":499' in line for line in lines[0]) and not any('"code":499' in line for line in lines[1])
 
 
 def test_what_the_server_says_of_itself(server, model):

@@ -104,6 +104,18 @@ def test_log_probabilities_of_a_completion(client, model):
     assert logprobs.text_offset[0] == 0
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate"])
+def test_no_character_of_a_text_ends_a_line_of_a_stream(server, path):
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj\nk\r\nl\x7fm"
+    pinned = {str(i): token for i, token in enumerate(text.encode())}
+    form = {"max_tokens": len(pinned), "pinned": pinned, "stream": True, "ignore_eos": True}
+    form |= {"prompt": "x", "stream_mode": "block_append"} if path == "/generate" else {"messages": QUESTION}
+    with server.client.stream("POST", path, json=form) as response:
+        records = [data for _, data in frames(response)]  # iter_lines() splits as str.splitlines() does
+    parts = [r["choices"][0]["delta"].get("content", "") if "choices" in r else r["text"] * (r["event"] == "append") for r in records]
+    assert "".join(parts) == text
+
+
 def test_diffusion_extras_come_only_when_asked_for(client, server, model):
     plain = client.chat.completions.create(model=str(model), messages=QUESTION, max_tokens=20)
     assert plain.usage.completion_tokens_details is None and not hasattr(plain.choices[0], "step_map")

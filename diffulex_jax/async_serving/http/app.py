@@ -16,8 +16,7 @@ from starlette.types import ASGIApp
 
 from diffulex_jax.async_serving import page
 from diffulex_jax.async_serving.async_engine import AsyncEngine, RequestError
-from diffulex_jax.async_serving.http import native, openai
-from diffulex_jax.async_serving.http import requests as forms
+from diffulex_jax.async_serving.http import native, openai, openai_requests, requests
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.metrics import Metrics
 from diffulex_jax.async_serving.http.middleware import Guard, RequestLog
@@ -28,6 +27,22 @@ from diffulex_jax.async_serving.supervisor import Health
 
 
 _TYPES = ("str", "int", "float", "bool")
+# Of APIs that clients may try; what they are told by name.
+_ABSENT = {
+    "/v1/responses": "the Responses API is not supported; use /v1/chat/completions",
+    "/v1/messages": "Anthropic's API is not supported; use /v1/chat/completions",
+    "/v1/embeddings": "embeddings are not supported; this server generates text",
+    "/v1/audio": "audio is not supported; this server generates text",
+    "/v1/images": "images are not supported; this server generates text",
+    "/v1/moderations": "moderation is not supported; this server generates text",
+    "/v1/rerank": "ranking is not supported; this server generates text",
+    "/v1/score": "ranking is not supported; this server generates text",
+    "/v1/assistants": "assistants are not supported; use /v1/chat/completions",
+    "/v1/threads": "assistants are not supported; use /v1/chat/completions",
+    "/v1/batches": "batches of files are not supported; send requests side by side",
+    "/v1/files": "files are not supported",
+    "/v1/fine_tuning": "training is not done by the server",
+}
 
 VERSION = importlib.metadata.version("diffulex-jax")
 
@@ -70,27 +85,27 @@ def create_app(engine: AsyncEngine, *, model: str, settings: ServerSettings) -> 
 
 def _generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=None)
-    async def completions(form: forms.Completion, request: Request) -> Response:
+    async def completions(form: openai_requests.Completion, request: Request) -> Response:
         return await openai.completions(service, form, request)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(form: forms.Chat, request: Request) -> Response:
+    async def chat_completions(form: openai_requests.Chat, request: Request) -> Response:
         return await openai.chat_completions(service, form, request)
 
     @app.post("/generate", response_model=None)
-    async def generate(form: forms.Generate, request: Request) -> Response:
+    async def generate(form: requests.Generate, request: Request) -> Response:
         return await native.generate(service, form, request)
 
     @app.post("/tokenize")
-    async def tokenize(form: forms.Tokenize) -> dict[str, Any]:
+    async def tokenize(form: requests.Tokenize) -> dict[str, Any]:
         return await native.tokenize(service, form)
 
     @app.post("/detokenize")
-    async def detokenize(form: forms.Detokenize) -> dict[str, Any]:
+    async def detokenize(form: requests.Detokenize) -> dict[str, Any]:
         return await native.detokenize(service, form)
 
     @app.post("/abort")
-    async def abort(form: forms.Abort) -> dict[str, Any]:
+    async def abort(form: requests.Abort) -> dict[str, Any]:
         return await native.abort(service, form)
 
 
@@ -154,7 +169,10 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    # Locations name the member of a union that was tried, too ("constrained-str"); fields and positions are what a client knows.
+    if first["type"] == "json_invalid":
+        told = ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
+        return await _answer_error(request, told)
+    # Locations name the member of a union that was tried, too ("as-text"); fields and positions are what a client knows.
     where = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part not in _TYPES))
     if first["type"] == "model_attributes_type" and not where:
         message = "send a JSON object, with the header content-type: application/json"
@@ -169,5 +187,19 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 400 and isinstance(error.__cause__, ClientDisconnect):
         raise error.__cause__
-    told = ApiError(error.status_code, str(error.detail))
+    message, allowed = str(error.detail), (error.headers or {}).get("Allow")
+    if error.status_code == 404:
+        message = _there_is_no(request)
+    elif error.status_code == 405:
+        message = f"{request.url.path} takes {allowed}, not {request.method}"
+    told = ApiError(error.status_code, message)
     return JSONResponse(told.body, told.status, dict(error.headers or {}))
+
+
+def _there_is_no(request: Request) -> str:
+    path = request.url.path
+    for prefix, says in _ABSENT.items():
+        if path.startswith(prefix):
+            return f"{path}: {says}"
+    routes = sorted({route.path for route in request.app.routes if route.include_in_schema})
+    return f"there is no {path[:200]} here; there are {', '.join(routes)}"

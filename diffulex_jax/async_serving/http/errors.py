@@ -45,7 +45,11 @@ class ApiError(Exception):
 
 
 def bad_setting(error: ValueError) -> ApiError:
-    """A 400 from a check of ``SamplingParams`` or of the engine; both begin with the name of what is wrong."""
-    message = str(error)
-    name = re.match(r"(?:prompt: )?(\w+)\b", message)
-    return ApiError(400, message, param=name[1] if name else None)
+    """A 400 from a check of ``SamplingParams`` or of the engine."""
+    return ApiError(400, str(error), param=blamed_by(error))
+
+
+def blamed_by(error: ValueError) -> str | None:
+    """The setting that an error names at its beginning."""
+    name = re.match(r"(?:prompt: )?(\w+)\b", str(error))
+    return getattr(error, "field", name[1] if name else None)

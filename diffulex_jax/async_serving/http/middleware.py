@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -59,10 +60,18 @@ class RequestLog:
         began, status, complete = time.monotonic(), 0, False
         asked = Headers(scope=scope).get("x-request-id", "")
         id_ = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-        scope.setdefault("state", {}).update(request_id=id_)
+        facts: dict[str, Any] = {}
+        # A copy, whose method and path are as the routes have them: a HEAD is a GET without its body (proxies ask so whether we
+        # live), and a slash at the end means nothing.
+        head, path = scope["method"] == "HEAD", scope["path"].rstrip("/") or "/"
+        state = scope.get("state", {}) | {"request_id": id_, "facts": facts}
+        inner: dict[str, Any] = {**scope, "state": state, "path": path, "method": "GET" if head else scope["method"]}
+        inner.pop("raw_path", None)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, complete
+            if head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -70,7 +79,7 @@ class RequestLog:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(inner, receive, send_with_id)
         except ClientDisconnect:
             status = 499
         except Exception:
@@ -80,9 +89,9 @@ class RequestLog:
             elif not complete:
                 raise  # closes the connection: an answer that was begun must not look complete
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(inner.get("route"), "path", "other")
             self._service.metrics.http_requests.labels(route, str(status)).inc()
-            facts = {"request_id": id_, "method": scope["method"], "path": scope["path"], "status": status}
+            facts |= {"request_id": id_, "method": scope["method"], "path": scope["path"], "status": status}
             seconds = round(time.monotonic() - began, 6)
             # Under a flood of requests that find no room, their lines would cost more than refusing them; they are counted.
             level = logging.DEBUG if status == 429 else logging.INFO

@@ -24,15 +24,8 @@ async def generate(service: Service, form: Generate, request: Request) -> Respon
     service.check_model(form.model)
     params = form.params()
     denoise = form.stream and form.stream_mode == "denoise"
-    job = work.Job(
-        id=request.state.request_id,
-        arrival=request.state.arrival,
-        prompts=await work.prompts_of(service, form.prompt),
-        params=params,
-        strategy=service.engine.strategy_named(form.strategy),
-        commits=form.stream,
-        provisional=denoise,
-    )
+    prompts = await work.prompts_of(service, form.prompt, n=params.n)
+    job = work.Job.of(request, service, form=form, prompts=prompts, params=params, commits=form.stream, provisional=denoise)
     if form.stream:
         return await streamed(service, _frames(service, job, denoise=denoise), request)
     replies = await gathered(service, job, request)
@@ -106,9 +99,10 @@ async def detokenize(service: Service, form: Detokenize) -> dict[str, Any]:
 
 
 async def abort(service: Service, form: Abort) -> dict[str, Any]:
-    """Ends a request: its client gets a 499."""
-    id_ = form.request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
-    engine_ids = [engine_id for engine_id in service.engine.in_flight if engine_id.rpartition("/")[0] == id_]
+    """Ends the request whose answer has this id, or every request that came with it as ``X-Request-Id``: their clients get a 499."""
+    own = form.request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    jobs = {id_ for id_, client_id in service.client_ids.items() if own == id_ or form.request_id == client_id}
+    engine_ids = [engine_id for engine_id in service.engine.in_flight if engine_id.rpartition("/")[0] in jobs]
     if not engine_ids:
         raise ApiError(404, f"no request {form.request_id!r} is in flight", param="request_id")
     for engine_id in engine_ids:

@@ -15,11 +15,12 @@ from diffulex_jax.async_serving.http import events as records
 from diffulex_jax.async_serving.http import work
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.native import gathered, streamed
-from diffulex_jax.async_serving.http.requests import Chat, Completion, Diffusion, OpenAI
+from diffulex_jax.async_serving.http.openai_requests import Chat, Completion, Diffusion, OpenAI
 from diffulex_jax.async_serving.http.service import Service
 from diffulex_jax.async_serving.http.sse import frame
 from diffulex_jax.async_serving.protocol import Commit, Provisional, Reply
 from diffulex_jax.engine.tokenizer import Tokenizer
+from diffulex_jax.sampling_params import SamplingParams
 
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -35,16 +36,8 @@ async def completions(service: Service, form: Completion, request: Request) -> R
         logprobs=form.logprobs is not None,
         return_step_map=form.diffusion.step_map,
     )
-    job = work.Job(
-        id=request.state.request_id,
-        arrival=request.state.arrival,
-        prompts=await work.prompts_of(service, form.prompt),
-        params=params,
-        strategy=service.engine.strategy_named(form.strategy),
-        commits=bool(form.stream),
-        provisional=form.diffusion.provisional,
-    )
-    return await _answer(Shape(service, job, form, chat=False), request)
+    prompts = await work.prompts_of(service, form.prompt, n=params.n)
+    return await _answer(Shape(service, _job(service, request, form, prompts, params), form, chat=False), request)
 
 
 async def chat_completions(service: Service, form: Chat, request: Request) -> Response:
@@ -58,16 +51,12 @@ async def chat_completions(service: Service, form: Chat, request: Request) -> Re
         logprobs=bool(form.logprobs),
         return_step_map=form.diffusion.step_map,
     )
-    job = work.Job(
-        id=request.state.request_id,
-        arrival=request.state.arrival,
-        prompts=[prompt],
-        params=params,
-        strategy=service.engine.strategy_named(form.strategy),
-        commits=bool(form.stream),
-        provisional=form.diffusion.provisional,
-    )
-    return await _answer(Shape(service, job, form, chat=True), request)
+    return await _answer(Shape(service, _job(service, request, form, [prompt], params), form, chat=True), request)
+
+
+def _job(service: Service, request: Request, form: OpenAI, prompts: Sequence[Sequence[int]], params: SamplingParams) -> work.Job:
+    events = {"commits": bool(form.stream), "provisional": form.diffusion.provisional}
+    return work.Job.of(request, service, form=form, prompts=prompts, params=params, **events)
 
 
 async def _answer(shape: Shape, request: Request) -> Response:

@@ -45,6 +45,12 @@ class Places:
         finally:
             self._kept -= 1
 
+    def check(self, *, outputs: int, blamed: str) -> None:
+        """Refuses a request that could never have room (400), ``blamed`` for it."""
+        if outputs > self.slots + self.queue:
+            message = f"the request asks for {outputs} outputs; the server has room for {self.slots + self.queue}"
+            raise ApiError(400, message, param=blamed)
+
     @contextlib.contextmanager
     def take(self, strategy: str, outputs: int, tokens: int) -> Iterator[None]:
         """Room for a request for the time of a ``with``.
@@ -52,9 +58,7 @@ class Places:
         Raises:
           ApiError: 429 where there is none now, 400 where there could never be.
         """
-        if outputs > self.slots + self.queue:
-            message = f"the request asks for {outputs} outputs; the server has room for {self.slots + self.queue}"
-            raise ApiError(400, message, param="n")
+        self.check(outputs=outputs, blamed="n")
         if tokens > self.tokens:
             raise ApiError(400, f"the prompts have {tokens} tokens; the server has room for {self.tokens}", param="prompt")
         if self._waiting(strategy, outputs) > self.queue or self._tokens + tokens > self.tokens:
@@ -81,6 +85,16 @@ class Service:
     places: Places
     metrics: Metrics
     began: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    client_ids: dict[str, str] = dataclasses.field(default_factory=dict)  # of requests in flight, by the id of their answer
+
+    @contextlib.contextmanager
+    def known_as(self, id: str, client_id: str) -> Iterator[None]:
+        """For the time of a ``with`` a request can be found by its client's id for it, which need not be its alone."""
+        self.client_ids[id] = client_id
+        try:
+            yield
+        finally:
+            del self.client_ids[id]
 
     def check_model(self, name: str | None) -> None:
         """Refuses a request for another model (404)."""

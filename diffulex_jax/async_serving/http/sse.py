@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
@@ -24,10 +23,15 @@ DONE = b"data: [DONE]\n\n"
 _PING = b": ping\n\n"
 
 
+# Characters that many clients take for the end of a line, which JSON lets stand: they must not cut a frame in two.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x7f\x85\u2028\u2029"}
+
+
 def frame(data: dict[str, Any], event: str | None = None) -> bytes:
-    """One server-sent event."""
+    """One server-sent event, of ``data:`` on one line by everybody's idea of a line."""
     named = f"event: {event}\n" if event else ""
-    return f"{named}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return f"{named}data: {text}\n\n".encode()
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -35,9 +39,8 @@ def as_api_error(error: BaseException) -> ApiError:
     match error:
         case ApiError():
             return error
-        case RequestError(code=code, message=message):
-            blamed = re.match(r"(prompt|strategy)\b", message) if code == 400 else None
-            return ApiError(code, message, param=blamed[0] if blamed else None)
+        case RequestError(code=code, message=message, field=field):
+            return ApiError(code, message, param=field)
         case TimeoutError():
             return ApiError(504, "the request took longer than the server allows")
         case _:

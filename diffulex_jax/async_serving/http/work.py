@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import uuid
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 import jinja2
+from starlette.requests import Request
 
 from diffulex_jax.async_serving.http.errors import ApiError
+from diffulex_jax.async_serving.http.messages import Message
 from diffulex_jax.async_serving.http.metrics import Watch
-from diffulex_jax.async_serving.http.requests import Message
+from diffulex_jax.async_serving.http.requests import Sampling
 from diffulex_jax.async_serving.http.service import Service
 from diffulex_jax.async_serving.protocol import Commit, Provisional, Reply, RequestEvent
 from diffulex_jax.sampling_params import SamplingParams
@@ -22,7 +26,8 @@ class Job:
     """Prompts to decode alike.
 
     Attributes:
-      id: of the answer.
+      id: of the answer; the server's own, like no other's.
+      client_id: the ``X-Request-Id``, which other requests may have, too.
       prompts: token ids.
       params: for each prompt.
       strategy: the one that decodes them.
@@ -31,12 +36,21 @@ class Job:
     """
 
     id: str
+    client_id: str
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
     strategy: str
     arrival: contextlib.ExitStack
     commits: bool = False
     provisional: bool = False
+
+    @classmethod
+    def of(cls, request: Request, service: Service, *, form: Sampling, **fields: Any) -> Job:
+        """The job of a request that has arrived; ``fields`` are the rest."""
+        id_ = uuid.uuid4().hex
+        request.state.facts["id"] = id_
+        strategy = service.engine.strategy_named(form.strategy)
+        return cls(id=id_, client_id=request.state.request_id, arrival=request.state.arrival, strategy=strategy, **fields)
 
     @property
     def num_outputs(self) -> int:
@@ -56,7 +70,7 @@ async def events(service: Service, job: Job) -> AsyncGenerator[RequestEvent, Non
       RequestError: as ``AsyncEngine.stream``.
     """
     job.arrival.close()
-    with service.places.take(job.strategy, job.num_outputs, job.prompt_tokens):
+    with service.places.take(job.strategy, job.num_outputs, job.prompt_tokens), service.known_as(job.id, job.client_id):
         async with contextlib.AsyncExitStack() as stack:
             streams = [
                 await stack.enter_async_context(
@@ -119,9 +133,19 @@ async def _merge(streams: Sequence[AsyncGenerator[RequestEvent, None]], n: int) 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def prompts_of(service: Service, prompt: str | list[int] | list[str | list[int]]) -> list[list[int]]:
-    """Token ids of every prompt of a completion."""
+async def prompts_of(service: Service, prompt: str | list[int] | list[str | list[int]], *, n: int = 1) -> list[list[int]]:
+    """Token ids of every prompt of a request, each to be decoded ``n`` times.
+
+    Raises:
+      ApiError, RequestError: 400, before anything is tokenised that could never be served.
+    """
     several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    service.places.check(outputs=len(several) * n, blamed="prompt" if n == 1 else "n")
+    longest = service.engine.facts["max_model_len"]
+    for one in several:
+        if isinstance(one, list) and len(one) >= longest:
+            message = f"prompt has {len(one)} tokens; that leaves no room for an answer within max_model_len={longest}"
+            raise ApiError(400, message, param="prompt")
     return [await service.engine.encode(p) if isinstance(p, str) else p for p in several]
 
 
@@ -130,6 +154,7 @@ async def conversation_of(service: Service, messages: Sequence[Message]) -> list
     tokenizer = service.engine.tokenizer
     if tokenizer is None:
         raise ApiError(400, "this model has no tokenizer; use /generate with token ids", param="messages")
+    service.engine.check_length("messages", sum(message.characters for message in messages))
     try:
         return await asyncio.to_thread(tokenizer.apply_chat_template, [message.plain() for message in messages])
     except (ValueError, jinja2.TemplateError) as error:
