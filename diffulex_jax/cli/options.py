@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from diffulex_jax.engine.messages import check_text
 from diffulex_jax.sampling_params import SamplingParams
 
 
@@ -134,21 +135,6 @@ class PlainCommand(typer.core.TyperCommand):
         for title in sorted(groups, key=_ORDER.index):
             with formatter.section(title):
                 formatter.write_dl(groups[title])
-
-
-def check_text(name: str, text: str) -> None:
-    """Refuses text that holds bytes which are no UTF-8; Python keeps them as halves of surrogate pairs.
-
-    Raises:
-      ValueError: naming the first such byte.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        byte = ord(text[error.start]) - 0xDC00
-        what = f"byte 0x{byte:02x}" if 0x80 <= byte <= 0xFF else "half a surrogate pair"
-        readable = text.encode(errors="backslashreplace").decode()
-        raise ValueError(f"{name} is not UTF-8: {what} at character {error.start} of {readable[:80]!r}") from None
 
 
 def _panel(source: type, name: str) -> str:

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from diffulex_jax.engine import messages as conversation
+from diffulex_jax.engine import pieces
+from diffulex_jax.engine.pieces import Piece, Reader
+
+
+# What tokenizers were kept in before tokenizer.json; transformers turns them into one.
+_OLDER = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 class Tokenizer:
-    """A Hugging Face directory with a ``tokenizer.json``. ``transformers`` reads it on first use."""
+    """The tokenizer of a Hugging Face directory. ``transformers`` reads it on first use. Any number of threads may use it."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
 
     @classmethod
     def load(cls, path: pathlib.Path) -> Tokenizer | None:
-        """The tokenizer of a model directory; None where there is none."""
-        return cls(path) if (path / "tokenizer.json").is_file() else None
+        """The tokenizer of a model directory; None where there is none.
+
+        Raises:
+          ValueError: where there is one that cannot be read.
+        """
+        tokenizer = cls(path)
+        if (path / "tokenizer.json").is_file():
+            return tokenizer
+        if not any((path / name).is_file() for name in _OLDER):
+            return None
+        _ = tokenizer._tokenizer  # what must be converted may fail: now, not at the first text
+        return tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_path": self._path}  # cheap to send; loaded again where it is used
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -26,7 +49,31 @@ class Tokenizer:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         import transformers
 
-        return transformers.PreTrainedTokenizerFast.from_pretrained(self._path)
+        if (self._path / "tokenizer.json").is_file():
+            read: Any = transformers.PreTrainedTokenizerFast
+        else:
+            read = transformers.AutoTokenizer
+        try:
+            found = read.from_pretrained(self._path, local_files_only=True, trust_remote_code=False)
+            if not hasattr(found, "backend_tokenizer"):
+                raise ValueError(f"{type(found).__name__} has no fast tokenizer")
+        except Exception as error:  # whatever the library trips over in a foreign file
+            files = ", ".join(name for name in ("tokenizer.json", *_OLDER) if (self._path / name).is_file())
+            remedy = (
+                ""
+                if "tokenizer.json" in files
+                else "; save the tokenizer as tokenizer.json, or name its tokenizer_class in tokenizer_config.json"
+            )
+            raise ValueError(f"{self._path}: no tokenizer could be made of {files}{remedy}: {error}") from error
+        return found
+
+    @functools.cached_property
+    def _backend(self) -> Any:
+        # Not the wrapper around it, which sets it up anew for every call: threads would disturb each other.
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     @functools.cached_property
     def longest_token(self) -> int:
@@ -34,19 +81,151 @@ class Tokenizer:
         return max(map(len, self._tokenizer.get_vocab()))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, as it stands."""
-        return self._tokenizer.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for the answer.
+        """Token ids of a raw prompt, as it stands: special tokens in it are special tokens. BOS where the tokenizer puts it, once.
 
         Raises:
-          ValueError: where the tokenizer has no chat template.
+          ValueError: for text that is no UTF-8.
         """
-        if not self._tokenizer.chat_template:
+        conversation.check_text("the prompt", text)
+        ids = self._backend.encode(text).ids
+        if (
+            ids[:1] == ids[1:2]
+            and len(ids) > len(plain := self._backend.encode(text, add_special_tokens=False).ids)
+            and plain[:1] == ids[:1]
+        ):
+            del ids[0]  # the text begins with the BOS that the tokenizer puts before it
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; U+FFFD for what is no UTF-8."""
+        ids = [int(id_) for id_ in ids]
+        if self._bytes_of_ids:
+            ids = self._with_valid_bytes(ids)
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int]) -> list[Piece]:
+        """What each of an output's tokens, from the first on, adds to its text."""
+        reader = self.reader()
+        found = [self.take(reader, id_) for id_ in ids]
+        if found and (end := pieces.rest(reader)):
+            found[-1] = Piece(found[-1].text + end, found[-1].bytes)
+        return found
+
+    def reader(self) -> Reader:
+        """Reads an output whose tokens arrive one after another, by :meth:`take`."""
+        return Reader(self.decode)
+
+    def take(self, reader: Reader, id_: int) -> Piece:
+        """What the next token adds to the text; what is held back comes with a later one, or by ``pieces.rest``."""
+        return pieces.take(reader, id_, own_bytes=self._own_bytes)
+
+    def piece(self, id_: int) -> str:
+        """A token's text in the middle of a text of which nothing is known; U+FFFD for a part of a character."""
+        return self._piece(id_)
+
+    @functools.cached_property
+    def _piece(self) -> Any:
+        before = self._backend.encode("a", add_special_tokens=False).ids
+        text = self.decode(before)
+        return functools.lru_cache(maxsize=2**16)(lambda id_: self.decode([*before, id_])[len(text) :])
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, ready for the answer.
+
+        Contents are plain text: no special token comes of what they hold. ``messages.normalize`` says which forms they may have.
+
+        Raises:
+          ValueError: where the tokenizer has no chat template, or the template refuses the messages.
+        """
+        template = self.chat_template
+        if template is None:
             raise ValueError(f"the tokenizer in {self._path} has no chat template")
-        return self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        plain = conversation.normalize(messages)
+        for message in plain:
+            if message["role"] == "developer" and "developer" not in template:
+                message["role"] = "system"  # OpenAI's newer name for it
+        harmless = self._shield.finds_nothing(plain)
+        try:
+            given = plain if harmless else self._shield.mark(plain)
+            rendered = self._tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of whoever made the model
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+        return self._backend.encode(rendered, add_special_tokens=False).ids if harmless else self._shield.encode(rendered)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template; of several the default one; None where there is none."""
+        templates = self._tokenizer.chat_template
+        return (templates.get("default") if isinstance(templates, dict) else templates) or None
+
+    @functools.cached_property
+    def _shield(self) -> Any:
+        from diffulex_jax.engine.shield import Shield  # late, with the library it needs
+
+        config = self._path / "config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        named = {value for key, value in settings.items() if key.endswith("_token_id") and isinstance(value, int)}
+        template = self.chat_template or ""
+        return Shield(
+            self._backend,
+            {
+                token.content
+                for id_, token in self._added.items()
+                if token.special or id_ in named or (token.content in template and not token.content.isspace())
+            },
+        )
+
+    def _own_bytes(self, id_: int) -> bytes | None:
+        """The bytes of a token that stands for bytes; None where its text tells."""
+        if id_ in self._bytes_of_ids:
+            return bytes([self._bytes_of_ids[id_]])
+        token = self._backend.id_to_token(id_)
+        if token is None:
+            return b""
+        if '"ByteLevel"' not in self._decoder or id_ in self._added or any(character not in _STAND_INS for character in token):
+            return None
+        return bytes(_STAND_INS[character] for character in token)
+
+    def _with_valid_bytes(self, ids: list[int]) -> list[int]:
+        """The same text, with what is no UTF-8 among byte tokens spelled as U+FFFD.
+
+        The decoder itself makes U+FFFD of all neighbours of a byte that fits nowhere: text that was there would be taken back.
+        """
+        ids_of_bytes = {byte: id_ for id_, byte in self._bytes_of_ids.items()}
+        special = {id_ for id_, token in self._added.items() if token.special}
+        valid: list[int] = []
+        for is_bytes, run in itertools.groupby((id_ for id_ in ids if id_ not in special), self._bytes_of_ids.__contains__):
+            if is_bytes:
+                text = bytes(self._bytes_of_ids[id_] for id_ in run).decode(errors="replace")
+                valid += [ids_of_bytes[byte] for byte in text.encode()]
+            else:
+                valid += run
+        return valid
+
+    @functools.cached_property
+    def _bytes_of_ids(self) -> dict[int, int]:
+        """The tokens ``<0x00>`` to ``<0xFF>`` of a tokenizer that falls back on bytes."""
+        if '"ByteFallback"' not in self._decoder:
+            return {}
+        found = {self._backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        return {} if None in found else found
+
+    @functools.cached_property
+    def _added(self) -> dict[int, Any]:
+        return self._backend.get_added_tokens_decoder()
+
+    @functools.cached_property
+    def _decoder(self) -> str:
+        """Its part of tokenizer.json."""
+        decoder = self._backend.decoder
+        return "" if decoder is None else bytes(decoder.__getstate__()).decode()
+
+
+def _byte_table() -> dict[str, int]:
+    """The printable stand-in of each byte in byte-level vocabularies -> the byte (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_STAND_INS = _byte_table()

@@ -23,9 +23,12 @@ ROLE, ROLE_CLOSE, ROLE_END = "<role>", "</role>", "<|role_end|>"
 SPECIAL = (ROLE, ROLE_CLOSE, ROLE_END, EOS, MASK)  # the last ids of the vocabulary
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are good at math. Show your work.")
 CHAT_TEMPLATE = (
+    "{%- set roles = {'system': 'SYSTEM', 'user': 'HUMAN', 'assistant': 'ASSISTANT'} -%}"
     "{%- for message in messages -%}"
-    "{%- set role = {'system': 'SYSTEM', 'user': 'HUMAN', 'assistant': 'ASSISTANT'}[message['role']] -%}"
-    "<role>{{ role }}</role>{{ message['content'] }}<|role_end|>"
+    "{%- if message['role'] not in roles -%}"
+    "{{ raise_exception(\"unknown role '\" ~ message['role'] ~ \"'; use one of \" ~ roles | join(', ')) }}"
+    "{%- endif -%}"
+    "<role>{{ roles[message['role']] }}</role>{{ message['content'] }}<|role_end|>"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}<role>ASSISTANT</role>{%- endif -%}"
 )

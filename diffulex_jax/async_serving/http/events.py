@@ -26,9 +26,7 @@ the output among the request's). ``offset`` always counts generated positions: 0
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 from diffulex_jax.async_serving.protocol import Commit, Provisional, Reply
@@ -41,12 +39,6 @@ LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's stand-in for it
 def finite(logprobs: tuple[float, ...] | None) -> list[float] | None:
     """Log probabilities that JSON can hold."""
     return None if logprobs is None else [max(p, LEAST_LOGPROB) if math.isfinite(p) else LEAST_LOGPROB for p in logprobs]
-
-
-@functools.lru_cache(maxsize=8)
-def pieces(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """The text of one token alone, remembered."""
-    return functools.lru_cache(maxsize=2**16)(lambda token: tokenizer.decode([token]))
 
 
 def append(event: Commit, id: str) -> dict[str, Any]:
@@ -79,7 +71,7 @@ def buffer_snapshot(event: Provisional, id: str, *, prompt_tokens: int, committe
         "absolute_start": start,
         "absolute_end": start + len(event.token_ids),
         "token_ids": event.token_ids,
-        "tokens": None if tokenizer is None else [None if t is None else pieces(tokenizer)(t) for t in event.token_ids],
+        "tokens": None if tokenizer is None else [None if t is None else tokenizer.piece(t) for t in event.token_ids],
         "text": None if tokenizer is None else tokenizer.decode(there),
         "confidence": [round(p, 4) for p in event.confidence],
         "revised": event.revised,

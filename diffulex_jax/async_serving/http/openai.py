@@ -172,7 +172,7 @@ class Shape:
 
     def logprobs(self, index: int, token_ids: Sequence[int], logprobs: tuple[float, ...]) -> dict[str, Any]:
         """OpenAI's two shapes. A log probability is that of the token when it was accepted or last revised."""
-        texts, values = [records.pieces(self.tokenizer)(token) for token in token_ids], records.finite(logprobs) or []
+        texts, values = [self.tokenizer.piece(token) for token in token_ids], records.finite(logprobs) or []
         if self.chat:
             content = [
                 {"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []} for t, p in zip(texts, values, strict=True)
