@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from diffulex_jax.engine.config import EngineConfig
     from diffulex_jax.engine.engine import Engine
     from diffulex_jax.engine.results import Output
+    from diffulex_jax.errors import SettingError
     from diffulex_jax.rules import Rule, chain, stateless
     from diffulex_jax.sampling_params import SamplingParams
+    from diffulex_jax.strategies import Strategy
     from diffulex_jax.version import __version__
 
 
-__all__ = ["Engine", "EngineConfig", "Output", "Rule", "SamplingParams", "__version__", "chain", "stateless"]
+__all__ = ["Engine", "EngineConfig", "Output", "Rule", "SamplingParams", "SettingError", "Strategy", "__version__", "chain", "stateless"]
 
 __getattr__ = lazy.names(
     __name__,
@@ -29,6 +31,8 @@ __getattr__ = lazy.names(
         "Output": "diffulex_jax.engine.results",
         "Rule": "diffulex_jax.rules",
         "SamplingParams": "diffulex_jax.sampling_params",
+        "SettingError": "diffulex_jax.errors",
+        "Strategy": "diffulex_jax.strategies",
         "__version__": "diffulex_jax.version",
         "chain": "diffulex_jax.rules",
         "stateless": "diffulex_jax.rules",

@@ -27,7 +27,7 @@ class Request(struct.PyTreeNode):
       given: ``[T]`` bool, positions of ``sequence`` that the caller fixed.
       initial: ``[T]`` bool, positions of ``sequence`` that the caller filled to start with.
       prompt_len, limit: int32, generated positions are ``[prompt_len, limit)``.
-      seed: int32 of the request's random key.
+      seed: ``[2]`` uint32, the upper and lower half of the request's seed: its random key.
       settings: one row.
     """
 
@@ -75,13 +75,14 @@ def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_
         initial=initial & ~given,
         prompt_len=np.asarray(n, np.int32),
         limit=np.asarray(n + params.max_tokens, np.int32),
-        seed=np.asarray(params.seed, np.int32),
+        seed=np.array([(params.seed or 0) >> 32, (params.seed or 0) & 0xFFFFFFFF], np.uint32),
         settings=settings_row(params, eos_ids),
     )
 
 
 def settings_row(params: SamplingParams, eos_ids: Sequence[int]) -> Settings:
-    """The settings of one request as it stands in a row of the state."""
+    """The settings of one request as it stands in a row of the state; what is left to the strategy takes its usual value."""
+    params = params.resolve()
     stop_ids = ([] if params.ignore_eos else list(eos_ids)) + list(params.stop_token_ids)
     row: dict[str, Any] = {"stop_ids": np.array(stop_ids + [-1] * (MAX_STOP_IDS - len(stop_ids)), np.int32)}
     for name in Settings.__dataclass_fields__.keys() - row.keys():
@@ -110,7 +111,7 @@ def admit(dims: Dims, rule: Rule, mask_id: int, state: DecodeState, slot: jax.Ar
         prompt_len=request.prompt_len,
         limit=request.limit,
         live=jnp.ones(1, bool),
-        key=jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed)))(request.seed),
+        key=request.seed,
         settings=request.settings,
     )
     tokens, masked, frozen = given_blocks(row, start, dims.window, dims.block, mask_id)

@@ -4,23 +4,52 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import os
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+
+from diffulex_jax.errors import SettingError
+
+
+LEFT_TO_STRATEGY: Mapping[str, float | int] = types.MappingProxyType(
+    {
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "accept_threshold": 0.9,
+        "num_to_transfer": 1,
+        "denoising_steps": 0,
+        "edit_threshold": 0.5,
+        "max_post_edit_steps": 16,
+        "remask_threshold": 0.0,
+        "settle_threshold": 0.9,
+        "penalty_lambda": 0.0,
+        "add_block_threshold": 0.1,
+        "token_stability_threshold": 0.0,
+        "semi_complete_threshold": 0.9,
+    }
+)
+"""Settings that a strategy may have defaults of its own for, and their values where it has none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one request is decoded. Requests with different settings share a batch.
 
+    Settings of :data:`LEFT_TO_STRATEGY` are None where the request does not set them. Each is then what the strategy's ``defaults``
+    say, else the value documented here; :meth:`resolve` fills them in when the engine takes the request.
+
     Attributes:
       max_tokens: real tokens to generate: exactly that many, unless EOS comes first.
-      temperature: 0 is greedy; above 0 tokens are drawn from softmax(logits / temperature).
-      top_p: (temperature > 0) keep the smallest set of tokens whose probability reaches this; 1 keeps all.
-      top_k: (temperature > 0) keep this many tokens; 0 keeps all.
-      seed: of the request's own random key; the same seed gives the same tokens in any batch.
+      temperature: 0 is greedy; above 0 tokens are drawn from softmax(logits / temperature). Default: 0.
+      top_p: (temperature > 0) keep the smallest set of tokens whose probability reaches this; 1 keeps all. Default: 1.
+      top_k: (temperature > 0) keep this many tokens; 0 keeps all. Default: 0.
+      seed: (temperature > 0) of the request's own random key, below 2**64; the same seed gives the same tokens alone and in any batch.
+        None: a fresh one for every request and prompt. ``Output.seed`` tells the one used.
       ignore_eos: go on after EOS, to ``max_tokens``.
       min_tokens: no stop token is predicted in that many first generated positions.
       stop_token_ids: further tokens that end the output, as EOS does.
@@ -31,30 +60,33 @@ class SamplingParams:
       logprobs: return the log probability each token had when it was accepted.
       return_step_map: return the forward at which each token was first accepted and last revised.
       cache_salt: cached prefixes are shared only among requests of the same salt (tenants that must not learn of each other).
-      n: outputs for the prompt; output i uses seed + i.
+      n: outputs for the prompt, each of a seed of its own that follows from ``seed`` (see :func:`seeds`).
       max_nfe: most forwards to spend; the contiguous decoded prefix is returned then. None: no limit.
       accept_threshold: a mask is filled when its prediction is more probable than this; 1 or more never accepts by threshold, so
-        ``num_to_transfer`` masks are filled a step.
-      num_to_transfer: masks filled per block and step at the least (``llada2``, ``llada2_edit``, ``sdar``).
+        ``num_to_transfer`` masks are filled a step. Default: 0.9.
+      num_to_transfer: masks filled per block and step at the least (``llada2``, ``llada2_edit``, ``sdar``). Default: 1.
       denoising_steps: steps over which a block's masks are shared out, in place of ``num_to_transfer``: of B masks, step i of S fills
-        floor(B / S) at the least, and one more while i < B mod S. At most the block size; 0 leaves it to ``num_to_transfer``.
+        floor(B / S) at the least, and one more while i < B mod S. At most the block size; 0 leaves it to ``num_to_transfer``. Default: 0.
       edit_threshold: (``llada2_edit``) a filled token is replaced by a different prediction more probable than this; 0 replaces
-        every one.
-      max_post_edit_steps: (``llada2_edit``) steps spent on a block after its last mask was filled.
+        every one. Default: 0.5.
+      max_post_edit_steps: (``llada2_edit``) steps spent on a block after its last mask was filled. Default: 16.
       remask_threshold: a filled token less probable than this in the current prediction is masked again; 0 turns it off.
-      settle_threshold: (``dmax``) a block ends once every generated position is at least this probable.
-      add_block_threshold: (``buffer_size`` above 1) the next block starts once this share of the last one is filled.
+        Default: 0.
+      settle_threshold: (``dmax``) a block ends once every generated position is at least this probable. Default: 0.9.
+      add_block_threshold: (``buffer_size`` above 1) the next block starts once this share of the last one is filled. Default:
+        0.1.
       token_stability_threshold: (``buffer_size`` above 1) and this share of its filled tokens kept their value in the step.
+        Default: 0.
       semi_complete_threshold: (``buffer_size`` above 1) a look-ahead block is forced to fill a mask in every step only once this
-        share of its predecessor is filled.
-      penalty_lambda: subtracted from the logit of the token one position to the left (against repetition).
+        share of its predecessor is filled. Default: 0.9.
+      penalty_lambda: subtracted from the logit of the token one position to the left (against repetition). Default: 0.
     """
 
     max_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
@@ -67,17 +99,17 @@ class SamplingParams:
     cache_salt: str = ""
     n: int = 1
     max_nfe: int | None = None
-    accept_threshold: float = 0.9
-    num_to_transfer: int = 1
-    denoising_steps: int = 0
-    edit_threshold: float = 0.5
-    max_post_edit_steps: int = 16
-    remask_threshold: float = 0.0
-    settle_threshold: float = 0.9
-    penalty_lambda: float = 0.0
-    add_block_threshold: float = 0.1
-    token_stability_threshold: float = 0.0
-    semi_complete_threshold: float = 0.9
+    accept_threshold: float | None = None
+    num_to_transfer: int | None = None
+    denoising_steps: int | None = None
+    edit_threshold: float | None = None
+    max_post_edit_steps: int | None = None
+    remask_threshold: float | None = None
+    settle_threshold: float | None = None
+    penalty_lambda: float | None = None
+    add_block_threshold: float | None = None
+    token_stability_threshold: float | None = None
+    semi_complete_threshold: float | None = None
 
     @classmethod
     def speed(cls, **settings: Any) -> SamplingParams:
@@ -88,6 +120,12 @@ class SamplingParams:
     def quality(cls, **settings: Any) -> SamplingParams:
         """LLaDA2.1's quality mode for ``llada2_edit``: accept above 0.7, edit above 0.5."""
         return cls(**{"accept_threshold": 0.7, "edit_threshold": 0.5} | settings)
+
+    def resolve(self, defaults: Mapping[str, Any] = types.MappingProxyType({})) -> SamplingParams:
+        """These settings with none left to the strategy: what is None takes its value from ``defaults``, else its usual one."""
+        usual = {**LEFT_TO_STRATEGY, **{name: value for name, value in defaults.items() if value is not None}}
+        unset = {name: value for name, value in usual.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **unset) if unset else self
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping that cannot change cannot be pickled either.
@@ -103,34 +141,72 @@ class SamplingParams:
                 object.__setattr__(self, name, _tokens_by_offset(name, getattr(self, name), self.max_tokens))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "float":
-                if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-                    raise ValueError(f"{field.name}={value!r} must be a number")
-                if not 0 <= value <= _LARGEST:  # nor is NaN
-                    raise ValueError(f"{field.name}={value} must be finite and at least 0")
-                object.__setattr__(self, field.name, float(value))
-            elif field.type == "str" and not isinstance(value, str):
-                raise ValueError(f"{field.name}={value!r} must be text")
-            elif field.type == "bool" and not isinstance(value, bool):
-                raise ValueError(f"{field.name}={value!r} must be True or False")
-            elif field.type == "int" or (field.type == "int | None" and value is not None):
-                object.__setattr__(self, field.name, _integer(field.name, value, 1 if field.name in _AT_LEAST_ONE else 0))
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+            if value is None and str(field.type).endswith("| None"):
+                continue
+            check = _CHECKS.get(str(field.type).removesuffix(" | None"))
+            if check is not None:
+                object.__setattr__(self, field.name, check(field.name, value))
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise SettingError("top_p", f"top_p={self.top_p} must be above 0 and at most 1")
         if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
+            raise SettingError("min_tokens", f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
+
+
+def seeds(params: SamplingParams) -> list[int]:
+    """The seeds of a request's ``n`` outputs. Each of them alone (``seed=``, ``n=1``) gives its output again.
+
+    The first is ``params.seed``, or where that is None drawn from the operating system. The others are a hash of it and of the output's
+    number, so that outputs of neighbouring seeds do not coincide. All but the given one are below 2**53: every reader of JSON keeps
+    them to the last digit.
+    """
+    first = int.from_bytes(os.urandom(7)) >> 3 if params.seed is None else params.seed
+    hashed = (hashlib.blake2b(f"{first}/{i}".encode(), digest_size=7).digest() for i in range(1, params.n))
+    return [first, *(int.from_bytes(digest) >> 3 for digest in hashed)]
 
 
 _LARGEST = float(np.finfo(np.float32).max)  # what the device computes with
 _AT_LEAST_ONE = ("max_tokens", "num_to_transfer", "max_nfe", "max_repetition_run", "n")
 
 
-def _integer(name: str, value: Any, least: int) -> int:
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise SettingError(name, f"{name}={value!r} must be a number")
+    if not 0 <= value <= _LARGEST:  # nor is NaN
+        raise SettingError(name, f"{name}={_shown(value)} must be finite and at least 0")
+    return float(value)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise SettingError(name, f"{name}={value!r} must be text")
+    return value
+
+
+def _truth(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise SettingError(name, f"{name}={value!r} must be True or False")
+    return value
+
+
+def _whole(name: str, value: Any) -> int:
+    return _integer(name, value, 1 if name in _AT_LEAST_ONE else 0, bits=64 if name == "seed" else 31)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {"float": _number, "str": _text, "bool": _truth, "int": _whole}
+
+
+def _integer(name: str, value: Any, least: int, *, bits: int = 31, what: str = "") -> int:
+    """``what`` it is, where that is not the setting ``name`` itself."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{name}={value!r} must be an integer")
-    if not least <= value < 2**31:
-        raise ValueError(f"{name}={value} must be at least {least} and below 2**31")
+        raise SettingError(name, f"{what or name}={value!r} must be an integer")
+    if not least <= value < 2**bits:
+        raise SettingError(name, f"{what or name}={_shown(value)} must be at least {least} and below 2**{bits}")
     return int(value)
+
+
+def _shown(value: Any) -> str:
+    """A number for a message: Python refuses to print integers of thousands of digits."""
+    return str(value) if abs(value) < 1e100 else f"a number of {len(f'{int(value):b}')} bits" if isinstance(value, int) else str(value)
 
 
 def _several(name: str, value: Any, kind: type) -> tuple[Any, ...]:
@@ -138,15 +214,18 @@ def _several(name: str, value: Any, kind: type) -> tuple[Any, ...]:
         value = (value,)
     value = tuple(_integer(name, v, 0) if kind is int else v for v in value)
     if kind is str and not all(isinstance(v, str) and v for v in value):
-        raise ValueError(f"{name}={value!r} must be non-empty texts")
+        raise SettingError(name, f"{name}={value!r} must be non-empty texts")
     return value
 
 
 def _tokens_by_offset(name: str, value: Any, max_tokens: Any) -> Mapping[int, int]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name}={value!r} must map offsets to token ids")
-    pairs = {_integer(f"{name} offset", k, 0): _integer(f"{name}[{k}]", v, 0) for k, v in value.items()}
+        raise SettingError(name, f"{name}={value!r} must map offsets to token ids")
+    pairs = {
+        _integer(name, offset, 0, what=f"{name} offset"): _integer(name, token, 0, what=f"{name}[{offset}]")
+        for offset, token in value.items()
+    }
     beyond = [k for k in pairs if isinstance(max_tokens, (int, np.integer)) and k >= max_tokens]
     if beyond:
-        raise ValueError(f"{name} offset {beyond[0]} is not below max_tokens={max_tokens}")
+        raise SettingError(name, f"{name} offset {beyond[0]} is not below max_tokens={max_tokens}")
     return types.MappingProxyType(pairs)

@@ -1,11 +1,73 @@
-"""Strategies: short named chains of rules."""
+"""Strategies: a rule with the settings that go with it, under a name that requests can use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import importlib
+import inspect
+import operator
+import os
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
+from diffulex_jax.errors import SettingError
 from diffulex_jax.rules import Rule, chain, edit, levenshtein, remask, soft_parallel, threshold, token_merge
+from diffulex_jax.sampling_params import LEFT_TO_STRATEGY, SamplingParams
+
+
+class Strategy(NamedTuple):
+    """How a model is decoded.
+
+    Attributes:
+      name: what requests call it, and what snapshots, metrics and error messages say.
+      rule: what is made of a prediction.
+      window: blocks denoised together, where the engine's ``buffer_size`` says nothing else.
+      attention: what a prompt sees of itself, where the engine's ``attention`` says nothing else; see ``EngineConfig``.
+      defaults: fields of ``SamplingParams`` that may be left to the strategy (``sampling_params.LEFT_TO_STRATEGY``), and their
+        values where a request sets none.
+      draws: (temperature > 0) what a position's random draw is tied to. ``"position"``: while the distribution stays, so does the
+        sample, until the request masks something again. ``"step"``: every forward draws anew.
+      confidence: (temperature > 0) the distribution that a token's probability is read from. ``"model"``: the model's own.
+        ``"tempered"``: the model's at the request's temperature.
+    """
+
+    name: str
+    rule: Rule
+    window: int = 1
+    attention: Literal["block_causal", "prefix_full"] | None = None
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    draws: Literal["position", "step"] = "position"
+    confidence: Literal["model", "tempered"] = "model"
+
+
+def resolve(strategy: str | Rule | Strategy) -> Strategy:
+    """Finds the strategy that a caller means.
+
+    Args:
+      strategy: a name from :data:`STRATEGIES`; an import path ``"my_module:my_rule"``, looked for on ``sys.path`` and in the current
+        directory, whose attribute is a :class:`Rule`, a :class:`Strategy`, or a function without arguments that returns one (the
+        path is the strategy's name); a :class:`Strategy`; or a :class:`Rule`, whose name is ``"custom"``.
+
+    Raises:
+      SettingError: (field ``"strategy"``) for an unknown name, an import path that leads to no strategy, or a strategy whose fields
+        will not do.
+      TypeError: for anything else.
+    """
+    if isinstance(strategy, Strategy):
+        return _checked(strategy)
+    if isinstance(strategy, Rule):
+        return Strategy("custom", strategy)
+    if not isinstance(strategy, str):
+        raise TypeError(f"strategy must be a name, an import path, a Rule or a Strategy, got {strategy!r}")
+    if ":" in strategy:
+        return _imported(strategy)
+    if strategy not in STRATEGIES:
+        raise SettingError(
+            "strategy",
+            f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}, or give the import path of a rule, my_module:my_rule",
+        )
+    return STRATEGIES[strategy]
 
 
 def llada2() -> Rule:
@@ -41,34 +103,82 @@ def llada2_levenshtein() -> Rule:
     return levenshtein()
 
 
-STRATEGIES: dict[str, Callable[[], Rule]] = {
-    "llada2": llada2,
-    "multi_bd": llada2,
-    "d2f": llada2,
-    "llada2_edit": llada2_edit,
-    "llada2_levenshtein": llada2_levenshtein,
-    "dmax": dmax,
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy("llada2", llada2()),
+        Strategy("multi_bd", llada2(), window=2),  # MBD-LMs' buffer
+        Strategy("d2f", llada2(), window=4, attention="prefix_full"),
+        Strategy("llada2_edit", llada2_edit()),
+        Strategy("llada2_levenshtein", llada2_levenshtein()),
+        Strategy("dmax", dmax()),
+    )
 }
 
-SUGGESTED: dict[str, dict[str, Any]] = {
-    "multi_bd": {"buffer_size": 2},  # MBD-LMs' buffer
-    "d2f": {"buffer_size": 4, "attention": "prefix_full"},
-}
-"""Engine settings that go with a strategy where the caller names none: multi-block diffusion and D2F are ``llada2``'s rule in a wider
-window, D2F with prompts that see all of themselves."""
+
+def _imported(path: str) -> Strategy:
+    def refuse(why: str) -> SettingError:
+        return SettingError("strategy", f"strategy {path!r}: {why}")
+
+    module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        raise refuse("an import path is my_module:my_rule")
+    # What is installed goes first: a file that happens to lie here must not stand in for it.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise refuse(f"importing {module_name} failed: {error}") from error
+        raise refuse(f"there is no module {error.name!r} in the current directory or on sys.path") from error
+    except Exception as error:
+        raise refuse(f"importing {module_name} failed: {_one_line(error)}") from error
+    try:
+        found = operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        raise refuse(f"module {module_name!r} has no {attribute!r}") from error
+    if not isinstance(found, (Rule, Strategy)) and callable(found):
+        try:
+            inspect.signature(found).bind()
+        except TypeError as error:
+            raise refuse(f"{attribute} must be callable without arguments, but {error}") from error
+        except ValueError:  # a builtin without a signature
+            pass
+        try:
+            found = found()
+        except Exception as error:
+            raise refuse(f"calling {attribute}() failed: {_one_line(error)}") from error
+    if not isinstance(found, (Rule, Strategy)):
+        kind = type(found).__name__
+        raise refuse(f"{attribute} must be a Rule, a Strategy, or a function without arguments that returns one, got {kind}")
+    return _checked(found._replace(name=path) if isinstance(found, Strategy) else Strategy(path, found))
 
 
-def resolve(strategy: str | Rule) -> Rule:
-    """The rule of a strategy's name, or the rule itself.
+def _checked(strategy: Strategy) -> Strategy:
+    def refuse(why: str) -> SettingError:
+        return SettingError("strategy", f"strategy {strategy.name!r}: {why}")
 
-    Raises:
-      ValueError: for an unknown name.
-      TypeError: for anything else.
-    """
-    if isinstance(strategy, Rule):
-        return strategy
-    if not isinstance(strategy, str):
-        raise TypeError(f"strategy must be a name or a Rule, got {strategy!r}")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}, or pass a Rule")
-    return STRATEGIES[strategy]()
+    if not isinstance(strategy.name, str) or not strategy.name:
+        raise refuse("name must be a non-empty text")
+    if not isinstance(strategy.rule, Rule):
+        raise refuse(f"rule must be a Rule, got {strategy.rule!r}")
+    if isinstance(strategy.window, bool) or not isinstance(strategy.window, int) or strategy.window < 1:
+        raise refuse(f"window={strategy.window!r} must be a positive integer")
+    for field, choices in _CHOICES.items():
+        if getattr(strategy, field) not in choices:
+            raise refuse(f"{field}={getattr(strategy, field)!r} must be one of {', '.join(map(str, choices))}")
+    if unknown := [name for name in strategy.defaults if name not in LEFT_TO_STRATEGY]:
+        raise refuse(f"defaults: {unknown[0]!r} is not one of {', '.join(LEFT_TO_STRATEGY)}")
+    try:
+        SamplingParams(**strategy.defaults)
+    except ValueError as error:
+        raise refuse(f"defaults: {error}") from error
+    return strategy
+
+
+_CHOICES = {"attention": (None, "block_causal", "prefix_full"), "draws": ("position", "step"), "confidence": ("model", "tempered")}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -39,3 +39,9 @@ def engine_of():
         return Engine.from_pretrained("embedded" if checkpoint == "embedded" else str(GOLDEN / checkpoint), **settings)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def golden_model() -> str:
+    """A small trained model without a tokenizer: 1024 tokens, EOS 1020, mask 1021."""
+    return str(GOLDEN / "tiny-llada2-trained")

@@ -88,6 +88,7 @@ ARGUMENTS = {
     "bool": ([], True),
     "str": (["other"], "other"),
     "float": (["0.625"], 0.625),
+    "float | None": (["0.625"], 0.625),
     "int": (["3"], 3),
     "int | None": (["3"], 3),
     "tuple[int, ...]": (["3"], (3,)),

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from diffulex_jax import SamplingParams
+from diffulex_jax.sampling_params import seeds
 
 
 MODEL = "tiny-llada2-trained"
@@ -111,10 +112,11 @@ def test_a_salt_keeps_cached_prefixes_apart(engine):
     assert hits == [0, 0, 2, 2, 0]
 
 
-def test_n_outputs_are_those_of_the_next_seeds(engine):
+def test_each_of_n_outputs_has_a_seed_of_its_own_that_gives_it_again(engine):
     settings = {"max_tokens": 30, "temperature": 1.0, "ignore_eos": True}
     several = engine.generate([PROMPT, PROMPT[:5]], SamplingParams(n=3, seed=5, **settings))
-    alone = [engine.generate([p], SamplingParams(seed=s, **settings))[0] for p in (PROMPT, PROMPT[:5]) for s in (5, 6, 7)]
+    each = seeds(SamplingParams(seed=5, n=3))
+    alone = [engine.generate([p], SamplingParams(seed=seed, **settings))[0] for p in (PROMPT, PROMPT[:5]) for seed in each]
     assert [o.token_ids for o in several] == [o.token_ids for o in alone]
 
 

@@ -10,7 +10,7 @@ from scripted import block_of, held, play, script, shown, update
 
 from diffulex_jax import Rule, chain, stateless
 from diffulex_jax.rules import edit, remask, soft_parallel, threshold, token_merge
-from diffulex_jax.strategies import STRATEGIES, dmax, llada2, llada2_edit, resolve
+from diffulex_jax.strategies import dmax, llada2, llada2_edit
 from pallas_kernels.token_merge import MergeSpec, merge
 
 
@@ -393,15 +393,6 @@ def test_rule_state_of_blocks_moves_with_the_window(window, by_block):
     assert state.start.tolist() == [4]
 
 
-def test_strategies_resolve():
-    assert set(STRATEGIES) == {"llada2", "multi_bd", "d2f", "llada2_edit", "llada2_levenshtein", "dmax"}
-    rule = threshold()
-    assert resolve(rule) is rule
-    with pytest.raises(
-        ValueError, match="unknown strategy 'mdlm'; choose one of llada2, multi_bd, d2f, llada2_edit, llada2_levenshtein, dmax"
-    ):
-        resolve("mdlm")
-    with pytest.raises(TypeError, match="strategy must be a name or a Rule, got 3"):
-        resolve(3)
+def test_dmax_has_two_modes():
     with pytest.raises(ValueError, match="dmax mode 'slow' must be 'reference' or 'fast'"):
         dmax(mode="slow")

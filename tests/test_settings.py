@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+import pickle
 
 import numpy as np
 import pytest
 
 from diffulex_jax import Engine, SamplingParams
+from diffulex_jax.errors import SettingError, UnknownRequest
+from diffulex_jax.sampling_params import LEFT_TO_STRATEGY, seeds
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -41,7 +44,9 @@ def test_unknown_settings_are_errors():
         ({"top_p": 1.01}, "top_p=1.01 must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k=-1 must be at least 0"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
-        ({"seed": 2**31}, "seed=2147483648 must be at least 0 and below"),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be at least 0 and below"),
+        ({"seed": 10**5000}, "seed=a number of 16610 bits must be at least 0"),
+        ({"temperature": 10**5000}, "temperature=a number of 16610 bits must be finite"),
         ({"max_nfe": 0}, "max_nfe=0 must be at least 1"),
         ({"num_to_transfer": 0}, "num_to_transfer=0 must be at least 1"),
         ({"denoising_steps": -1}, "denoising_steps=-1 must be at least 0"),
@@ -51,8 +56,43 @@ def test_unknown_settings_are_errors():
     ],
 )
 def test_bad_settings(bad, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SettingError, match=message) as caught:
         SamplingParams(**bad)
+    assert [caught.value.field] == list(bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"pinned": {"0": 3}}, {"pinned": {0: -1}}, {"init_tokens": {64: 1}}, {"stop": ("",)}, {"stop_token_ids": "a"}]
+)
+def test_an_error_within_a_setting_names_the_setting(bad):
+    with pytest.raises(SettingError) as caught:
+        SamplingParams(**bad)
+    assert [caught.value.field] == list(bad)
+
+
+def test_errors_survive_pickling():
+    for error in (SettingError("top_p", "top_p=2 is too much"), UnknownRequest(3, "no request 3")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+
+
+def test_settings_left_to_the_strategy():
+    params = SamplingParams(accept_threshold=0.0, max_tokens=3)
+    assert params.edit_threshold is None
+    resolved = params.resolve({"edit_threshold": 0.25, "accept_threshold": 0.7, "top_k": None})
+    assert (resolved.accept_threshold, resolved.edit_threshold, resolved.top_k, resolved.temperature) == (0.0, 0.25, 0, 0.0)
+    assert resolved.resolve({"edit_threshold": 0.5}) is resolved
+    assert {name: getattr(SamplingParams().resolve(), name) for name in LEFT_TO_STRATEGY} == LEFT_TO_STRATEGY
+
+
+def test_every_output_has_a_seed_that_gives_it_again():
+    given = seeds(SamplingParams(seed=5, n=3))
+    assert given[0] == 5 and given == seeds(SamplingParams(seed=5, n=3)) and given[:2] == seeds(SamplingParams(seed=5, n=2))
+    assert seeds(SamplingParams(seed=2**64 - 1)) == [2**64 - 1]
+    many = [seed for first in range(100) for seed in seeds(SamplingParams(seed=first, n=100))]
+    assert len(set(many)) == len(many) == 10_000
+    fresh = [seed for _ in range(1000) for seed in seeds(SamplingParams(n=2))]
+    assert len(set(fresh)) == 2000 and all(0 <= seed < 2**53 for seed in fresh) and max(fresh) > 2**50
 
 
 def test_numpy_numbers_are_numbers():

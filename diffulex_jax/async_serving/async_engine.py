@@ -19,6 +19,7 @@ from diffulex_jax.engine.engine import Engine, Prompt
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.rules.base import Rule
 from diffulex_jax.sampling_params import SamplingParams
+from diffulex_jax.strategies import Strategy
 
 
 _SHORT_TEXT = 4000  # characters that are tokenised on the spot rather than in a thread
@@ -80,7 +81,7 @@ class AsyncEngine:
         cls,
         model: str,
         *,
-        strategy: str | Rule | Sequence[str | Rule] = "llada2",
+        strategy: str | Rule | Strategy | Sequence[str | Rule | Strategy] = "llada2",
         isolation: Literal["thread", "process"] = "thread",
         compile_cache: str | os.PathLike[str] | None = None,
         silence_seconds: float = 3.0,
@@ -101,7 +102,7 @@ class AsyncEngine:
           tick_seconds: (``"process"``) longest time one step may take.
           **engine_settings: of ``Engine.from_pretrained``.
         """
-        strategies = [strategy] if isinstance(strategy, (str, Rule)) else list(strategy)
+        strategies = [strategy] if isinstance(strategy, (str, Rule, Strategy)) else list(strategy)
         return cls(
             functools.partial(Engine.for_strategies, model, strategies, **engine_settings),
             isolation=isolation,

@@ -131,7 +131,7 @@ def compile_denoise(
     mesh = make_mesh(devices, data=data, expert=expert, tensor=tensor)
     for path, (shape, axes) in jax.tree.leaves_with_path(llada2.schema(config), is_leaf=llada2.is_leaf):
         check_split(mesh, shape, axes, path[-1].key)
-    rule, slots, pages = resolve(strategy), data * slots_per_device, -(-context // block_size)
+    rule, slots, pages = resolve(strategy).rule, data * slots_per_device, -(-context // block_size)
     dims = dims_for(rule, slots=slots, window=buffer_size, block=block_size, pages_per_slot=pages)
     program = decode.Program(config, dims, rule, pallas_kernels.choose(devices[0]))
     dtype, num_pages = jnp.bfloat16, slots * pages

@@ -72,7 +72,7 @@ def run(
     Raises:
       ValueError: for a model, shape, strategy or setting that will not do.
     """
-    rules = {name: resolve(name) for name in strategies}
+    rules = {name: resolve(name).rule for name in strategies}
     sizes: dict[str, Any] = {"block_size": block_size, "buffer_size": buffer_size, "max_slots": max_slots}
     config, params, tokenizer = _model(model, shape, dtype)
     if model == "embedded" and tokenizer is not None and prompt_tokens is None:

@@ -70,7 +70,7 @@ def run(
     for name, numbers in {"batch": batches, "repeats": (repeats,), "context": contexts}.items():
         if bad := [n for n in numbers if n < 1 or (name == "context" and n % BLOCK)]:
             raise ValueError(f"{name}={bad[0]} must be positive" + (f" and a multiple of {BLOCK}" if name == "context" else ""))
-    rules = {name: resolve(name) for name in strategies}
+    rules = {name: resolve(name).rule for name in strategies}
     config, device = SHAPES[shape], jax.devices()[0]
     chosen = choose(device) if settings.kernels == "auto" else REFERENCE
     with jax.set_mesh(make_mesh()):

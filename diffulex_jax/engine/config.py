@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from diffulex_jax.errors import SettingError
+
 
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -51,12 +53,12 @@ class EngineConfig:
             value = getattr(self, field.name)
             if field.type in ("int", "int | None"):
                 if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                    raise ValueError(f"{field.name}={value!r} must be a positive integer")
+                    raise SettingError(field.name, f"{field.name}={value!r} must be a positive integer")
             elif field.type == "bool" and not isinstance(value, bool):
-                raise ValueError(f"{field.name}={value!r} must be True or False")
+                raise SettingError(field.name, f"{field.name}={value!r} must be True or False")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, choices))}")
+                raise SettingError(name, f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, choices))}")
 
     @property
     def jax_dtype(self) -> Any:

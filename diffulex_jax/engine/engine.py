@@ -23,13 +23,14 @@ from diffulex_jax.engine.scheduler import Scheduler, Tracked
 from diffulex_jax.engine.snapshot import Snapshot
 from diffulex_jax.engine.stops import Cut, find_cut
 from diffulex_jax.engine.tokenizer import Tokenizer
+from diffulex_jax.errors import SettingError
 from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import MESH_AXES, make_mesh
 from diffulex_jax.request_state import MAX_STOP_IDS
 from diffulex_jax.rules.base import Rule, dims_for
-from diffulex_jax.sampling_params import SamplingParams
+from diffulex_jax.sampling_params import SamplingParams, seeds
 from diffulex_jax.state import FINISH_REASONS, Canvas
-from diffulex_jax.strategies import SUGGESTED, resolve
+from diffulex_jax.strategies import Strategy, resolve
 from pallas_kernels import REFERENCE, choose
 
 
@@ -44,7 +45,7 @@ class Engine:
         config: ModelConfig,
         params: llada2.Params,
         *,
-        strategy: str | Rule = "llada2",
+        strategy: str | Rule | Strategy = "llada2",
         tokenizer: Tokenizer | None = None,
         eos_ids: tuple[int, ...] | None = None,
         model_id: str = "",
@@ -57,7 +58,7 @@ class Engine:
         Args:
           config: the model's shape.
           params: its parameters, on the mesh.
-          strategy: a name from ``diffulex_jax.strategies``, or a rule of your own, whose name is ``"custom"``.
+          strategy: a name from ``diffulex_jax.strategies``, or a strategy of your own: see ``strategies.resolve``.
           tokenizer: for prompts and outputs as text.
           eos_ids: tokens that end an output; default: the config's.
           model_id: keeps cached prefixes and snapshots of different models apart.
@@ -71,16 +72,15 @@ class Engine:
         self.mesh = make_mesh() if mesh is None else mesh
         if self.mesh.axis_names != MESH_AXES or self.mesh.shape["data"] > 1:
             raise ValueError(f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {self.mesh.shape}")
-        self.strategy = _name(strategy)
-        named = SUGGESTED.get(strategy, {}) if isinstance(strategy, str) else {}
+        chosen = resolve(strategy)
+        self.strategy, self._defaults, rule = chosen.name, chosen.defaults, chosen.rule
         s = EngineConfig(**settings)
-        window, attention = s.buffer_size or named.get("buffer_size", 1), s.attention or named.get("attention", "block_causal")
+        window, attention = s.buffer_size or chosen.window, s.attention or chosen.attention or "block_causal"
         self.settings = s = dataclasses.replace(s, buffer_size=window, attention=attention)
         if s.max_model_len > config.max_position_embeddings:
             raise ValueError(
                 f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={config.max_position_embeddings}"
             )
-        rule = resolve(strategy)
         self.config, self.tokenizer = config, tokenizer
         whole_prompts = attention == "prefix_full"
         self.dims = dims_for(rule, slots=s.max_slots, window=window, block=s.block_size, pages_per_slot=s.pages_per_slot)
@@ -121,12 +121,14 @@ class Engine:
         self._ids = itertools.count()
 
     @classmethod
-    def from_pretrained(cls, model: str, *, strategy: str | Rule = "llada2", mesh: Mesh | None = None, **settings: Any) -> Engine:
+    def from_pretrained(
+        cls, model: str, *, strategy: str | Rule | Strategy = "llada2", mesh: Mesh | None = None, **settings: Any
+    ) -> Engine:
         """Loads a model and compiles everything it will run.
 
         Args:
           model: a Hugging Face directory, ``"embedded"``, or a hub id.
-          strategy: a name from ``diffulex_jax.strategies``, or a rule of your own.
+          strategy: a name from ``diffulex_jax.strategies``, or a strategy of your own: see ``strategies.resolve``.
           mesh: where to run; default: the first device.
           **settings: see :class:`EngineConfig`.
 
@@ -138,16 +140,18 @@ class Engine:
 
     @classmethod
     def for_strategies(
-        cls, model: str, strategies: Sequence[str | Rule], *, mesh: Mesh | None = None, **settings: Any
+        cls, model: str, strategies: Sequence[str | Rule | Strategy], *, mesh: Mesh | None = None, **settings: Any
     ) -> dict[str, Engine]:
         """An engine for each strategy by its name, with slots and pages of its own, all over the same parameters.
 
         Args and errors are those of :meth:`from_pretrained`.
         """
         dtype = EngineConfig(**settings).jax_dtype
-        names = [_name(strategy) for strategy in strategies]  # an unknown one should not cost a load
+        found = [resolve(strategy) for strategy in strategies]  # an unknown one should not cost a load
+        names = [strategy.name for strategy in found]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"strategies must be one or more, each with a name of its own; got {names}")
+            hint = "; give a rule of your own one with Strategy(name=..., rule=...)" if "custom" in names else ""
+            raise SettingError("strategy", f"strategies must be one or more, each with a name of its own; got {names}{hint}")
         path = checkpoint.resolve(str(model))
         mesh = make_mesh() if mesh is None else mesh
         config, params = checkpoint.load(path, mesh, dtype=dtype)
@@ -164,7 +168,7 @@ class Engine:
                 memory_share=1 / (len(names) - i),
                 **settings,
             )
-            for i, (name, strategy) in enumerate(zip(names, strategies, strict=True))
+            for i, (name, strategy) in enumerate(zip(names, found, strict=True))
         }
 
     def generate(
@@ -332,12 +336,12 @@ class Engine:
         }
 
     def _enqueue(self, prompt: np.ndarray, params: SamplingParams, trace: bool) -> list[int]:
-        ids = []
-        for i in range(params.n):
+        ids, params = [], params.resolve(self._defaults)
+        for seed in seeds(params):
             request = Tracked(
                 id=next(self._ids),
                 prompt=prompt,
-                params=dataclasses.replace(params, n=1, seed=(params.seed + i) % 2**31),
+                params=dataclasses.replace(params, n=1, seed=seed),
                 trace=[] if trace else None,
             )
             self._requests[request.id] = request
@@ -418,13 +422,3 @@ class Engine:
             step_map=step_map,
             trace=request.trace,
         )
-
-
-def _name(strategy: str | Rule) -> str:
-    """What requests call a strategy.
-
-    Raises:
-      ValueError, TypeError: as ``strategies.resolve``.
-    """
-    resolve(strategy)
-    return strategy if isinstance(strategy, str) else "custom"
