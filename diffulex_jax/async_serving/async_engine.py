@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import functools
 import os
@@ -74,6 +75,7 @@ class AsyncEngine:
         )
         self.draining = False
         self._inboxes: dict[str, asyncio.Queue[protocol.RequestEvent]] = {}
+        self._profiles: collections.deque[asyncio.Future[protocol.Profiled]] = collections.deque()
         self._tokenizer: Tokenizer | None = None
 
     @classmethod
@@ -270,19 +272,49 @@ class AsyncEngine:
         self._on_down("the server is shutting down")
         return done
 
-    def start_profile(self, directory: str) -> None:
-        """Begins a JAX profiler trace of the engine's process."""
-        self.supervisor.send(protocol.StartProfile(directory))
+    async def start_profile(self, directory: str) -> None:
+        """Begins a JAX profiler trace of the engine's process.
 
-    def stop_profile(self) -> None:
-        """Ends the profiler trace."""
-        self.supervisor.send(protocol.StopProfile())
+        Raises:
+          RequestError: where one is being taken already or the directory will not do (400), or the engine is down (503).
+        """
+        await self._profile(protocol.StartProfile(directory))
 
-    def _on_events(self, events: Sequence[protocol.RequestEvent]) -> None:
+    async def stop_profile(self) -> None:
+        """Ends the profiler trace, and returns when it is written.
+
+        Raises:
+          RequestError: where none is being taken (400), or the engine is down (503).
+        """
+        await self._profile(protocol.StopProfile())
+
+    async def _profile(self, command: protocol.StartProfile | protocol.StopProfile) -> None:
+        if self.supervisor.health is not Health.READY:
+            raise RequestError(503, f"the engine is {self.supervisor.health.value}")
+        done: asyncio.Future[protocol.Profiled] = asyncio.get_running_loop().create_future()
+        self._profiles.append(done)
+        self.supervisor.send(command)
+        if error := (await done).error:
+            raise RequestError(400, error)
+
+    def _on_events(self, events: Sequence[protocol.RequestEvent | protocol.Profiled]) -> None:
         for event in events:
-            if event.id in self._inboxes:
+            if isinstance(event, protocol.Profiled):
+                _answer(self._profiles.popleft(), event)
+            elif event.id in self._inboxes:
                 self._inboxes[event.id].put_nowait(event)
 
     def _on_down(self, reason: str) -> None:
         for id, inbox in self._inboxes.items():
             inbox.put_nowait(protocol.Failure(id=id, code=503, message=reason))
+        while self._profiles:
+            _answer(self._profiles.popleft(), RequestError(503, reason))
+
+
+def _answer(waiting: asyncio.Future[protocol.Profiled], answer: protocol.Profiled | RequestError) -> None:
+    if waiting.done():  # whoever waited has gone
+        return
+    if isinstance(answer, RequestError):
+        waiting.set_exception(answer)
+    else:
+        waiting.set_result(answer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
@@ -56,7 +57,6 @@ class ServingState:
     requests: dict[tuple[str, int], ServingRequestState] = dataclasses.field(default_factory=dict)
     draining: bool = False
     recompiles: int = 0
-    profiling: bool = False
     stats: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -97,13 +97,24 @@ def obey(engines: Mapping[str, Engine], state: ServingState, command: protocol.C
             return [protocol.Failure(id=id, code=499, message="the request was aborted")] if drop(state, id) else []
         case protocol.Drain():
             state.draining = True
-        case protocol.StartProfile(directory) if not state.profiling:
-            jax.profiler.start_trace(directory)
-            state.profiling = True
-        case protocol.StopProfile() if state.profiling:
-            jax.profiler.stop_trace()
-            state.profiling = False
+        case protocol.StartProfile(directory):
+            return [_profiled(_start_trace, directory)]
+        case protocol.StopProfile():
+            return [_profiled(jax.profiler.stop_trace)]
     return []
+
+
+def _start_trace(directory: str) -> None:
+    os.makedirs(directory, exist_ok=True)  # jax would only find out at the end
+    jax.profiler.start_trace(directory)
+
+
+def _profiled(act: Callable[..., None], *args: str) -> protocol.Profiled:
+    try:
+        act(*args)
+    except Exception as error:  # a profile that fails must not take the engine along
+        return protocol.Profiled(f"{type(error).__name__}: {error}".splitlines()[0])
+    return protocol.Profiled()
 
 
 def drop(state: ServingState, id: str) -> bool:

@@ -56,14 +56,14 @@ class Abort:
 
 @dataclasses.dataclass(frozen=True)
 class StartProfile:
-    """Begin a JAX profiler trace in a directory; nothing happens where one is being taken."""
+    """Begin a JAX profiler trace in a directory. Answered by Profiled."""
 
     directory: str
 
 
 @dataclasses.dataclass(frozen=True)
 class StopProfile:
-    """End the profiler trace, if one is being taken."""
+    """End the profiler trace, which writes it. Answered by Profiled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +165,27 @@ class Failure:
 
 
 @dataclasses.dataclass(frozen=True)
+class Starting:
+    """A stage of the start begins: ``"loading"`` a model, or ``"compiling"`` the programs of a strategy; ``what`` says which."""
+
+    stage: str
+    what: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Ready:
     """The engines are built; ``tokenizer`` is their model's, ``facts`` what is true of all, and under ``strategies`` of each. Sent
-    once, before anything else."""
+    once, before anything but Starting."""
 
     tokenizer: Tokenizer | None
     facts: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Profiled:
+    """The answer to a StartProfile or a StopProfile, in the order they came; ``error`` says what was wrong, if something was."""
+
+    error: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,4 +216,4 @@ class Stopped:
 
 
 RequestEvent = Accepted | Commit | Provisional | Reply | Failure
-Event = RequestEvent | Ready | Status | Beat | Stopped
+Event = RequestEvent | Starting | Profiled | Ready | Status | Beat | Stopped

@@ -21,6 +21,7 @@ class ServerSettings:
       request_seconds: longest time until a request's answer is complete (504).
       drain_seconds: how long requests may go on after SIGTERM before they are cut off.
       ping_seconds: a stream that is silent for so long gets a comment, so that nothing on the way closes it.
+      profile_directory: where /start_profile writes JAX profiler traces of the engine. Empty: the route refuses, as it writes files.
     """
 
     served_model_name: str = ""
@@ -33,6 +34,7 @@ class ServerSettings:
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
     ping_seconds: float = 15.0
+    profile_directory: str = ""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

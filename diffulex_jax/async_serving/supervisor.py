@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.25
 _MOST_SECONDS_BETWEEN_STARTS = 30.0
+_LAST_TICK_SECONDS = 5.0  # for a worker to notice that it should end
 
 
 class Health(enum.Enum):
@@ -35,6 +36,7 @@ class Supervisor:
     Attributes:
       health: see :class:`Health`.
       reason: why the last worker ended; empty if none did.
+      stage: what it is doing while it starts: ``"loading"`` or ``"compiling"``.
       restarts: workers started in place of another.
       ready: what the running worker said of itself.
       stats: the engine's counters, as last heard.
@@ -44,7 +46,7 @@ class Supervisor:
         self,
         make_worker: Callable[[Deliver], Worker],
         *,
-        on_events: Callable[[list[protocol.RequestEvent]], None],
+        on_events: Callable[[list[protocol.RequestEvent | protocol.Profiled]], None],
         on_down: Callable[[str], None],
         silence_seconds: float,
         tick_seconds: float,
@@ -53,12 +55,13 @@ class Supervisor:
 
         Args:
           make_worker: starts a worker that delivers to its argument.
-          on_events: takes everything that concerns requests, in order.
+          on_events: takes everything that concerns requests and profiles, in order.
           on_down: told why, at once, when the worker is lost with all it was doing.
           silence_seconds: a watched worker that says nothing for so long is ended.
           tick_seconds: so is one whose loop takes so long for one tick.
         """
         self.health, self.reason, self.restarts = Health.STOPPED, "", 0
+        self.stage = "loading"
         self.ready: protocol.Ready | None = None
         self.stats: dict[str, int] = {}
         self._make_worker, self._on_events, self._on_down = make_worker, on_events, on_down
@@ -87,13 +90,13 @@ class Supervisor:
             self._worker.send(command)
 
     async def stop(self) -> None:
-        """Ends the worker for good."""
-        self.health = Health.STOPPED
+        """Ends the worker for good. One that is still starting in a thread is not waited for: it may be minutes in the compiler."""
+        was, self.health = self.health, Health.STOPPED
         for task in self._tasks:
             task.cancel()
         if self._worker is not None:
             self._worker.kill()
-            await asyncio.to_thread(self._worker.join, 5.0)
+            await asyncio.to_thread(self._worker.join, _LAST_TICK_SECONDS if was is Health.READY else 0.1)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)
@@ -108,20 +111,23 @@ class Supervisor:
             with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is left to tell
                 self._loop.call_soon_threadsafe(self._receive, number, events, time.monotonic())
 
-        self.health = Health.STARTING
+        self.health, self.stage = Health.STARTING, "loading"
         self._worker = self._make_worker(deliver)
 
     def _receive(self, number: int, events: list[protocol.Event], at: float) -> None:
         if number != self._number or self.health in (Health.DOWN, Health.STOPPED):
             return  # the last words of one that was given up
         self._heard = at
-        rest: list[protocol.RequestEvent] = []
+        rest: list[protocol.RequestEvent | protocol.Profiled] = []
         for event in events:
             match event:
                 case protocol.Beat(busy):
                     self._busy = busy
                 case protocol.Status(stats):
                     self.stats = stats
+                case protocol.Starting(stage, what):
+                    self.stage = stage
+                    logger.info(stage, extra={"facts": {"what": what}})
                 case protocol.Ready():
                     self.ready, self.health, self._failed_starts = event, Health.READY, 0
                     if not self._first.done():
@@ -162,7 +168,7 @@ class Supervisor:
     async def _restart(self) -> None:
         assert self._worker is not None
         self._worker.kill()
-        await asyncio.to_thread(self._worker.join, 5.0)
+        await asyncio.to_thread(self._worker.join, _LAST_TICK_SECONDS)
         await asyncio.sleep(_backoff(self._failed_starts))
         self.restarts += 1
         self._launch()

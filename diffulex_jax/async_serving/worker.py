@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import jax
 
 from diffulex_jax.async_serving import loop, protocol
+from diffulex_jax.engine import startup
 from diffulex_jax.engine.engine import Engine
 
 
@@ -55,7 +56,8 @@ class Worker(Protocol):
 def build(factory: Factory, emit: Deliver) -> Engines | None:
     """Makes the engines, by strategy, and says so; None where that failed."""
     try:
-        made = factory()
+        with startup.told_to(lambda stage, what: emit([protocol.Starting(stage, what)])):
+            made = factory()
     except (ValueError, OSError) as error:
         emit([protocol.Stopped(" ".join(str(error).split()), refused=True)])
         return None

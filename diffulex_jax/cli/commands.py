@@ -154,7 +154,7 @@ def serve(
             tick_seconds=tick_seconds,
         )
         interrupt.leave_to_loop()
-        http.serve(engine, model=model, host=host, port=port, settings=ServerSettings(**chosen))
+        interrupt.leave(http.serve(engine, model=model, host=host, port=port, settings=ServerSettings(**chosen)))
 
 
 def _cache_directory() -> pathlib.Path:

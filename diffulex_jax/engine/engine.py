@@ -21,6 +21,7 @@ from diffulex_jax.engine.device import JaxDevice, default_num_pages
 from diffulex_jax.engine.results import Output, Progress
 from diffulex_jax.engine.scheduler import Scheduler, Tracked
 from diffulex_jax.engine.snapshot import Snapshot
+from diffulex_jax.engine.startup import announce
 from diffulex_jax.engine.stops import Cut, find_cut
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
@@ -92,6 +93,7 @@ class Engine:
         # what follows: such pages must not be found by their tokens.
         shareable = not whole_prompts and (rule.merge is None or not rule.merge.commit_soft)
         self._pages = PagePool(num_pages, prefix_cache=s.prefix_cache and shareable)
+        announce("compiling", self.strategy)
         kernels = choose(self.mesh.devices.flat[0]) if s.kernels == "auto" else REFERENCE
         self._device = JaxDevice(
             decode.Program(config, self.dims, rule, kernels, attention),
@@ -152,6 +154,7 @@ class Engine:
         if not names or len(set(names)) < len(names):
             hint = "; give a rule of your own one with Strategy(name=..., rule=...)" if "custom" in names else ""
             raise SettingError("strategy", f"strategies must be one or more, each with a name of its own; got {names}{hint}")
+        announce("loading", str(model))
         path = checkpoint.resolve(str(model))
         mesh = make_mesh() if mesh is None else mesh
         config, params = checkpoint.load(path, mesh, dtype=dtype)

@@ -26,17 +26,17 @@ SMALL = ["--block-size", "8", "--max-model-len", "128", "--max-slots", "4"]
 class Server:
     """A running server, its log, and a client for it."""
 
-    def __init__(self, command: list[str]):
+    def __init__(self, command: list[str], *, until: str = "listening"):
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "serving")])}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd="/")
         self.log: list[dict] = []
         self.noise: list[str] = []
-        self._listening = threading.Event()
+        self._until, self._there = until, threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
-        if not self._listening.wait(START_SECONDS) or self.process.poll() is not None:
+        if not self._there.wait(START_SECONDS) or self.process.poll() is not None:
             self.process.kill()
             raise RuntimeError(f"the server did not start: {self.noise[-20:]} {self.log[-5:]}")
-        self.port = next(line["port"] for line in self.log if line["message"] == "listening")
+        self.port = next(line["port"] for line in self.log if line["message"] == until)
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
@@ -48,9 +48,9 @@ class Server:
             except ValueError:
                 self.noise.append(line)
                 continue
-            if self.log[-1]["message"] == "listening":
-                self._listening.set()
-        self._listening.set()
+            if self.log[-1]["message"] == self._until:
+                self._there.set()
+        self._there.set()
 
     def post(self, path: str, **form) -> httpx.Response:
         return self.client.post(path, json=form)
@@ -84,10 +84,16 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
-def serving(model: str | pathlib.Path, *options: str, cache: pathlib.Path | None = None, command: list[str] = COMMAND) -> Iterator[Server]:
-    """A server for the time of a ``with``."""
+def serving(
+    model: str | pathlib.Path,
+    *options: str,
+    cache: pathlib.Path | None = None,
+    command: list[str] = COMMAND,
+    until: str = "listening",
+) -> Iterator[Server]:
+    """A server for the time of a ``with``, which begins when it logs ``until``."""
     cached = ["--compile-cache", str(cache)] if cache else []
-    server = Server([*command, "--model", str(model), "--port", "0", *cached, *options])
+    server = Server([*command, "--model", str(model), "--port", "0", *cached, *options], until=until)
     try:
         yield server
     finally:

@@ -316,13 +316,15 @@ def test_what_a_drain_has_no_time_for_is_cut_off(engine):
 
 def test_a_profile_can_be_taken(engine, tmp_path):
     async def use(served):
-        served.start_profile(str(tmp_path))
+        await served.start_profile(str(tmp_path))
         await served.generate([65], SamplingParams(max_tokens=8))
-        served.stop_profile()
-        await served.generate([65], SamplingParams(max_tokens=8))
+        await served.stop_profile()
+        assert list(tmp_path.rglob("*.xplane.pb"))
+        with pytest.raises(RequestError, match="No profile") as caught:  # and the engine goes on
+            await served.stop_profile()
+        return caught.value.code, len((await served.generate([65], SamplingParams(max_tokens=8, ignore_eos=True)))[0].token_ids)
 
-    run(engine, use)
-    assert list(tmp_path.rglob("*.xplane.pb"))
+    assert run(engine, use) == (400, 8)
 
 
 def test_settings_travel_between_processes():

@@ -20,7 +20,7 @@ from diffulex_jax.async_serving.http import native, openai, openai_requests, req
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.metrics import Metrics
 from diffulex_jax.async_serving.http.middleware import Guard, RequestLog
-from diffulex_jax.async_serving.http.service import Places, Service
+from diffulex_jax.async_serving.http.service import Service
 from diffulex_jax.async_serving.http.sse import as_api_error
 from diffulex_jax.async_serving.settings import ServerSettings
 from diffulex_jax.async_serving.supervisor import Health
@@ -48,24 +48,18 @@ VERSION = importlib.metadata.version("diffulex-jax")
 
 
 def create_app(engine: AsyncEngine, *, model: str, settings: ServerSettings) -> ASGIApp:
-    """The ASGI application around an engine that has been started; starting and stopping it is the caller's.
+    """The ASGI application around an engine; starting and stopping it is the caller's. What needs the engine is 503 until it has started.
 
     Args:
       engine: the engine.
       model: what it was loaded from.
       settings: how to behave.
     """
-    facts = engine.facts
-    service = Service(
-        engine=engine,
-        model=settings.served_model_name or model,
-        settings=settings,
-        places=Places(facts["strategies"], slots=facts["max_slots"], queue=settings.max_queue, tokens=settings.max_queue_tokens),
-        metrics=Metrics(engine, block_size=facts["block_size"]),
-    )
+    service = Service(engine=engine, model=settings.served_model_name or model, settings=settings, metrics=Metrics(engine))
     app = FastAPI(title="diffulex-jax", version=VERSION, responses={400: {"description": "The request will not do; the error says why."}})
     _generation(app, service)
     _administration(app, service)
+    _profiling(app, service)
     for kind in (ApiError, RequestError, TimeoutError, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -120,7 +114,7 @@ def _administration(app: FastAPI, service: Service) -> None:
 
     def model_card() -> dict[str, Any]:
         card = {"id": service.model, "object": "model", "created": service.began, "owned_by": "diffulex-jax"}
-        return card | {"max_model_len": engine.facts["max_model_len"], "strategies": list(engine.facts["strategies"])}
+        return card | {"max_model_len": service.facts["max_model_len"], "strategies": list(service.facts["strategies"])}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -132,18 +126,19 @@ def _administration(app: FastAPI, service: Service) -> None:
         return model_card()
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        """Whether the engine works."""
-        supervisor = engine.supervisor
-        if supervisor.health is not Health.READY:
-            raise ApiError(503, f"the engine is {supervisor.health.value}: {supervisor.reason}", code="engine_down")
-        return {"status": "ready", "restarts": supervisor.restarts}
+    async def health() -> JSONResponse:
+        """Whether the engine works; what it does instead, where it does not."""
+        supervisor, status = engine.supervisor, service.status
+        if supervisor.health is Health.READY:
+            return JSONResponse({"status": status, "restarts": supervisor.restarts})
+        reason = f": {supervisor.reason}" if supervisor.reason else ""
+        return _not_well(status, ApiError(503, f"the engine is {status}{reason}", code="engine_down"))
 
     @app.get("/ready")
-    async def ready() -> dict[str, Any]:
+    async def ready() -> JSONResponse:
         """Whether new requests are taken."""
         if engine.draining:
-            raise ApiError(503, "the server is shutting down", code="draining")
+            return _not_well("draining", ApiError(503, "the server is shutting down", code="draining"))
         return await health()
 
     @app.get("/metrics")
@@ -158,7 +153,33 @@ def _administration(app: FastAPI, service: Service) -> None:
     async def server_info() -> dict[str, Any]:
         limits = {name: value for name, value in vars(service.settings).items() if name != "api_key"}
         state = {"health": engine.supervisor.health.value, "restarts": engine.supervisor.restarts, "stats": engine.supervisor.stats}
-        return {"model": service.model, "version": VERSION, "engine": engine.facts, "server": limits, **state}
+        return {"model": service.model, "version": VERSION, "engine": service.facts, "server": limits, **state}
+
+
+def _profiling(app: FastAPI, service: Service) -> None:
+    def directory() -> str:
+        if not service.settings.profile_directory:
+            message = "this server takes no profiles; start it with --profile-directory DIRECTORY, where it may write them"
+            raise ApiError(400, message, code="profiling_off")
+        return service.settings.profile_directory
+
+    @app.post("/start_profile")
+    async def start_profile() -> dict[str, str]:
+        """Begins a JAX profiler trace of the engine."""
+        into = directory()
+        await service.engine.start_profile(into)
+        return {"profile_directory": into}
+
+    @app.post("/stop_profile")
+    async def stop_profile() -> dict[str, str]:
+        """Ends the trace; answers when it is written."""
+        into = directory()
+        await service.engine.stop_profile()
+        return {"profile_directory": into}
+
+
+def _not_well(status: str, error: ApiError) -> JSONResponse:
+    return JSONResponse({"status": status} | error.body, error.status, error.headers)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

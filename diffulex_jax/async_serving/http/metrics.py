@@ -55,8 +55,8 @@ class EngineCollector(Collector):
 class Metrics:
     """The server's counters and histograms, in a registry of their own."""
 
-    def __init__(self, engine: AsyncEngine, *, block_size: int):
-        self.block_size = block_size
+    def __init__(self, engine: AsyncEngine):
+        self._engine = engine
         self.registry = registry = CollectorRegistry()
         registry.register(EngineCollector(engine))
 
@@ -80,6 +80,11 @@ class Metrics:
         self.block_commit = histogram("block_commit_latency_seconds", "Time of a stream for each block it commits, after the first commit.")
         self.end_to_end = histogram("e2e_request_latency_seconds", "From arrival to the complete output.")
         self.queue_time = histogram("request_queue_time_seconds", "From arrival until the output got a slot.")
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return int(self._engine.facts["block_size"])
 
     def page(self) -> bytes:
         """Prometheus's text format."""

@@ -81,16 +81,17 @@ async def gathered(service: Service, job: work.Job, request: Request) -> list[Re
 async def tokenize(service: Service, form: Tokenize) -> dict[str, Any]:
     """Token ids of a text or a conversation."""
     service.check_model(form.model)
+    longest = service.facts["max_model_len"]
     if (form.prompt is None) == (form.messages is None):
         raise ApiError(400, "give exactly one of prompt and messages", param="prompt")
     ids = await service.engine.encode(form.prompt) if form.prompt is not None else await work.conversation_of(service, form.messages or [])
-    return {"tokens": ids, "count": len(ids), "max_model_len": service.engine.facts["max_model_len"]}
+    return {"tokens": ids, "count": len(ids), "max_model_len": longest}
 
 
 async def detokenize(service: Service, form: Detokenize) -> dict[str, Any]:
     """The text of token ids, special tokens left out."""
     service.check_model(form.model)
-    tokenizer, size = service.engine.tokenizer, service.engine.facts["vocab_size"]
+    size, tokenizer = service.facts["vocab_size"], service.engine.tokenizer
     if tokenizer is None:
         raise ApiError(400, "this model has no tokenizer", param="tokens")
     if outside := [token for token in form.tokens if token >= size]:

@@ -47,7 +47,7 @@ async def chat_completions(service: Service, form: Chat, request: Request) -> Re
     prompt = await work.conversation_of(service, form.messages)
     most = form.max_tokens if form.max_completion_tokens is None else form.max_completion_tokens
     params = form.params(
-        max_tokens=max(1, service.engine.facts["max_model_len"] - len(prompt)) if most is None else most,
+        max_tokens=max(1, service.facts["max_model_len"] - len(prompt)) if most is None else most,
         logprobs=bool(form.logprobs),
         return_step_map=form.diffusion.step_map,
     )

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import logging
+import signal
 import socket
 import sys
 import time
@@ -48,9 +49,16 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._engine, self._drain_seconds = engine, drain_seconds
         self._draining: asyncio.Task[None] | None = None
+        self.first_signal = 0
+        self.opened = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.opened.set()
 
     def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
         """A signal came: called by Python between two bytecodes of the main thread."""
+        self.first_signal = self.first_signal or sig
         self._loop.call_soon_threadsafe(self._signalled)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -83,15 +91,20 @@ def build_engines(model: str, strategies: Sequence[str], **settings: Any) -> dic
     return Engine.for_strategies(model, strategies, **settings)
 
 
-def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settings: ServerSettings) -> None:
-    """Starts the engine, serves until a signal, and stops it.
+def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settings: ServerSettings) -> int:
+    """Starts the engine, serves until a signal, and stops it. The port is open from the beginning: until the engine has started,
+    ``/health`` says what it does, and requests are told to come again.
 
     Args:
       engine: not started yet.
       model: what it was loaded from.
       host: address to listen on.
-      port: port to listen on; 0 for any that is free. The log line "listening" has the one taken.
+      port: port to listen on; 0 for any that is free. The log lines "starting" and, once requests are served, "listening" have the one
+        taken.
       settings: how to behave.
+
+    Returns:
+      The exit code: 130 where SIGINT was the first signal, else 0. In a thread the engine may still be compiling, which no one can end.
 
     Raises:
       ValueError: when the model or a setting will not do.
@@ -108,15 +121,32 @@ def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settings: Se
         timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
     )
 
-    async def run() -> None:
+    async def run() -> int:
+        facts = {"host": host, "port": listening.getsockname()[1], "model": model}
+        server = DrainingServer(configure(create_app(engine, model=model, settings=settings)), engine, drain_seconds=settings.drain_seconds)
+
+        async def start() -> None:
+            await server.opened.wait()
+            began = time.monotonic()
+            logger.info("starting", extra={"facts": facts})
+            try:
+                await engine.start()
+                logger.info("listening", extra={"facts": facts | {"seconds": round(time.monotonic() - began, 1)}})
+            except BaseException:
+                server.should_exit = True
+                raise
+
+        starting = asyncio.ensure_future(start())
         try:
-            await engine.start()
-            app = create_app(engine, model=model, settings=settings)
-            logger.info("listening", extra={"facts": {"host": host, "port": listening.getsockname()[1], "model": model}})
-            await DrainingServer(configure(app), engine, drain_seconds=settings.drain_seconds).serve([listening])
+            await server.serve([listening])
+            if starting.done():
+                starting.result()  # what was wrong with it, if something was
         finally:
+            starting.cancel()
             listening.close()
             await engine.stop()
+            await asyncio.gather(starting, return_exceptions=True)
+        return 128 + signal.SIGINT if server.first_signal == signal.SIGINT else 0
 
     with asyncio.Runner(loop_factory=configure("").get_loop_factory()) as runner:
-        runner.run(run())
+        return runner.run(run())

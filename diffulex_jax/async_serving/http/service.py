@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from diffulex_jax.async_serving.async_engine import AsyncEngine
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.metrics import Metrics
 from diffulex_jax.async_serving.settings import ServerSettings
+from diffulex_jax.async_serving.supervisor import Health
 
 
 class Places:
@@ -77,15 +80,37 @@ def full() -> ApiError:
 
 @dataclasses.dataclass
 class Service:
-    """What the routes work with: one engine under one name."""
+    """What the routes work with: one engine under one name. The engine may not have started yet."""
 
     engine: AsyncEngine
     model: str
     settings: ServerSettings
-    places: Places
     metrics: Metrics
     began: int = dataclasses.field(default_factory=lambda: int(time.time()))
     client_ids: dict[str, str] = dataclasses.field(default_factory=dict)  # of requests in flight, by the id of their answer
+
+    @property
+    def status(self) -> str:
+        """What ``/health`` says of the engine."""
+        supervisor = self.engine.supervisor
+        return supervisor.stage if supervisor.health is Health.STARTING else supervisor.health.value
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``AsyncEngine.facts``.
+
+        Raises:
+          ApiError: 503 until the engine has started for the first time.
+        """
+        if not self.engine.facts:
+            raise ApiError(503, f"the engine is {self.status}; try again when /health says ready", code="starting")
+        return self.engine.facts
+
+    @functools.cached_property
+    def places(self) -> Places:
+        """The room there is."""
+        limits = {"slots": self.facts["max_slots"], "queue": self.settings.max_queue, "tokens": self.settings.max_queue_tokens}
+        return Places(self.facts["strategies"], **limits)
 
     @contextlib.contextmanager
     def known_as(self, id: str, client_id: str) -> Iterator[None]:

@@ -141,7 +141,7 @@ async def prompts_of(service: Service, prompt: str | list[int] | list[str | list
     """
     several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
     service.places.check(outputs=len(several) * n, blamed="prompt" if n == 1 else "n")
-    longest = service.engine.facts["max_model_len"]
+    longest = service.facts["max_model_len"]
     for one in several:
         if isinstance(one, list) and len(one) >= longest:
             message = f"prompt has {len(one)} tokens; that leaves no room for an answer within max_model_len={longest}"
