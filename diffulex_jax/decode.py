@@ -140,10 +140,10 @@ def prefill(
     full = program.attention == "prefix_full"
     visible = (positions < length)[None] if full else None
     lanes = start + jnp.arange(blocks) * block < length if full else written
-    attention = _attention(program, pool, page_table[None])
+    keys = block_attention.Keys(pool.k, pool.v, page_table[None], start[None], lanes[None])
 
     def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
-        out = attention(heads, layer=layer, prefix_len=start[None], lanes=lanes[None], visible=visible)
+        out = _attention(program)(heads, keys, layer=layer, visible=visible)
         return out, tuple(a[0].reshape(blocks, block, *a.shape[2:]) for a in block_attention.split_heads(heads)[1:])
 
     x = llada2.embed(params, tokens.reshape(1, -1))
@@ -152,10 +152,8 @@ def prefill(
     return _write(program, pool, k, v, pages)
 
 
-def _attention(program: Program, pool: KVPool, page_table: jax.Array) -> Callable[..., jax.Array]:
-    return functools.partial(
-        block_attention.block_attention, pool_k=pool.k, pool_v=pool.v, page_table=page_table, backend=program.kernels.block_attention
-    )
+def _attention(program: Program) -> Callable[..., jax.Array]:
+    return functools.partial(block_attention.block_attention, block=program.dims.block, backend=program.kernels.block_attention)
 
 
 def _hidden(program: Program, params: llada2.Params) -> Callable[..., tuple[jax.Array, Any]]:
@@ -168,7 +166,8 @@ def _hidden(program: Program, params: llada2.Params) -> Callable[..., tuple[jax.
 
 def _write(program: Program, pool: KVPool, k: jax.Array, v: jax.Array, pages: jax.Array) -> KVPool:
     write = functools.partial(block_attention.write_blocks, backend=program.kernels.block_attention)
-    return KVPool(write(pool.k, k, pages), write(pool.v, v, pages))
+    offsets = jnp.zeros_like(pages)  # a page is a block
+    return KVPool(write(pool.k, k, pages, offsets), write(pool.v, v, pages, offsets))
 
 
 def report(state: DecodeState, known: jax.Array, count: int) -> StepReport:
@@ -237,12 +236,12 @@ def predict(
     positions = state.positions.reshape(slots, width)
     valid = jnp.repeat(active, block, 1)
     hidden = _hidden(program, params)
-    attention = _attention(program, pool, page_table)
+    attention, keys = _attention(program), block_attention.Keys(pool.k, pool.v, page_table, state.written_upto, active)
 
     def with_pending(pool: KVPool) -> tuple[jax.Array, KVPool]:
         def attend(layer: jax.Array, heads: jax.Array, before: jax.Array | None = None) -> tuple[jax.Array, Any]:
-            lanes, earlier = (live[:, None], None) if before is None else (active, (before, live))
-            out = attention(heads, layer=layer, prefix_len=state.written_upto, lanes=lanes, before=earlier)
+            lanes, pending = (live[:, None], None) if before is None else (active, (before, live))
+            out = attention(heads, keys._replace(lanes=lanes), layer=layer, pending=pending)
             return out, block_attention.split_heads(heads)[1:]
 
         both = jnp.concatenate([embed(state.pending.tokens, state.pending.merge), x], 1)
@@ -254,7 +253,7 @@ def predict(
 
     def window_only(pool: KVPool) -> tuple[jax.Array, KVPool]:
         def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
-            return attention(heads, layer=layer, prefix_len=state.written_upto, lanes=active), ()
+            return attention(heads, keys, layer=layer), ()
 
         return hidden(x, positions, attend, valid=valid)[0], pool
 

@@ -280,14 +280,13 @@ def attention_inputs(draw, block: int, pages_per_row: int, rows: int = 3, blocks
 @functools.partial(jax.jit, static_argnames="leading")
 def jit_attention(heads, pool_k, pool_v, layer, page_table, prefix_len, lanes, *, leading):
     """All W queries, or the first block and the rest apart, as a forward with a pending block does it."""
-    attend = functools.partial(
-        block_attention.block_attention, pool_k=pool_k, pool_v=pool_v, layer=layer, page_table=page_table, prefix_len=prefix_len
-    )
+    keys = block_attention.Keys(pool_k, pool_v, page_table, prefix_len, lanes)
+    attend = functools.partial(block_attention.block_attention, layer=layer, block=heads.shape[1] // lanes.shape[1])
     if not leading:
-        return attend(heads, lanes=lanes)
+        return attend(heads, keys)
     first, rest = heads[:, :leading], heads[:, leading:]
-    pending, lanes = lanes[:, 0], lanes[:, 1:]
-    return jnp.concatenate([attend(first, lanes=pending[:, None]), attend(rest, lanes=lanes, before=(first, pending))], 1)
+    own, others = keys._replace(lanes=lanes[:, :1]), keys._replace(lanes=lanes[:, 1:])
+    return jnp.concatenate([attend(first, own), attend(rest, others, pending=(first, lanes[:, 0]))], 1)
 
 
 def dense_attention(heads, pool_k, pool_v, layer, table, prefix, lanes):
@@ -339,7 +338,7 @@ def test_write_blocks(seed):
     rng = np.random.default_rng(seed)
     pool, fresh = rng.normal(size=(2, 5, 4, 1, 3)).astype(np.float32), rng.normal(size=(2, 3, 4, 1, 3)).astype(np.float32)
     pages = np.where(rng.random(3) < 0.5, rng.permutation(5)[:3], 5 + rng.integers(0, 3, 3))
-    got = np.asarray(block_attention.write_blocks(jnp.array(pool), fresh, pages))
+    got = np.asarray(block_attention.write_blocks(jnp.array(pool), fresh, pages, np.zeros(3, np.int32)))
     for page, row in zip(pages, range(3), strict=True):
         if page < 5:
             pool[:, page] = fresh[:, row]

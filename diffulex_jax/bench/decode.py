@@ -206,16 +206,10 @@ def _model_loop(config: ModelConfig, params: llada2.Params, pool: KVPool, state:
     slots, _, block = state.tokens.shape
     positions = state.positions.reshape(slots, -1)
     lanes = state.active & state.live[:, None]
-    attention = functools.partial(
-        block_attention.block_attention,
-        pool_k=pool.k,
-        pool_v=pool.v,
-        page_table=_page_tables(state, pool),
-        prefix_len=state.written_upto,
-    )
+    keys = block_attention.Keys(pool.k, pool.v, _page_tables(state, pool), state.written_upto, lanes)
 
     def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
-        return attention(heads, layer=layer, lanes=lanes), ()
+        return block_attention.block_attention(heads, keys, layer=layer, block=block), ()
 
     def forward(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens, _ = carry

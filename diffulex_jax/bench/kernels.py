@@ -84,12 +84,9 @@ def measure(
     def attention(heads: jax.Array, i: jax.Array, pool: jax.Array, table: jax.Array) -> jax.Array:
         out = block_attention.block_attention(
             heads,
-            pool_k=pool,
-            pool_v=pool,
+            block_attention.Keys(pool, pool, table, jnp.full(batch, context, jnp.int32), jnp.ones((batch, 1), bool)),
             layer=i,
-            page_table=table,
-            prefix_len=jnp.full(batch, context, jnp.int32),
-            lanes=jnp.ones((batch, 1), bool),
+            block=block,
             backend=kernels.block_attention,
         )
         return heads + jnp.pad(out * jnp.asarray(1e-3, dtype), [(0, 0)] * 3 + [(0, 2), (0, 0)])

@@ -59,11 +59,8 @@ def touch_counter(program: decode.Program) -> tuple[Callable[..., jax.Array], li
         slots = len(tokens)
         attend = functools.partial(
             block_attention.block_attention,
-            pool_k=pool.k,
-            pool_v=pool.v,
-            page_table=page_table,
-            prefix_len=written_upto,
-            lanes=active,
+            keys=block_attention.Keys(pool.k, pool.v, page_table, written_upto, active),
+            block=program.dims.block,
             backend=program.kernels.block_attention,
         )
         return llada2.hidden(

@@ -1,4 +1,7 @@
-"""Block attention: a window of blocks over a paged prefix and itself, and the write of finished blocks into the pool."""
+"""Block attention: a window of blocks over a paged prefix and itself, and the write of finished blocks into the pool.
+
+A page of the pool need not be a block of the window: one of them is a multiple of the other.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,28 @@ import jax
 
 from pallas_kernels.block_attention import gpu, reference, tpu
 from pallas_kernels.block_attention.masked import masked_attention
-from pallas_kernels.block_attention.reference import split_heads
+from pallas_kernels.block_attention.reference import Keys, split_heads
 from pallas_kernels.target import Target, is_hopper, pick
 
 
-__all__ = ["Backend", "block_attention", "choose_backend", "masked_attention", "pool_order", "split_heads", "write_blocks"]
+__all__ = ["Backend", "Keys", "block_attention", "choose_backend", "masked_attention", "pool_order", "split_heads", "write_blocks"]
 
 Backend = Literal["reference", "gpu", "tpu"]
 
-_ATTENTION = {"reference": reference.block_attention, "gpu": gpu.block_attention, "tpu": tpu.block_attention}
-_WRITE = {"reference": reference.write_blocks, "gpu": reference.write_blocks, "tpu": tpu.write_blocks}
+
+def _tpu_attention(heads: jax.Array, keys: Keys, **options: Any) -> jax.Array:
+    whole = keys.pool_k.shape[2] % tpu.SUBLANES == 0
+    return (tpu if whole else reference).block_attention(heads, keys, **options)
+
+
+def _tpu_write(pool: jax.Array, fresh: jax.Array, pages: jax.Array, offsets: jax.Array) -> jax.Array:
+    block, page = fresh.shape[2], pool.shape[2]
+    whole = block == page or min(block, page) % tpu.SUBLANES == 0
+    return (tpu if whole else reference).write_blocks(pool, fresh, pages, offsets)
+
+
+_ATTENTION = {"reference": reference.block_attention, "gpu": gpu.block_attention, "tpu": _tpu_attention}
+_WRITE = {"reference": reference.write_blocks, "gpu": reference.write_blocks, "tpu": _tpu_write}
 
 
 def choose_backend(target: Target) -> Backend:
@@ -32,51 +47,50 @@ def pool_order(backend: str) -> tuple[int, ...] | None:
 
 def block_attention(
     heads: jax.Array,
+    keys: Keys,
     *,
-    pool_k: jax.Array,
-    pool_v: jax.Array,
     layer: jax.Array,
-    page_table: jax.Array,
-    prefix_len: jax.Array,
-    lanes: jax.Array,
-    before: tuple[jax.Array, jax.Array] | None = None,
+    block: int,
+    pending: tuple[jax.Array, jax.Array] | None = None,
     visible: jax.Array | None = None,
     backend: str | None = None,
 ) -> jax.Array:
-    """Block-causal attention: queries see the cached prefix, the live blocks before theirs, and their own block.
+    """Block-causal attention: queries see the cached prefix, the pending block, the live blocks before theirs, and their own block.
 
     Args:
-      heads: ``[R, W, KV, G + 2, H]`` of W = lanes x B window positions: for each key/value head its G query heads, its key, its value.
-      pool_k, pool_v: ``[L, N, B, KV, H]`` the paged pool; a page holds one block.
+      heads: ``[R, W, KV, G + 2, H]`` of W window positions: for each key/value head its G query heads, its key, its value.
+      keys: the pool, and what each row has of it.
       layer: int32 scalar, which layer of the pool.
-      page_table: ``[R, P]`` int32, the pages of a row's positions; entries at or past N are not read into any result.
-      prefix_len: ``[R]`` int32, how many positions from 0 on are cached, a multiple of B.
-      lanes: ``[R, W / B]`` bool, blocks of the window that exist; no other block sees a lane that does not.
-      before: ``(heads [R, C, KV, G + 2, H], live [R] bool)``: positions between prefix and window whose KV is not in the pool yet;
+      block: B, positions of a block; static. It divides W, and is a multiple of a page or divides it.
+      pending: ``(heads [R, C, KV, G + 2, H], live [R] bool)``: positions between prefix and window whose KV is not in the pool yet;
         seen by all queries of rows where ``live``. Their queries are not read.
-      visible: ``[R, W]`` bool; where given, all queries see just these positions of the window, whatever their blocks. Plain XLA.
-      backend: see :data:`Backend`; None chooses by the current mesh.
+      visible: ``[R, W, W]`` bool (query, key) or ``[R, W]`` (key): where given, queries see just these positions of the window, whatever
+        their blocks. Always plain XLA.
+      backend: see :data:`Backend`; None chooses by the current mesh. What a kernel is not made for takes the reference.
 
     Returns:
       ``[R, W, KV, G, H]`` in the dtype of ``heads``; rows of lanes that do not exist mean nothing.
 
     Raises:
-      ValueError: for an unknown backend.
+      ValueError: for an unknown backend, or a block that fits neither window nor pages.
     """
-    options: dict[str, Any] = {"pool_k": pool_k, "pool_v": pool_v, "layer": layer, "page_table": page_table}
-    options |= {"prefix_len": prefix_len, "lanes": lanes, "before": before}
+    page, width = keys.pool_k.shape[2], heads.shape[1]
+    if width % block or (page % block and block % page) or keys.lanes.shape[1] != width // block:
+        raise ValueError(f"block={block} fits neither a window of {width} in {keys.lanes.shape[1]} blocks, nor pages of {page}")
     if visible is not None:
-        return reference.block_attention(heads, visible=visible, **options)
-    return pick("block_attention", backend, choose_backend, _ATTENTION)(heads, **options)
+        return reference.block_attention(heads, keys, layer=layer, block=block, pending=pending, visible=visible)
+    attend = pick("block_attention", backend, choose_backend, _ATTENTION)
+    return attend(heads, keys, layer=layer, block=block, pending=pending)
 
 
-def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array, *, backend: str | None = None) -> jax.Array:
+def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array, offsets: jax.Array, *, backend: str | None = None) -> jax.Array:
     """Writes whole blocks into their pages; with the pool donated this happens in place.
 
     Args:
-      pool: ``[L, N, B, KV, H]``.
+      pool: ``[L, N, P, KV, H]``.
       fresh: ``[L, R, B, KV, H]``, one block a row.
-      pages: ``[R]`` int32; rows with a page at or past N write nothing.
+      pages: ``[R]`` int32, the page of each block; ``[R, B / P]`` where a block has several. Nothing is written to pages at or past N.
+      offsets: ``[R]`` int32, where in its page a block begins, a multiple of B; read where a page holds several.
       backend: as in :func:`block_attention`.
     """
-    return pick("block_attention", backend, choose_backend, _WRITE)(pool, fresh, pages)
+    return pick("block_attention", backend, choose_backend, _WRITE)(pool, fresh, pages, offsets)

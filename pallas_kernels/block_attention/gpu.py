@@ -1,7 +1,7 @@
 """Block attention over pages on Hopper GPUs (Mosaic GPU): one launch, pages fetched where they lie.
 
 A thread block attends for some query heads of one key/value head and one block of the window. Its keys are a list of pages:
-the row's cached prefix, the block before the window, and the window's blocks up to its own. One warpgroup fetches them ahead;
+the row's cached prefix, the pending block, and the window's blocks up to its own. One warpgroup fetches them ahead;
 the others keep a running softmax in registers (the scheme of FlashAttention-3, arXiv 2407.08608), and where there is room for
 it take turns at the pages and join what they have at the end.
 """
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_attention import reference
+from pallas_kernels.block_attention.reference import Keys
 
 
 _STEP = 64  # keys a step
@@ -32,10 +33,12 @@ class Plan(NamedTuple):
     stages: int  # steps fetched ahead, a multiple of turns
 
 
-def plan_for(heads: jax.Array, pool: jax.Array) -> Plan | None:
-    """A plan for heads ``[R, W, KV, G + 2, H]`` and a pool ``[L, N, B, KV, H]``; None where no tile fits."""
+def plan_for(heads: jax.Array, pool: jax.Array, block: int) -> Plan | None:
+    """A plan for heads ``[R, W, KV, G + 2, H]`` and a pool ``[L, N, P, KV, H]``; None where no tile fits."""
     rows, width, kv, packed, head = heads.shape
-    group, block = packed - 2, pool.shape[2]
+    group = packed - 2
+    if pool.shape[2] % block:
+        return None
     if not heads.dtype == pool.dtype == jnp.bfloat16 or block not in (8, 16, 32, 64) or head not in (64, 128) or group % (64 // block):
         return None
     # Keys are read once for 128 rows rather than twice for 64 where that leaves no multiprocessor idle.
@@ -61,9 +64,9 @@ def _body(
     heads: Any,
     pool_k: Any,
     pool_v: Any,
-    before: Any,
+    pending: Any,
     prefix_len: Any,
-    before_live: Any,
+    pending_live: Any,
     alive: Any,
     table: Any,
     layer: Any,
@@ -78,7 +81,7 @@ def _body(
     *joining: Any,
     plan: Plan,
     block: int,
-    before_blocks: int,
+    pending_blocks: int,
     kv_heads: int,
     pool_pages: int,
     scale: float,
@@ -100,10 +103,10 @@ def _body(
 
     # In packed heads a key and a value follow the queries of each key/value head.
     first_query, key = head_block * plan.heads + 2 * kv, kv * (group + 2) + group
-    in_pool, in_before, in_window = ((pool_k, kv), (pool_v, kv)), ((before, key), (before, key + 1)), ((heads, key), (heads, key + 1))
+    in_pool, in_pending, in_window = ((pool_k, kv), (pool_v, kv)), ((pending, key), (pending, key + 1)), ((heads, key), (heads, key + 1))
 
     prefix = lax.div(prefix_len[row], jnp.int32(block))
-    fixed = prefix + (before_live[row].astype(jnp.int32) * before_blocks if before_blocks else 0)
+    fixed = prefix + (pending_live[row].astype(jnp.int32) * pending_blocks if pending_blocks else 0)
     pages = jnp.where(alive[row, lane], fixed + lane + 1, 0)
     steps = lax.div(pages + (per_step - 1), jnp.int32(per_step))
 
@@ -140,9 +143,9 @@ def _body(
                     fetch(in_window, (row * lanes + lane_at) * block)
 
                 pl.when(page < prefix)(functools.partial(fetch, in_pool, (first_page + number) * block))
-                if before_blocks:
-                    at = (row * before_blocks + page - prefix) * block
-                    pl.when((page >= prefix) & (page < fixed))(functools.partial(fetch, in_before, at))
+                if pending_blocks:
+                    at = (row * pending_blocks + page - prefix) * block
+                    pl.when((page >= prefix) & (page < fixed))(functools.partial(fetch, in_pending, at))
                 pl.when(page >= fixed)(fetch_window)
 
         @pl.loop(jnp.maximum(steps - plan.stages, 0), steps)
@@ -227,27 +230,29 @@ def _body(
 
 def block_attention(
     heads: jax.Array,
+    keys: Keys,
     *,
-    pool_k: jax.Array,
-    pool_v: jax.Array,
     layer: jax.Array,
-    page_table: jax.Array,
-    prefix_len: jax.Array,
-    lanes: jax.Array,
-    before: tuple[jax.Array, jax.Array] | None = None,
+    block: int,
+    pending: tuple[jax.Array, jax.Array] | None = None,
     plan: Plan | None = None,
     **debug: Any,
 ) -> jax.Array:
-    """See the package's ``block_attention``. Rows of lanes that do not exist are zero; shapes that no tile fits take the reference."""
+    """See the package's ``block_attention``. Rows of lanes that do not exist are zero; shapes that no tile fits take the reference.
+
+    A page of several blocks is as many pages of one block, which lie one after the other.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     rows, width, kv, packed, head = heads.shape
-    group, count, pages, block = packed - 2, lanes.shape[1], *pool_k.shape[1:3]
-    plan = plan or plan_for(heads, pool_k)
+    plan = plan or plan_for(heads, keys.pool_k, block)
     if plan is None:
-        options: dict[str, Any] = {"pool_k": pool_k, "pool_v": pool_v, "layer": layer, "page_table": page_table}
-        return reference.block_attention(heads, prefix_len=prefix_len, lanes=lanes, before=before, **options)
-    earlier, live = (heads, prefix_len) if before is None else before  # without a block before, neither is read
+        return reference.block_attention(heads, keys, layer=layer, block=block, pending=pending)
+    pool_k, pool_v, table, prefix_len, lanes = keys
+    group, count, per_page = packed - 2, lanes.shape[1], pool_k.shape[2] // block
+    if per_page > 1:
+        table = (table[..., None] * per_page + jnp.arange(per_page, dtype=jnp.int32)).reshape(rows, -1)
+    unwritten, live = (heads, prefix_len) if pending is None else pending  # without a pending block, neither is read
 
     tile = plan.heads * block
     tiles = tile // 64
@@ -275,9 +280,9 @@ def block_attention(
         _body,
         plan=plan,
         block=block,
-        before_blocks=0 if before is None else earlier.shape[1] // block,
+        pending_blocks=0 if pending is None else unwritten.shape[1] // block,
         kv_heads=kv,
-        pool_pages=pages,
+        pool_pages=pool_k.shape[1] * per_page,
         scale=head**-0.5 * math.log2(math.e),
     )
     kernel = plgpu.kernel(
@@ -292,6 +297,6 @@ def block_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **debug,
     )
-    flat = [a.reshape(-1, math.prod(a.shape[-n:])) for a, n in ((heads, 3), (pool_k, 2), (pool_v, 2), (earlier, 3))]
-    out = kernel(*flat, prefix_len, live, lanes, page_table, layer.reshape(1))
+    flat = [a.reshape(-1, math.prod(a.shape[-n:])) for a, n in ((heads, 3), (pool_k, 2), (pool_v, 2), (unwritten, 3))]
+    out = kernel(*flat, prefix_len, live, lanes, table, layer.reshape(1))
     return out.reshape(rows, width, kv, group, head)

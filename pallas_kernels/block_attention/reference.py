@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,6 +13,23 @@ _PREFIX_TOKENS = 256  # prefix positions attended to at a time; bounds the gathe
 _NEVER = -1e30  # a finite mask value keeps fully masked chunks free of NaN
 
 
+class Keys(NamedTuple):
+    """The keys and values that a window of R rows may see, beside its own.
+
+    Attributes:
+      pool_k, pool_v: ``[L, N, P, KV, H]``, the paged pool.
+      page_table: ``[R, M]`` int32, the pages of a row's positions; entries at or past N are not read into any result.
+      prefix_len: ``[R]`` int32, how many positions from 0 on are cached: whole blocks, but the last page need not be full.
+      lanes: ``[R, W / B]`` bool, blocks of the window that exist; no other block sees a lane that does not.
+    """
+
+    pool_k: jax.Array
+    pool_v: jax.Array
+    page_table: jax.Array
+    prefix_len: jax.Array
+    lanes: jax.Array
+
+
 def split_heads(heads: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries ``[..., KV, G, H]``, keys and values ``[..., KV, H]`` of ``[..., KV, G + 2, H]``."""
     return heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
@@ -18,31 +37,29 @@ def split_heads(heads: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def block_attention(
     heads: jax.Array,
+    keys: Keys,
     *,
-    pool_k: jax.Array,
-    pool_v: jax.Array,
     layer: jax.Array,
-    page_table: jax.Array,
-    prefix_len: jax.Array,
-    lanes: jax.Array,
-    before: tuple[jax.Array, jax.Array] | None = None,
+    block: int,
+    pending: tuple[jax.Array, jax.Array] | None = None,
     visible: jax.Array | None = None,
 ) -> jax.Array:
     """See the package's ``block_attention``.
 
-    The softmax is accumulated over the window first, then over the block before it, then over prefix chunks up to the
+    The softmax is accumulated over the window first, then over the pending block, then over prefix chunks up to the
     longest prefix in the batch. A part that a row does not see changes nothing of that row, to the bit, so a row depends
-    neither on the others nor on whether a block before it was passed.
+    neither on the others nor on whether a pending block was passed.
     """
     q, k, v = split_heads(heads)
     rows, width, _, _, head = q.shape
-    pages, block = pool_k.shape[1:3]
+    pool_k, pool_v, page_table, prefix_len, lanes = keys
+    pages, page = pool_k.shape[1:3]
     q32 = q.astype(jnp.float32) * head**-0.5
 
     lane = jnp.arange(width) // block
     seen = (lane[None, :] <= lane[:, None]) & (lanes[:, lane][:, None, :] | (lane[None, :] == lane[:, None]))
     if visible is not None:
-        seen = jnp.broadcast_to(visible[:, None], (rows, width, width))
+        seen = jnp.broadcast_to(visible[:, None] if visible.ndim == 2 else visible, (rows, width, width))
 
     Carry = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -60,11 +77,11 @@ def block_attention(
     shape = (rows, *q.shape[2:4], width)
     carry = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, head)))
     carry = attend(carry, k, v, seen[:, None, None])
-    if before is not None:
-        earlier, live = before
-        carry = attend(carry, *split_heads(earlier)[1:], live[:, None, None, None, None])
+    if pending is not None:
+        unwritten, live = pending
+        carry = attend(carry, *split_heads(unwritten)[1:], live[:, None, None, None, None])
 
-    chunk = max(1, min(_PREFIX_TOKENS // block, page_table.shape[1]))
+    chunk = max(1, min(_PREFIX_TOKENS // page, page_table.shape[1]))
     chunks = -(-page_table.shape[1] // chunk)
     table = jnp.pad(page_table, ((0, 0), (0, chunks * chunk - page_table.shape[1])), constant_values=pages)
     flat_k, flat_v = (p.reshape(-1, *p.shape[2:]) for p in (pool_k, pool_v))
@@ -72,17 +89,23 @@ def block_attention(
     def prefix(i: jax.Array, carry: Carry) -> Carry:
         at = lax.dynamic_slice_in_dim(table, i * chunk, chunk, 1)
         at = layer * pages + jnp.minimum(at, pages - 1)
-        keys, values = (p[at].reshape(rows, chunk * block, *p.shape[2:]) for p in (flat_k, flat_v))
-        cached = i * chunk * block + jnp.arange(chunk * block) < prefix_len[:, None]
+        cached_k, cached_v = (p[at].reshape(rows, chunk * page, *p.shape[2:]) for p in (flat_k, flat_v))
+        cached = i * chunk * page + jnp.arange(chunk * page) < prefix_len[:, None]
         # Pages that are not read may hold anything, also what is not a number, and zero times that is not zero.
-        values = jnp.where(cached[..., None, None], values, 0)
-        return attend(carry, keys, values, cached[:, None, None, None])
+        cached_v = jnp.where(cached[..., None, None], cached_v, 0)
+        return attend(carry, cached_k, cached_v, cached[:, None, None, None])
 
-    needed = (prefix_len.max() + chunk * block - 1) // (chunk * block)
+    needed = (prefix_len.max() + chunk * page - 1) // (chunk * page)
     _, total, out = lax.fori_loop(0, needed, prefix, carry)
     return jnp.einsum("rkgth->rtkgh", out / total[..., None]).astype(q.dtype)
 
 
-def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array) -> jax.Array:
-    """See the package's ``write_blocks``."""
-    return pool.at[:, pages].set(fresh.astype(pool.dtype), mode="drop")
+def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array, offsets: jax.Array) -> jax.Array:
+    """See the package's ``write_blocks``: one scatter, in whatever order the pool lies."""
+    layers, rows, block, *head = fresh.shape
+    page, fresh = pool.shape[2], fresh.astype(pool.dtype)
+    if block >= page:
+        return pool.at[:, pages.reshape(-1)].set(fresh.reshape(layers, rows * (block // page), page, *head), mode="drop")
+    where = lax.ScatterDimensionNumbers(update_window_dims=(0, 2, 3, 4), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1, 2))
+    at = jnp.stack([pages, offsets], 1)
+    return lax.scatter(pool, at, fresh, where, mode=lax.GatherScatterMode.FILL_OR_DROP)

@@ -1,6 +1,6 @@
 """Block attention on TPU: one grid step a row, its cached pages fetched by double-buffered DMA; and the write of blocks in place.
 
-The kernels take keys and values with heads before tokens, ``[..., KV, B, H]``: a head's tokens then fill whole tiles. A pool stored
+The kernels take keys and values with heads before tokens, ``[..., KV, P, H]``: a head's tokens then fill whole tiles. A pool stored
 that way (``POOL_ORDER``) is only looked at differently; one in row-major order would be copied at every call.
 """
 
@@ -15,11 +15,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_attention.reference import split_heads
+from pallas_kernels.block_attention.reference import Keys, split_heads
 
 
 POOL_ORDER = (0, 1, 3, 2, 4)
-"""Dimensions of a pool ``[L, N, B, KV, H]`` from major to minor, as the kernels read it."""
+"""Dimensions of a pool ``[L, N, P, KV, H]`` from major to minor, as the kernels read it."""
+
+SUBLANES = 8
+"""Positions of a tile in memory. A copy of a part of one may be compiled, but was never run: the package takes the reference there."""
 
 _PREFIX_TOKENS = 256  # fetched together, while those before are attended to
 _NEVER = -1e30  # finite: a row that has seen nothing yet stays free of NaN
@@ -27,32 +30,30 @@ _NEVER = -1e30  # finite: a row that has seen nothing yet stays free of NaN
 
 def block_attention(
     heads: jax.Array,
+    keys: Keys,
     *,
-    pool_k: jax.Array,
-    pool_v: jax.Array,
     layer: jax.Array,
-    page_table: jax.Array,
-    prefix_len: jax.Array,
-    lanes: jax.Array,
-    before: tuple[jax.Array, jax.Array] | None = None,
+    block: int,
+    pending: tuple[jax.Array, jax.Array] | None = None,
     prefix_tokens: int = _PREFIX_TOKENS,
     interpret: Any = False,
 ) -> jax.Array:
     """See the package's ``block_attention``. Lanes that do not exist are skipped and give zeros."""
     q, k, v = split_heads(heads)
     rows, width, kv, group, head = q.shape
-    pages, block = pool_k.shape[1:3]
+    pool_k, pool_v, page_table, prefix_len, lanes = keys
+    pages, page = pool_k.shape[1:3]
     count = width // block
-    chunk = max(1, min(prefix_tokens // block, page_table.shape[1]))
+    chunk = max(1, min(prefix_tokens // page, page_table.shape[1]))
     table = jnp.minimum(jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % chunk))), pages - 1)
 
     # A lane's queries of one key/value head stand together: [R, KV, lane, G B, H].
     queries = jnp.einsum("rltkgh->rklgth", q.reshape(rows, count, block, kv, group, head)).reshape(rows, kv, count, -1, head)
     own = [jnp.swapaxes(a, 1, 2) for a in (k, v)]
-    earlier = [] if before is None else [jnp.swapaxes(a, 1, 2) for a in split_heads(before[0])[1:]]
-    flags = jnp.concatenate([lanes, jnp.zeros((rows, 1), bool) if before is None else before[1][:, None]], 1).astype(jnp.int32)
+    unwritten = [] if pending is None else [jnp.swapaxes(a, 1, 2) for a in split_heads(pending[0])[1:]]
+    flags = jnp.concatenate([lanes, jnp.zeros((rows, 1), bool) if pending is None else pending[1][:, None]], 1).astype(jnp.int32)
     key_lane = jnp.arange(width, dtype=jnp.int32) // block
-    keys = jnp.stack([jnp.broadcast_to(key_lane, (rows, width)), lanes[:, key_lane].astype(jnp.int32)], 1)
+    of_keys = jnp.stack([jnp.broadcast_to(key_lane, (rows, width)), lanes[:, key_lane].astype(jnp.int32)], 1)
 
     def row(a: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((1, *a.shape[1:]), lambda r, *_: (r, *[0] * (a.ndim - 1)))
@@ -60,14 +61,14 @@ def block_attention(
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     scalars = jnp.asarray(layer, jnp.int32).reshape(1), table, prefix_len, flags
     state = (count, kv, group * block)
-    buffer = pltpu.VMEM((2, kv, chunk * block, head), pool_k.dtype)
+    buffer = pltpu.VMEM((2, kv, chunk * page, head), pool_k.dtype)
     out = pl.pallas_call(
-        functools.partial(_attend, block=block, chunk=chunk, has_before=before is not None),
+        functools.partial(_attend, page=page, chunk=chunk, has_pending=pending is not None),
         out_shape=jax.ShapeDtypeStruct(queries.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(rows,),
-            in_specs=[*(row(a) for a in (queries, *own, keys, *earlier)), anywhere, anywhere],
+            in_specs=[*(row(a) for a in (queries, *own, of_keys, *unwritten)), anywhere, anywhere],
             out_specs=row(queries),
             scratch_shapes=[
                 *(pltpu.VMEM((*state, n), jnp.float32) for n in (1, 1, head)),
@@ -78,13 +79,13 @@ def block_attention(
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         cost_estimate=pl.CostEstimate(
-            flops=4 * q.size * (width + table.shape[1] * block),
-            bytes_accessed=2 * rows * table.shape[1] * block * kv * head * pool_k.dtype.itemsize,
-            transcendentals=q.size // head * (width + table.shape[1] * block),
+            flops=4 * q.size * (width + table.shape[1] * page),
+            bytes_accessed=2 * rows * table.shape[1] * page * kv * head * pool_k.dtype.itemsize,
+            transcendentals=q.size // head * (width + table.shape[1] * page),
         ),
         name="block_attention",
         interpret=interpret,
-    )(*scalars, queries, *own, keys, *earlier, _heads_first(pool_k), _heads_first(pool_v))
+    )(*scalars, queries, *own, of_keys, *unwritten, _heads_first(pool_k), _heads_first(pool_v))
     return jnp.einsum("rklgth->rltkgh", out.reshape(rows, kv, count, group, block, head)).reshape(q.shape)
 
 
@@ -92,23 +93,23 @@ def _heads_first(pool: jax.Array) -> jax.Array:
     return pool.transpose(POOL_ORDER)
 
 
-def _attend(layer: Any, table: Any, prefix_len: Any, flags: Any, *refs: Any, block: int, chunk: int, has_before: bool) -> None:
-    q_ref, k_ref, v_ref, keys_ref, *earlier, pool_k, pool_v, out_ref, peak, total, acc, k_buffer, v_buffer, arrived = refs
+def _attend(layer: Any, table: Any, prefix_len: Any, flags: Any, *refs: Any, page: int, chunk: int, has_pending: bool) -> None:
+    q_ref, k_ref, v_ref, keys_ref, *unwritten, pool_k, pool_v, out_ref, peak, total, acc, k_buffer, v_buffer, arrived = refs
     r = pl.program_id(0)
     _, kv, count, _, head = q_ref.shape
-    tokens, length = chunk * block, prefix_len[r]
+    tokens, length = chunk * page, prefix_len[r]
     chunks = pl.cdiv(length, tokens)
 
     def copies(c: Any, slot: Any, act: Any) -> None:
         """Starts or waits for what chunk c has of the prefix; its last pages may not be cached."""
         for i in range(chunk):
 
-            @pl.when(c * tokens + i * block < length)
+            @pl.when(c * tokens + i * page < length)
             def _page(i: int = i) -> None:
-                page = table[r, c * chunk + i]
+                number = table[r, c * chunk + i]
                 for n, (pool, buffer) in enumerate(((pool_k, k_buffer), (pool_v, v_buffer))):
-                    to = buffer.at[slot, :, pl.ds(i * block, block)]
-                    act(pltpu.make_async_copy(pool.at[layer[0], page], to, arrived.at[slot, n]))
+                    to = buffer.at[slot, :, pl.ds(i * page, page)]
+                    act(pltpu.make_async_copy(pool.at[layer[0], number], to, arrived.at[slot, n]))
 
     def update(lane: Any, h: int, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> None:
         """One online-softmax update of a lane's queries of head h by ``k, v [n, H]``; ``mask [1, n]``."""
@@ -152,13 +153,13 @@ def _attend(layer: Any, table: Any, prefix_len: Any, flags: Any, *refs: Any, blo
                 update(lane, h, k_ref[0, h], v_ref[0, h], (key_lane == lane) | (live & (key_lane < lane)))
 
         each_lane(window)
-        if has_before:
+        if has_pending:
 
             @pl.when(flags[r, count] != 0)
-            def _before() -> None:
+            def _pending() -> None:
                 def all_of_it(lane: jax.Array) -> None:
                     for h in range(kv):
-                        update(lane, h, earlier[0][0, h], earlier[1][0, h], None)
+                        update(lane, h, unwritten[0][0, h], unwritten[1][0, h], None)
 
                 each_lane(all_of_it)
 
@@ -190,38 +191,45 @@ def _attend(layer: Any, table: Any, prefix_len: Any, flags: Any, *refs: Any, blo
         each_lane(finish)
 
 
-def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array, *, interpret: Any = False) -> jax.Array:
-    """See the package's ``write_blocks``: one DMA a row from ``fresh`` to its page in all layers, all in flight together."""
+def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array, offsets: jax.Array, *, interpret: Any = False) -> jax.Array:
+    """See the package's ``write_blocks``: one DMA a page from ``fresh`` to its place in all layers, all in flight together."""
     fresh = _heads_first(fresh).astype(pool.dtype)
     view = _heads_first(pool)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     written = pl.pallas_call(
-        _write,
+        functools.partial(_write, block=fresh.shape[3], page=pool.shape[2]),
         out_shape=jax.ShapeDtypeStruct(view.shape, view.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(1,),
             in_specs=[anywhere, anywhere],
             out_specs=anywhere,
             scratch_shapes=[pltpu.SemaphoreType.DMA],
         ),
-        input_output_aliases={2: 0},
+        input_output_aliases={3: 0},
         name="write_blocks",
         interpret=interpret,
-    )(pages, fresh, view)
+    )(pages.reshape(-1), offsets, fresh, view)
     return written.transpose(POOL_ORDER)  # swaps the same two dimensions back
 
 
-def _write(pages: Any, fresh: Any, pool_in: Any, pool: Any, arrived: Any) -> None:
+def _write(pages: Any, offsets: Any, fresh: Any, pool_in: Any, pool: Any, arrived: Any, *, block: int, page: int) -> None:
     del pool_in  # the same memory as `pool`
+    parts, size = max(1, block // page), min(block, page)  # of a block: pages, and positions in each
 
     def each(act: Any) -> None:
-        def one(r: jax.Array, _: None) -> None:
-            @pl.when((pages[r] >= 0) & (pages[r] < pool.shape[1]))
+        def one(i: jax.Array, _: None) -> None:
+            @pl.when((pages[i] >= 0) & (pages[i] < pool.shape[1]))
             def _row() -> None:
-                act(pltpu.make_async_copy(fresh.at[:, r], pool.at[:, pages[r]], arrived))
+                source, to = fresh.at[:, i], pool.at[:, pages[i]]
+                if parts > 1:
+                    first = pl.multiple_of(lax.rem(i, jnp.int32(parts)) * size, size)
+                    source = fresh.at[:, lax.div(i, jnp.int32(parts)), :, pl.ds(first, size)]
+                if block < page:
+                    to = pool.at[:, pages[i], :, pl.ds(pl.multiple_of(offsets[i], size), size)]
+                act(pltpu.make_async_copy(source, to, arrived))
 
-        lax.fori_loop(0, fresh.shape[1], one, None)
+        lax.fori_loop(0, fresh.shape[1] * parts, one, None)
 
     each(lambda copy: copy.start())
     each(lambda copy: copy.wait())

@@ -64,8 +64,8 @@ def test_decision(topology):
 
 
 def attend(pool_k, pool_v, heads, layer, table, length, lanes):
-    options = {"page_table": table, "prefix_len": length, "lanes": lanes}
-    return block_attention.block_attention(heads, pool_k=pool_k, pool_v=pool_v, layer=layer, **options)
+    keys = block_attention.Keys(pool_k, pool_v, table, length, lanes)
+    return block_attention.block_attention(heads, keys, layer=layer, block=heads.shape[1] // lanes.shape[1])
 
 
 @pytest.mark.parametrize("topology", GENERATIONS)
@@ -77,7 +77,23 @@ def test_attention_reads_the_pool_where_it_lies(topology):
     assert compiled.memory_analysis().temp_size_in_bytes < 8 << 20  # a pool has 320 MiB
 
 
-BLOCKS = ((20, 5, 32, 4, 128), jnp.bfloat16), ((5,), jnp.int32)
+@pytest.mark.parametrize("topology", ["v5e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(("block", "page", "written_by_kernels"), [(4, 32, 0), (8, 32, 1), (32, 64, 1), (32, 16, 1)])
+def test_pages_that_are_no_blocks(topology, block, page, written_by_kernels):
+    """SDAR's blocks of 4 too: read by the kernel, written by XLA, and no pool is copied."""
+    pool, width = ((20, 512, page, 4, 128), jnp.bfloat16), 3 * block
+    args = pool, pool, ((5, width, 4, 6, 128), jnp.bfloat16), ((), jnp.int32), ((5, 63), jnp.int32), ((5,), jnp.int32), ((5, 3), jnp.bool_)
+    read = compile_for(topology, attend, *args, pools=2)
+    assert kernels(read) == 1
+    parts = (block // page,) if block > page else ()
+    blocks = ((20, 5, block, 4, 128), jnp.bfloat16), ((5, *parts), jnp.int32), ((5,), jnp.int32)
+    wrote = compile_for(topology, block_attention.write_blocks, pool, *blocks, pools=1, returns_pool=True, donate_argnums=0)
+    assert kernels(wrote) == written_by_kernels
+    assert wrote.memory_analysis().alias_size_in_bytes >= 20 * 512 * page * 4 * 128 * 2
+    assert max(c.memory_analysis().temp_size_in_bytes for c in (read, wrote)) < 8 << 20
+
+
+BLOCKS = ((20, 5, 32, 4, 128), jnp.bfloat16), ((5,), jnp.int32), ((5,), jnp.int32)
 POOL_BYTES = 20 * 512 * 32 * 4 * 128 * 2
 
 

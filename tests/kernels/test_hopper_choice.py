@@ -35,10 +35,11 @@ def test_prediction_in_float32(top_k):
 def test_attention_in_float32():
     rng = np.random.default_rng(1)
     heads = jnp.asarray(rng.standard_normal((2, 16, 1, 4, 64)), jnp.float32)
-    pools = {n: jnp.asarray(rng.standard_normal((2, 5, 8, 1, 64)), jnp.float32) for n in ("pool_k", "pool_v")}
+    pools = [jnp.asarray(rng.standard_normal((2, 5, 8, 1, 64)), jnp.float32) for _ in "kv"]
     table, length = jnp.array([[0, 1], [4, 5]]), jnp.array([16, 8])
     lanes = jnp.array([[True, True], [True, False]])
-    both(block_attention.block_attention, heads, **pools, layer=jnp.int32(1), page_table=table, prefix_len=length, lanes=lanes)
+    keys = block_attention.Keys(*pools, table, length, lanes)
+    both(block_attention.block_attention, heads, keys, layer=jnp.int32(1), block=8)
 
 
 @pytest.mark.parametrize("mode,width", [("dmax_topk", 100), ("iter_smooth_topk", 128)])
