@@ -64,7 +64,7 @@ class AsyncEngine:
         def make_worker(deliver: Deliver) -> Worker:
             if isolation == "thread":
                 return ThreadWorker(factory, deliver)
-            return ProcessWorker(factory, deliver, compile_cache=cache)
+            return ProcessWorker(factory, deliver, cache=cache)
 
         self.supervisor = Supervisor(
             make_worker,
@@ -99,7 +99,7 @@ class AsyncEngine:
           isolation: ``"thread"`` runs the engine in this process. ``"process"`` gives it one of its own, which is watched and, if it
             crashes, falls silent or hangs, ended and started anew; a script that asks for it needs the usual
             ``if __name__ == "__main__"``.
-          compile_cache: (``"process"``) directory that keeps compiled programs, so that a restart need not compile.
+          compile_cache: (``"process"``) directory that keeps compiled programs; default: see ``diffulex_jax.compile_cache``.
           silence_seconds: (``"process"``) an engine that gives no sign of life for so long is taken for dead.
           tick_seconds: (``"process"``) longest time one step may take.
           **engine_settings: of ``Engine.from_pretrained``.

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import jax
 
+from diffulex_jax import compile_cache
 from diffulex_jax.async_serving import loop, protocol
 from diffulex_jax.engine import startup
 from diffulex_jax.engine.engine import Engine
@@ -146,12 +147,12 @@ class ProcessWorker:
 
     watched = True
 
-    def __init__(self, factory: Factory, deliver: Deliver, *, compile_cache: pathlib.Path | None):
+    def __init__(self, factory: Factory, deliver: Deliver, *, cache: pathlib.Path | None):
         self._deliver = deliver
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._outbox: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
-        self.process = context.Process(target=_process_main, args=(factory, theirs, compile_cache), name="engine", daemon=True)
+        self.process = context.Process(target=_process_main, args=(factory, theirs, cache), name="engine", daemon=True)
         self.process.start()
         theirs.close()
         for target in (self._read, self._write):
@@ -186,13 +187,10 @@ class ProcessWorker:
                 self._pipe.send_bytes(pickled)
 
 
-def _process_main(factory: Factory, pipe: multiprocessing.connection.Connection, compile_cache: pathlib.Path | None) -> None:
+def _process_main(factory: Factory, pipe: multiprocessing.connection.Connection, cache: pathlib.Path | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if compile_cache is not None:  # so that a restart only reads
-        jax.config.update("jax_compilation_cache_dir", str(compile_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compile_cache.enable(cache)  # so that a restart only reads
     lock, ticking_since = threading.Lock(), collections.deque([0.0], maxlen=1)
 
     def emit(events: list[protocol.Event]) -> None:

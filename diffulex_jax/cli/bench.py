@@ -39,8 +39,10 @@ def bench_decode(
     """Tokens per second, milliseconds a step, and the share of a step that is not the model."""
     with one_line_errors():
         sampling, engine_settings = split(settings)
+        from diffulex_jax import compile_cache
         from diffulex_jax.bench import decode
 
+        compile_cache.enable()
         report = decode.run(
             model=model,
             shape=shape,
@@ -69,8 +71,10 @@ def bench_step(
     """Milliseconds a denoise step and each of its kernels, against the memory traffic they cannot do without."""
     with one_line_errors():
         batches, contexts = numbers("--batch", batch), numbers("--context", context)
+        from diffulex_jax import compile_cache
         from diffulex_jax.bench import step
 
+        compile_cache.enable()
         report = step.run(
             shape=shape,
             batches=batches,

@@ -9,7 +9,6 @@ import dataclasses
 import enum
 import functools
 import json
-import os
 import pathlib
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -117,6 +116,7 @@ class Isolation(enum.Enum):
 
 
 _PROCESS = "The engine's process"
+_CACHE = "Keeps compiled programs. Default: $DIFFULEX_JAX_CACHE, or the user's cache."
 
 
 @app.command(cls=PlainCommand)
@@ -134,7 +134,7 @@ def serve(
         float, typer.Option(help="A process that gives no sign of life for so long is taken for dead.", rich_help_panel=_PROCESS)
     ] = 3.0,
     tick_seconds: Annotated[float, typer.Option(help="Longest time one step may take in a process.", rich_help_panel=_PROCESS)] = 120.0,
-    compile_cache: Annotated[pathlib.Path | None, typer.Option(help="Keeps compiled programs; default: in the user's cache.")] = None,
+    compile_cache: Annotated[pathlib.Path | None, typer.Option(help=_CACHE)] = None,
     **settings: Any,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, and some of its own."""
@@ -149,17 +149,12 @@ def serve(
         engine = AsyncEngine(
             functools.partial(http.build_engines, model, strategy or ["llada2"], **engine_settings),
             isolation=isolation.value,
-            compile_cache=compile_cache or _cache_directory(),
+            compile_cache=compile_cache,
             silence_seconds=silence_seconds,
             tick_seconds=tick_seconds,
         )
         interrupt.leave_to_loop()
         interrupt.leave(http.serve(engine, model=model, host=host, port=port, settings=ServerSettings(**chosen)))
-
-
-def _cache_directory() -> pathlib.Path:
-    """Where this user's programs keep what they can make again."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "diffulex-jax" / "compiled"
 
 
 _SLICE = "The slice"

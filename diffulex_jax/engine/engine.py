@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from diffulex_jax import decode
+from diffulex_jax import compile_cache, decode
 from diffulex_jax.cache.pages import PagePool, chain_digest
 from diffulex_jax.config import ModelConfig
 from diffulex_jax.engine.config import EngineConfig
@@ -54,7 +54,7 @@ class Engine:
         memory_share: float = 1.0,
         **settings: Any,
     ):
-        """Compiles everything it will run.
+        """Compiles everything it will run; see ``compile_cache`` for where that is kept.
 
         Args:
           config: the model's shape.
@@ -70,6 +70,7 @@ class Engine:
         Raises:
           ValueError: for a setting that will not do, naming it.
         """
+        compile_cache.enable()
         self.mesh = make_mesh() if mesh is None else mesh
         if self.mesh.axis_names != MESH_AXES or self.mesh.shape["data"] > 1:
             raise ValueError(f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {self.mesh.shape}")
