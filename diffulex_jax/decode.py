@@ -296,6 +296,7 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
         penalty=rows(s.penalty_lambda),
         banned=jnp.where(early[:, None], jnp.repeat(s.stop_ids, per_position, 0), -1),
         top_k=program.dims.candidates,
+        entropy=program.rule.entropy,
         vocab_axes=shared_by("vocab"),
         backend=program.kernels.prediction,
     )
@@ -306,6 +307,7 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
         top_ids=best.top_ids.reshape(*shape, -1),
         top_probs=best.top_probs.reshape(*shape, -1),
         masked=state.masked,
+        entropy=None if best.entropy is None else best.entropy.reshape(shape),
     )
 
 

@@ -60,6 +60,7 @@ class Settings(struct.PyTreeNode):
     top_k: jax.Array
     num_to_transfer: jax.Array
     denoising_steps: jax.Array
+    entropy_bound: jax.Array
     max_post_edit_steps: jax.Array
     max_nfe: jax.Array
     min_tokens: jax.Array
@@ -208,6 +209,7 @@ class Prediction(struct.PyTreeNode):
       current_prob: ``[S, K, B]`` float32, the model's probability of the token that stood there.
       top_ids, top_probs: ``[S, K, B, C]`` the C most probable tokens, best first, C as many as the rule asks for.
       masked: ``[S, K, B]`` bool, what was masked in this forward's input.
+      entropy: ``[S, K, B]`` float32, of the distribution that ``prob`` is of, in nats; None unless the rule asks for it.
     """
 
     token: jax.Array
@@ -216,6 +218,7 @@ class Prediction(struct.PyTreeNode):
     top_ids: jax.Array
     top_probs: jax.Array
     masked: jax.Array
+    entropy: jax.Array | None = None
 
 
 class StepReport(struct.PyTreeNode):

@@ -64,7 +64,13 @@ def block_of(rule: Rule, tokens: Sequence[int | None], *, frozen: int = 0, **set
 
 
 def update(
-    rule: Rule, state: DecodeState, tokens: Sequence[int], probs: Sequence[float], current: Sequence[float] | None = None
+    rule: Rule,
+    state: DecodeState,
+    tokens: Sequence[int],
+    probs: Sequence[float],
+    *,
+    current: Sequence[float] | None = None,
+    entropy: Sequence[float] | None = None,
 ) -> DecodeState:
     """One application of a rule to a block: the model says ``tokens`` with ``probs``, and ``current`` of what stands there."""
     token, prob = jnp.array([[tokens]], jnp.int32), jnp.array([[probs]], jnp.float32)
@@ -75,6 +81,7 @@ def update(
         top_ids=token[..., None],
         top_probs=prob[..., None],
         masked=state.masked,
+        entropy=None if entropy is None else jnp.array([[entropy]], jnp.float32),
     )
     state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
     state, rule_state = rule.update(prediction, state, state.rule)
@@ -95,7 +102,7 @@ def held(state: DecodeState) -> bool:
 class Script:
     """What the model says to one request: at its n-th forward, row n (the last one, from then on) by absolute position.
 
-    ``current`` is the probability of what stands there, where that is not what the model says.
+    ``current`` is the probability of what stands there, where that is not what the model says. Entropies are ``1 - probs``.
     """
 
     prompt: Sequence[int]
@@ -142,6 +149,7 @@ def predict(program: decode.Program, scripts: dict, pool: KVPool, state: DecodeS
         top_ids=(token[..., None] - rank) % EOS,
         top_probs=prob[..., None] / (1 + rank),
         masked=state.masked,
+        entropy=1 - prob if program.rule.entropy else None,
     )
     state = state.replace(
         written_upto=jnp.where(written, state.start, state.written_upto),

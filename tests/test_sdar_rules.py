@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scripted import MASK, block_of, play, script, shown, update
 
 from diffulex_jax import chain
-from diffulex_jax.rules import edit, remask, sequential, threshold
+from diffulex_jax.rules import edit, entropy_bounded, remask, sequential, threshold
 from diffulex_jax.rules.blocks import quota
 
 
@@ -79,10 +79,38 @@ def test_sequential_fills_the_leftmost_masks_whatever_their_probability():
     assert shown(update(sequential(), state, [1, 2, 3, 4, 5], [0.9, 0.1, 0.9, 0.2, 0.99])) == [7, 2, 8, 4, _]
 
 
+# entropy_bounded
+
+
+@pytest.mark.parametrize(
+    ("bound", "want"),
+    [
+        (0.0, [1, _, _, _]),  # nothing is below: one is filled all the same, of equal ones the lower
+        (0.5, [1, _, _, _]),  # 0.25 + 0.25 is not below 0.5
+        (0.75, [1, 2, _, _]),  # 0.25 + 0.25 is, with 0.5 more it is not
+        (1.25, [1, 2, _, 4]),
+        (9.0, [1, 2, 3, 4]),
+    ],
+)
+def test_entropies_add_up_to_less_than_the_bound(bound, want):
+    state = block_of(entropy_bounded(), [_, _, _, _], entropy_bound=bound)
+    assert shown(update(entropy_bounded(), state, [1, 2, 3, 4], [0.5] * 4, entropy=[0.25, 0.25, 1.0, 0.5])) == want
+
+
+def test_filled_positions_have_no_part_in_the_bound():
+    state = block_of(entropy_bounded(), [7, _, _, _], entropy_bound=0.5)
+    assert shown(update(entropy_bounded(), state, [1, 2, 3, 4], [0.5] * 4, entropy=[0.1, 1.0, 0.25, 0.1])) == [7, _, 3, 4]
+
+
+def test_a_chain_asks_for_entropy_where_one_of_its_rules_does():
+    assert chain(entropy_bounded(), remask()).entropy
+    assert not chain(threshold(), remask()).entropy
+
+
 # With what else there is
 
 
-ALL = pytest.mark.parametrize("rule", [LEFTMOST, sequential()], ids=["leftmost", "sequential"])
+ALL = pytest.mark.parametrize("rule", [LEFTMOST, sequential(), entropy_bounded()], ids=["leftmost", "sequential", "entropy"])
 
 
 @ALL
@@ -100,10 +128,10 @@ def test_a_look_ahead_block_waits_until_its_predecessor_is_semi_complete(rule, s
 
 @ALL
 def test_edit_and_remask_chain_on(rule):
-    """The filled token is revised, the doubted one is masked again, and the leftmost mask is filled, in one step."""
+    """The filled token is revised, the doubted one is masked again, and the leftmost or surest mask is filled, in one step."""
     chained = chain(rule, edit(), remask())
-    state = block_of(chained, [5, 6, _, _], accept_threshold=0.9, edit_threshold=0.5, remask_threshold=0.25)
-    state = update(chained, state, [1, 9, 3, 4], [0.75, 0.375, 0.5, 0.25], current=[0.2, 0.125, 0, 0])
+    state = block_of(chained, [5, 6, _, _], accept_threshold=0.9, edit_threshold=0.5, remask_threshold=0.25, entropy_bound=0.0)
+    state = update(chained, state, [1, 9, 3, 4], [0.75, 0.375, 0.5, 0.25], current=[0.2, 0.125, 0, 0], entropy=[0, 0, 0.5, 0.75])
     assert shown(state) == [1, _, 3, _]
 
 
@@ -116,12 +144,12 @@ def best(conf: np.ndarray, masked: np.ndarray, n: int) -> np.ndarray:
     return take
 
 
-def dynamic(conf, masked, n, limit):
+def dynamic(conf, entropy, masked, n, limit):
     sure = masked & (conf > limit)
     return sure if sure.sum() >= n else best(conf, masked, n)
 
 
-def dynamic_leftmost(conf, masked, n, limit):
+def dynamic_leftmost(conf, entropy, masked, n, limit):
     sure = masked & (conf > limit)
     if sure.sum() >= n:
         return sure
@@ -131,9 +159,17 @@ def dynamic_leftmost(conf, masked, n, limit):
     return take
 
 
-def leftmost(conf, masked, n, limit):
+def leftmost(conf, entropy, masked, n, limit):
     take = np.zeros(len(conf), bool)
     take[np.flatnonzero(masked)[:n]] = True
+    return take
+
+
+def bounded(conf, entropy, masked, n, limit):
+    order = [i for i in np.argsort(entropy, kind="stable") if masked[i]]
+    k = int((np.cumsum(entropy[order]) < limit).sum())
+    take = np.zeros(len(conf), bool)
+    take[order[: max(k, 1)]] = True
     return take
 
 
@@ -141,6 +177,7 @@ DEFINITIONS = {
     "best": (threshold(), dynamic),
     "leftmost": (LEFTMOST, dynamic_leftmost),
     "sequential": (sequential(), leftmost),
+    "entropy": (entropy_bounded(), bounded),
 }
 BLOCK = 8
 eighths = st.integers(0, 8).map(lambda i: i / 8)  # exact in float32, and ties are common
@@ -149,21 +186,23 @@ eighths = st.integers(0, 8).map(lambda i: i / 8)  # exact in float32, and ties a
 @pytest.mark.parametrize("name", DEFINITIONS)
 @given(
     conf=st.lists(eighths, min_size=BLOCK, max_size=BLOCK),
+    entropy=st.lists(eighths, min_size=BLOCK, max_size=BLOCK),
     prompt=st.integers(0, BLOCK - 1),
     filled=st.sets(st.integers(0, BLOCK - 1), max_size=BLOCK - 1),
     limit=st.sampled_from([0.0, 0.25, 0.5, 0.875, 1.0, 3.0]),
     steps=st.integers(0, BLOCK),
 )
-def test_every_step_is_as_defined(name, conf, prompt, filled, limit, steps):
+def test_every_step_is_as_defined(name, conf, entropy, prompt, filled, limit, steps):
     """From any state of a block to its end, with a model that says the same at every step."""
     rule, define = DEFINITIONS[name]
-    conf = np.array(conf)
+    conf, entropy = np.array(conf), np.array(entropy)
     masked = ~np.isin(np.arange(BLOCK), [*range(prompt), *filled])
     state = block_of(
         rule,
         [_ if m else 7 for m in masked],
         frozen=prompt,
         accept_threshold=limit,
+        entropy_bound=limit,
         denoising_steps=steps,
         num_to_transfer=2,
     )
@@ -171,7 +210,7 @@ def test_every_step_is_as_defined(name, conf, prompt, filled, limit, steps):
         if not masked.any():
             break
         n = BLOCK // steps + (step < BLOCK % steps) if steps else 2
-        masked = masked & ~define(conf, masked, n, limit)
-        state = update(rule, state, [MASK - 1] * BLOCK, conf)
+        masked = masked & ~define(conf, entropy, masked, n, limit)
+        state = update(rule, state, [MASK - 1] * BLOCK, conf, entropy=entropy)
         assert state.masked[0, 0].tolist() == masked.tolist()
     assert not masked.any()

@@ -2,6 +2,7 @@
 
 from diffulex_jax.rules.base import Rule, chain, dims_for, stateless
 from diffulex_jax.rules.edit import edit
+from diffulex_jax.rules.entropy_bounded import entropy_bounded
 from diffulex_jax.rules.levenshtein import levenshtein
 from diffulex_jax.rules.remask import remask
 from diffulex_jax.rules.sequential import sequential
@@ -15,6 +16,7 @@ __all__ = [
     "chain",
     "dims_for",
     "edit",
+    "entropy_bounded",
     "levenshtein",
     "remask",
     "sequential",

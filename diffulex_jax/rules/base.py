@@ -19,12 +19,14 @@ class Rule(NamedTuple):
         ``state.fill``), mask them again, set ``hold`` to keep a filled block open, and set merge descriptors.
       merge: how soft tokens are mixed, where the rule writes merge descriptors; None otherwise.
       candidates: how many of the most probable tokens of each position it reads (``Prediction.top_ids``).
+      entropy: whether it reads ``Prediction.entropy``, which costs one more sum over the vocabulary.
     """
 
     init: Callable[[Dims], Any]
     update: Callable[[Prediction, DecodeState, Any], tuple[DecodeState, Any]]
     merge: MergeSpec | None = None
     candidates: int = 0
+    entropy: bool = False
 
 
 def dims_for(rule: Rule, *, slots: int, window: int, block: int, pages_per_slot: int) -> Dims:
@@ -40,9 +42,14 @@ def dims_for(rule: Rule, *, slots: int, window: int, block: int, pages_per_slot:
     )
 
 
-def stateless(update: Callable[[Prediction, DecodeState], DecodeState], *, merge: MergeSpec | None = None) -> Rule:
+def stateless(update: Callable[[Prediction, DecodeState], DecodeState], *, merge: MergeSpec | None = None, entropy: bool = False) -> Rule:
     """A rule that keeps nothing between steps."""
-    return Rule(lambda dims: (), lambda prediction, state, rule_state: (update(prediction, state), rule_state), merge)
+    return Rule(
+        lambda dims: (),
+        lambda prediction, state, rule_state: (update(prediction, state), rule_state),
+        merge=merge,
+        entropy=entropy,
+    )
 
 
 def chain(*rules: Rule) -> Rule:
@@ -69,4 +76,10 @@ def chain(*rules: Rule) -> Rule:
             new.append(rule_state)
         return state, tuple(new)
 
-    return Rule(init, update, merges[0] if merges else None, max(rule.candidates for rule in rules) if rules else 0)
+    return Rule(
+        init,
+        update,
+        merge=merges[0] if merges else None,
+        candidates=max((rule.candidates for rule in rules), default=0),
+        entropy=any(rule.entropy for rule in rules),
+    )

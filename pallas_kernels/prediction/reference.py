@@ -26,13 +26,14 @@ class Sampling(NamedTuple):
 
 
 class Best(NamedTuple):
-    """``[R]`` each, ``top_*`` ``[R, M]``: chosen token, its probability, the current token's, and the best M."""
+    """``[R]`` each, ``top_*`` ``[R, M]``: chosen token, its probability, the current token's, the best M, and entropy where asked for."""
 
     token: jax.Array
     prob: jax.Array
     current_prob: jax.Array
     top_ids: jax.Array
     top_probs: jax.Array
+    entropy: jax.Array | None = None
 
 
 def predict(
@@ -45,6 +46,8 @@ def predict(
     penalty: jax.Array | None = None,
     banned: jax.Array | None = None,
     top_k: int = 0,
+    tempered: bool = False,
+    entropy: bool = False,
 ) -> Best:
     """See ``prediction.predict``."""
     vocab = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
@@ -55,12 +58,13 @@ def predict(
     if banned is not None:
         outside = jnp.where(banned < 0, logits.shape[1], banned)
         logits = logits.at[jnp.arange(len(logits))[:, None], outside].set(-jnp.inf, mode="drop")
-    peak = logits.max(-1)
-    total = jnp.exp(logits - peak[:, None]).sum(-1)
+    judged = logits / _or_one(sampling.temperature)[:, None] if tempered and sampling is not None else logits
+    peak = judged.max(-1)
+    total = jnp.exp(judged - peak[:, None]).sum(-1)
     greedy = _first_largest(logits)
 
     def prob_of(token: jax.Array) -> jax.Array:
-        return jnp.exp(jnp.take_along_axis(logits, token[..., None] if token.ndim == 1 else token, -1) - peak[:, None]) / total[:, None]
+        return jnp.exp(jnp.take_along_axis(judged, token[..., None] if token.ndim == 1 else token, -1) - peak[:, None]) / total[:, None]
 
     token = greedy
     if sampling is not None:
@@ -69,7 +73,18 @@ def predict(
         top_ids = greedy[:, None][:, :top_k]
     else:
         top_ids = lax.top_k(logits, top_k)[1].astype(jnp.int32)
-    return Best(token, prob_of(token)[:, 0], prob_of(current)[:, 0], top_ids, prob_of(top_ids))
+    best = Best(token, prob_of(token)[:, 0], prob_of(current)[:, 0], top_ids, prob_of(top_ids))
+    return best._replace(entropy=_entropy(judged - peak[:, None], total)) if entropy else best
+
+
+def _entropy(below: jax.Array, total: jax.Array) -> jax.Array:
+    """``[R]`` entropy in nats of logits ``[R, V]``, given as what they lie below the largest, whose exponentials add up to ``total``."""
+    weighted = jnp.where(below > -jnp.inf, jnp.exp(below) * below, 0.0)
+    return jnp.log(total) - weighted.sum(-1) / total
+
+
+def _or_one(temperature: jax.Array) -> jax.Array:
+    return jnp.where(temperature > 0, temperature, 1.0)
 
 
 def predict_from_hidden(
@@ -86,7 +101,7 @@ def predict_from_hidden(
 def _sample(logits: jax.Array, sampling: Sampling, greedy: jax.Array) -> jax.Array:
     """Gumbel-max over the tempered, filtered logits of the rows with temperature above 0; the others keep ``greedy``."""
     hot = sampling.temperature > 0
-    scaled = logits / jnp.where(hot, sampling.temperature, 1.0)[:, None]
+    scaled = logits / _or_one(sampling.temperature)[:, None]
     order = _ordered_bits(scaled)
     everything = jnp.full(scaled.shape[0], jnp.finfo(jnp.float32).max)
     k = jnp.where(sampling.top_k > 0, sampling.top_k.astype(jnp.float32), everything)

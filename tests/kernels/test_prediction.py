@@ -53,6 +53,9 @@ def call(function, *args, **options):
 def assert_same(got, want, *, rtol=1e-5):
     for name in prediction.Best._fields:
         a, b = getattr(got, name), getattr(want, name)
+        if b is None:
+            assert a is None, name
+            continue
         assert (a.shape, a.dtype) == (b.shape, b.dtype), name
         if a.dtype == jnp.int32:
             np.testing.assert_array_equal(a, b, err_msg=name)
@@ -140,3 +143,40 @@ def test_unknown_keys_and_too_many_candidates_are_refused():
     other = options["sampling"]._replace(key=jax.random.split(jax.random.key(0, impl="rbg"), ROWS))
     with pytest.raises(ValueError, match="threefry2x32 keys, got rbg"):
         tpu.predict_from_hidden(hidden, lm_head, current, **options | {"sampling": other})
+
+
+def weighted(*temperature: float) -> tuple[jax.Array, prediction.Sampling]:
+    """Rows of logits whose tokens are as likely as 1 : 2 : 3, and a fourth, the mask, that does not count."""
+    rows = len(temperature)
+    sampling = prediction.Sampling(
+        jax.random.split(jax.random.key(0), rows), jnp.array(temperature), jnp.full(rows, 0.1), jnp.ones(rows, jnp.int32)
+    )
+    return jnp.tile(jnp.log(jnp.array([1.0, 2.0, 3.0, 99.0])), (rows, 1)), sampling
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "gpu", "tpu"])
+def test_tempered_probabilities_and_entropy(backend):
+    """At temperature 0.5 the odds are 1 : 4 : 9, before top-k and top-p, which leave the best alone; greedy counts as 1."""
+    logits, sampling = weighted(0.0, 1.0, 0.5)
+    options = {"forbidden_id": 3, "sampling": sampling, "top_k": 2, "backend": backend}
+    best = prediction.predict(logits, jnp.zeros(3, jnp.int32), tempered=True, entropy=True, **options)
+    odds = np.array([[1, 2, 3], [1, 2, 3], [1, 4, 9]]) / np.array([[6], [6], [14]])
+    assert best.token.tolist() == [2, 2, 2]
+    np.testing.assert_allclose(best.prob, odds[:, 2], rtol=1e-6)
+    np.testing.assert_allclose(best.current_prob, odds[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(best.top_probs, odds[:, [2, 1]], rtol=1e-6)
+    np.testing.assert_allclose(best.entropy, -(odds * np.log(odds)).sum(-1), rtol=1e-6)
+
+
+def test_entropy_is_of_the_distribution_that_probabilities_are_of():
+    """At temperature 1 unless tempered; banned tokens have no part in it, certainty has none, and a row that is not a number says so."""
+    logits, sampling = weighted(0.5, 0.5, 0.5, 0.5)
+    logits = logits.at[3, 1].set(jnp.nan)
+    banned = jnp.array([[-1, -1], [2, -1], [1, 2], [-1, -1]])
+    options = {"forbidden_id": 3, "sampling": sampling, "banned": banned}
+    best = prediction.predict(logits, jnp.zeros(4, jnp.int32), entropy=True, **options)
+    np.testing.assert_allclose(best.prob[:3], [1 / 2, 2 / 3, 1], rtol=1e-6)
+    sixths, thirds = np.array([1, 2, 3]) / 6, np.array([1, 2]) / 3
+    np.testing.assert_allclose(best.entropy[:3], [-(sixths * np.log(sixths)).sum(), -(thirds * np.log(thirds)).sum(), 0.0], rtol=1e-6)
+    assert np.isnan(best.entropy[3])
+    assert prediction.predict(logits, jnp.zeros(4, jnp.int32), **options).entropy is None
