@@ -30,6 +30,7 @@ class Program(NamedTuple):
       config, dims, rule, kernels: the network, the state's sizes, what is made of a prediction, and by which backends.
       attention: what a prompt sees of itself while it is prefilled: its blocks before and its own (``"block_causal"``), or all of it
         (``"prefix_full"``, D2F). Generated blocks see the cached prefix and the window's blocks up to their own under both.
+      draws, confidence: see ``strategies.Strategy``.
       greedy: whoever launches this knows that no row samples. A GPU then has one question less to ask the host at every step.
     """
 
@@ -38,6 +39,8 @@ class Program(NamedTuple):
     rule: Rule
     kernels: Kernels
     attention: str = "block_causal"
+    draws: str = "position"
+    confidence: str = "model"
     greedy: bool = False
 
     @property
@@ -276,12 +279,12 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
     def rows(a: jax.Array) -> jax.Array:
         return jnp.repeat(a, per_position)
 
-    # A draw belongs to a position, not to a step: while the distribution stays, so does the sample, and edit rules settle.
-    # After a re-mask the request draws anew; the same noise would choose the doubted token again.
+    # A draw belongs to a position, and unless the strategy says so not to a step: while the distribution stays, so does the sample, and
+    # edit rules settle. After a re-mask the request draws anew; the same noise would choose the doubted token again.
     def sampling() -> prediction.Sampling:
         keys = jax.random.wrap_key_data(jnp.repeat(state.key, per_position, 0))
         draws = jax.vmap(jax.random.fold_in)(keys, state.positions.reshape(-1))
-        draws = jax.vmap(jax.random.fold_in)(draws, rows(state.remasked))
+        draws = jax.vmap(jax.random.fold_in)(draws, rows(state.nfe if program.draws == "step" else state.remasked))
         return prediction.Sampling(draws, rows(jnp.where(state.live, s.temperature, 0)), rows(s.top_p), rows(s.top_k))
 
     early = (state.positions - state.prompt_len[:, None, None] < s.min_tokens[:, None, None]).reshape(-1)
@@ -296,6 +299,7 @@ def _reduce(program: Program, params: llada2.Params, h: jax.Array, state: Decode
         penalty=rows(s.penalty_lambda),
         banned=jnp.where(early[:, None], jnp.repeat(s.stop_ids, per_position, 0), -1),
         top_k=program.dims.candidates,
+        tempered=program.confidence == "tempered",
         entropy=program.rule.entropy,
         vocab_axes=shared_by("vocab"),
         backend=program.kernels.prediction,

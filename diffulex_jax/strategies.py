@@ -12,7 +12,18 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from diffulex_jax.errors import SettingError
-from diffulex_jax.rules import Rule, chain, edit, levenshtein, remask, soft_parallel, threshold, token_merge
+from diffulex_jax.rules import (
+    Rule,
+    chain,
+    edit,
+    entropy_bounded,
+    levenshtein,
+    remask,
+    sequential,
+    soft_parallel,
+    threshold,
+    token_merge,
+)
 from diffulex_jax.sampling_params import LEFT_TO_STRATEGY, SamplingParams
 
 
@@ -103,6 +114,31 @@ def llada2_levenshtein() -> Rule:
     return levenshtein()
 
 
+def sdar() -> Rule:
+    """SDAR: fill masks above a threshold, at least the step's share of the most confident ones."""
+    return chain(threshold(), remask())
+
+
+def sdar_leftmost() -> Rule:
+    """SDAR as JetEngine decodes it: fill masks above a threshold, or the step's share from the left where those are fewer."""
+    return chain(threshold(fallback="leftmost"), remask())
+
+
+def sdar_sequential() -> Rule:
+    """SDAR's sequential remasking: fill the step's share from the left, as an autoregressive model does."""
+    return chain(sequential(), remask())
+
+
+def sdar_entropy() -> Rule:
+    """SDAR's entropy-bounded remasking: fill masks by entropy, the lowest first, up to a bound on their sum."""
+    return chain(entropy_bounded(), remask())
+
+
+def _of_sdar(name: str, rule: Rule, **defaults: Any) -> Strategy:
+    """A strategy that samples as SDAR's authors do: every forward draws anew, and confidence is that at the temperature."""
+    return Strategy(name, rule, defaults=MappingProxyType(defaults), draws="step", confidence="tempered")
+
+
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
@@ -112,6 +148,10 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("llada2_edit", llada2_edit()),
         Strategy("llada2_levenshtein", llada2_levenshtein()),
         Strategy("dmax", dmax()),
+        _of_sdar("sdar", sdar(), accept_threshold=0.85),  # generate.py's
+        _of_sdar("sdar_leftmost", sdar_leftmost(), accept_threshold=0.9),  # JetEngine's
+        _of_sdar("sdar_sequential", sdar_sequential()),
+        _of_sdar("sdar_entropy", sdar_entropy(), entropy_bound=0.35),  # generate.py's and JetEngine's
     )
 }
 

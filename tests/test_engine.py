@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from scripted import CONFIG
 
-from diffulex_jax import Engine, Rule, SamplingParams, stateless
+from diffulex_jax import Engine, SamplingParams, stateless
 from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import make_mesh
-from diffulex_jax.rules import entropy_bounded
 from pallas_kernels.block_attention import split_heads
 
 
@@ -28,7 +27,7 @@ VOCAB, EOS, MASK = 1024, 1020, 1021
 
 @pytest.fixture(scope="session")
 def engine(engine_of):
-    def of(strategy: str | Rule = "llada2") -> Engine:
+    def of(strategy: str = "llada2") -> Engine:
         return engine_of(MODEL, strategy=strategy, block_size=BLOCK, max_slots=SLOTS, max_model_len=LONGEST)
 
     return of
@@ -120,7 +119,7 @@ LIVE = {
     "accept_threshold": ("llada2", {}, 0.3),
     "num_to_transfer": ("llada2", {"accept_threshold": 1.0}, 3),
     "denoising_steps": ("llada2", {"accept_threshold": 1.0}, 2),
-    "entropy_bound": (entropy_bounded(), {}, 3.0),
+    "entropy_bound": ("sdar_entropy", {}, 3.0),
     "edit_threshold": ("llada2_edit", {"accept_threshold": 0.1, "edit_threshold": 0.9}, 0.0),
     "max_post_edit_steps": ("llada2_edit", {"accept_threshold": 0.1, "edit_threshold": 0.0}, 0),
     "remask_threshold": ("llada2", {"accept_threshold": 0.1}, 0.5),

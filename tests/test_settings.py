@@ -108,7 +108,10 @@ def test_numpy_numbers_are_numbers():
         ({"buffer_size": 1.0}, "buffer_size=1.0 must be a positive integer"),
         ({"max_model_len": 5000}, "max_model_len=5000 exceeds the model's max_position_embeddings=4096"),
         ({"dtype": "float16"}, "dtype='float16' must be one of float32, bfloat16"),
-        ({"strategy": "mdlm"}, "unknown strategy 'mdlm'; choose one of llada2, multi_bd, d2f, llada2_edit, llada2_levenshtein, dmax"),
+        (
+            {"strategy": "mdlm"},
+            "unknown strategy 'mdlm'; choose one of llada2, multi_bd, d2f, llada2_edit, llada2_levenshtein, dmax, ",
+        ),
     ],
 )
 def test_bad_engine_settings(bad, message):

@@ -19,7 +19,10 @@ from diffulex_jax.sampling_params import SamplingParams
 
 Command = Callable[..., None]
 
-STRATEGY_NAMES = ("llada2", "multi_bd", "d2f", "llada2_edit", "llada2_levenshtein", "dmax")
+STRATEGY_NAMES = (
+    *("llada2", "multi_bd", "d2f", "llada2_edit", "llada2_levenshtein", "dmax"),
+    *("sdar", "sdar_leftmost", "sdar_sequential", "sdar_entropy"),
+)
 """The names in ``strategies.STRATEGIES``, whose module takes JAX to import."""
 
 SHAPE_NAMES = ("tiny", "cpu-131m", "llada2-mini")

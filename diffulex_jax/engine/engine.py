@@ -97,7 +97,7 @@ class Engine:
         announce("compiling", self.strategy)
         kernels = choose(self.mesh.devices.flat[0]) if s.kernels == "auto" else REFERENCE
         self._device = JaxDevice(
-            decode.Program(config, self.dims, rule, kernels, attention),
+            decode.Program(config, self.dims, rule, kernels, attention, draws=chosen.draws, confidence=chosen.confidence),
             params,
             mesh=self.mesh,
             dtype=s.jax_dtype,
