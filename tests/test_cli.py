@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import inspect
 import json
 import os
 import pathlib
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import jax
@@ -367,3 +370,41 @@ def test_ctrl_c_ends_at_once_with_130_at_any_moment(seconds, tmp_path):
     assert time.monotonic() - began < 2
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err
+
+
+def on_a_terminal(*args: str, env: dict[str, str], seconds: float = 90) -> tuple[int, str, str]:
+    """Exit code, stdout, and what a terminal shows on stderr."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    process = subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # at its end
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    out, _ = process.communicate(timeout=seconds)
+    return process.returncode, out, shown.decode()
+
+
+def test_what_takes_long_is_shown_on_a_terminal(tmp_path):
+    args = ["generate", "--model", MODEL, "--prompt-ids", "5", "--max-tokens", "4", "--json", *SMALL]
+    code, out, shown = on_a_terminal(*args, env={"JAX_COMPILATION_CACHE_DIR": str(tmp_path)})
+    assert code == 0, shown
+    assert "compiling llada2 00:0" in shown
+    assert len(json.loads(out)["token_ids"]) <= 4
+    assert shown.endswith("\r")  # the line is gone before the answer
+
+
+def test_libraries_are_quiet(tmp_path):
+    """Where no TPU is, libtpu need not be asked; and nobody says that torch is missing."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "TRANSFORMERS_VERBOSITY")}
+    process = subprocess.run(
+        [*COMMAND, "generate", "--max-tokens", "4", "--chat", "--max-model-len", "64", "--prompt", "1 + 1"],
+        env=environment | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (process.returncode, process.stderr) == (0, "")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffulex_jax.async_serving.settings import ServerSettings
-from diffulex_jax.cli import interrupt, prompts
+from diffulex_jax.cli import interrupt, progress, prompts, surroundings
 from diffulex_jax.cli.bench import bench
 from diffulex_jax.cli.options import SHAPE_NAMES, STRATEGY_NAMES, PlainCommand, one_line_errors, settings_as_options, split
 from diffulex_jax.engine.config import EngineConfig
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 
 class CommandLine(typer.Typer):
-    """The commands; called as the process's own command line, Ctrl-C ends it at any moment."""
+    """The commands; called as the process's own command line, Ctrl-C ends it at any moment, and libraries are quiet."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         interrupt.watch()
+        surroundings.quiet()
         return super().__call__(*args, **kwargs)
 
 
@@ -89,11 +90,12 @@ def generate(
         if chat and prompt_ids:
             raise ValueError("--chat takes prompts as text, not --prompt-ids")
         sampling, engine_settings = split(settings)
-        from diffulex_jax.engine.engine import Engine  # late, as all that takes JAX
-
-        began = time.perf_counter()
         slots = min(sampling.n * len(asked), max(sampling.n, EngineConfig().max_slots))
-        engine = Engine.from_pretrained(model, strategy=strategy, max_slots=slots, **engine_settings)
+        began = time.perf_counter()
+        with progress.shown():
+            from diffulex_jax.engine.engine import Engine  # late, as all that takes JAX
+
+            engine = Engine.from_pretrained(model, strategy=strategy, max_slots=slots, **engine_settings)
         start_seconds = time.perf_counter() - began
         if chat:
             if engine.tokenizer is None:
