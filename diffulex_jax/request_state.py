@@ -45,7 +45,7 @@ class Saved(struct.PyTreeNode):
 
     Attributes:
       row: its row of the decode state, without the slot axis.
-      k, v: ``[L, n, B, KV, H]``, the KV of its written blocks.
+      k, v: ``[L, n, page, KV, H]``, the KV of its written pages.
     """
 
     row: DecodeState
@@ -93,14 +93,14 @@ def settings_row(params: SamplingParams, eos_ids: Sequence[int]) -> Settings:
     return Settings(**row)
 
 
-def admit(dims: Dims, rule: Rule, mask_id: int, state: DecodeState, slot: jax.Array, request: Request) -> DecodeState:
+def admit(dims: Dims, rule: Rule, state: DecodeState, slot: jax.Array, request: Request) -> DecodeState:
     """``state`` with a request in slot ``slot``, before its first denoise step.
 
     Its window starts at the last, partly filled block of the prompt; whole prompt blocks are expected in the pool.
     """
     request = jax.tree.map(lambda a: jnp.asarray(a)[None], request)
     start = jnp.asarray(request.prompt_len // dims.block * dims.block)
-    row = empty_state(dataclasses.replace(dims, slots=1), rule, mask_id=mask_id)
+    row = empty_state(dataclasses.replace(dims, slots=1), rule)
     row = row.replace(
         sequence=row.sequence.replace(tokens=request.sequence),
         given=request.given,
@@ -114,7 +114,7 @@ def admit(dims: Dims, rule: Rule, mask_id: int, state: DecodeState, slot: jax.Ar
         key=request.seed,
         settings=request.settings,
     )
-    tokens, masked, frozen = given_blocks(row, start, dims.window, dims.block, mask_id)
+    tokens, masked, frozen = given_blocks(dims, row, start, dims.window)
     return put(state, slot, jax.tree.map(lambda a: a[0], row.replace(tokens=tokens, masked=masked, frozen=frozen)))
 
 
@@ -133,7 +133,7 @@ def release(state: DecodeState, slot: jax.Array) -> DecodeState:
     return state.replace(live=state.live.at[slot].set(False))
 
 
-def empty_state(dims: Dims, rule: Rule, *, mask_id: int) -> DecodeState:
+def empty_state(dims: Dims, rule: Rule) -> DecodeState:
     """A state whose slots are all free."""
     s, k, b, m = dims.slots, dims.window, dims.block, dims.merge_top_k
 
@@ -144,7 +144,7 @@ def empty_state(dims: Dims, rule: Rule, *, mask_id: int) -> DecodeState:
         return Merge(ids=zeros(jnp.int32, *shape, m), probs=zeros(jnp.float32, *shape, m), soft=zeros(jnp.bool_, *shape))
 
     def canvas(*shape: int) -> Canvas:
-        tokens = jnp.full((s, *shape), mask_id, jnp.int32)
+        tokens = jnp.full((s, *shape), dims.mask_id, jnp.int32)
         return Canvas(tokens, zeros(jnp.float32, *shape), zeros(jnp.int32, *shape), zeros(jnp.int32, *shape))
 
     window = canvas(k, b)
@@ -182,17 +182,17 @@ def empty_state(dims: Dims, rule: Rule, *, mask_id: int) -> DecodeState:
     )
 
 
-def given_blocks(state: DecodeState, start: jax.Array, count: int, block: int, mask_id: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def given_blocks(dims: Dims, state: DecodeState, start: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The ``count`` blocks from ``start`` (``[S]``) on, as a request begins them: what the caller gave, masks elsewhere.
 
     Returns:
       ``(tokens int32, masked bool, frozen bool)``, each ``[S, count, B]``.
     """
-    at = start[:, None] + jnp.arange(count * block)
+    at = start[:, None] + jnp.arange(count * dims.block)
     inside = at < state.given.shape[1]
     at = jnp.minimum(at, state.given.shape[1] - 1)
     frozen = jnp.take_along_axis(state.given, at, 1) & inside
     known = frozen | (jnp.take_along_axis(state.initial, at, 1) & inside)
-    tokens = jnp.where(known, jnp.take_along_axis(state.sequence.tokens, at, 1), mask_id)
-    tokens, masked, frozen = (a.reshape(-1, count, block) for a in (tokens, ~known, frozen))
+    tokens = jnp.where(known, jnp.take_along_axis(state.sequence.tokens, at, 1), dims.mask_id)
+    tokens, masked, frozen = (a.reshape(-1, count, dims.block) for a in (tokens, ~known, frozen))
     return tokens, masked, frozen

@@ -1,7 +1,7 @@
 """The decoding state: one pytree for every strategy, all shapes fixed when the engine starts.
 
 Letters in shapes: S slots, K blocks in the window, B tokens in a block, M merge candidates, C candidates, P pages of a slot,
-T = P x B positions of a slot, L layers, N pages of the pool.
+T positions of a slot, as many as P pages hold, L layers, N pages of the pool.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ class Dims:
     """Every static size of a state; ``rules.dims_for`` knows what a rule needs.
 
     Attributes:
-      slots, window, block, pages_per_slot: S, K, B, P.
+      slots, window, block: S, K, B.
+      page: tokens of a page of the pool; a multiple of a block, or a whole fraction of one.
+      pages_per_slot: P.
+      mask_id: the token that masked positions read as.
       merge_top_k: M, candidates mixed into a soft token.
       candidates: most probable tokens that a prediction lists, at least M.
     """
@@ -31,13 +34,15 @@ class Dims:
     slots: int
     window: int
     block: int
+    page: int
     pages_per_slot: int
+    mask_id: int
     merge_top_k: int = 0
     candidates: int = 0
 
     @property
     def positions(self) -> int:
-        return self.pages_per_slot * self.block
+        return self.pages_per_slot * self.page
 
 
 class Settings(struct.PyTreeNode):
@@ -273,10 +278,10 @@ POOL_AXES = ("layer", "page", "token", "kv_heads", "head_dim")
 
 
 class KVPool(struct.PyTreeNode):
-    """Paged keys and values. A page holds exactly one block.
+    """Paged keys and values.
 
     Attributes:
-      k, v: ``[L, N, B, KV, H]`` in the engine's dtype.
+      k, v: ``[L, N, page, KV, H]`` in the engine's dtype.
     """
 
     k: jax.Array

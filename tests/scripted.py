@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffulex_jax import Rule, SamplingParams, decode
-from diffulex_jax.config import ModelConfig
+from diffulex_jax.decode import loop
+from diffulex_jax.models.registry import model_of
 from diffulex_jax.request_state import admit, empty_state, make_request, settings_row
 from diffulex_jax.rules import dims_for
 from diffulex_jax.state import FINISH_REASONS, DecodeState, Dims, KVPool, Prediction
@@ -22,26 +23,28 @@ from pallas_kernels import choose
 
 MASK, EOS = 15, 14
 KERNELS = choose(jax.devices()[0])
-CONFIG = ModelConfig(
-    vocab_size=16,
-    hidden_size=8,
-    intermediate_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=4,
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=8,
-    n_group=2,
-    topk_group=1,
-    mask_token_id=MASK,
-    eos_token_id=EOS,
-)
+RAW = {
+    "model_type": "llada2_moe",
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "mask_token_id": MASK,
+    "eos_token_id": EOS,
+}
+MODEL = model_of(RAW)
 
 
 def dims_of(rule: Rule, *, slots: int = 1, window: int = 1, block: int = 4, pages: int = 4) -> Dims:
-    return dims_for(rule, slots=slots, window=window, block=block, pages_per_slot=pages)
+    return dims_for(rule, slots=slots, window=window, block=block, page=block, pages_per_slot=pages, mask_id=MASK)
 
 
 def settings_of(**settings):
@@ -50,7 +53,7 @@ def settings_of(**settings):
 
 def block_of(rule: Rule, tokens: Sequence[int | None], *, frozen: int = 0, **settings) -> DecodeState:
     """One live row whose window is one block of ``tokens`` (None: masked), the first ``frozen`` of them prompt."""
-    state = empty_state(dims_of(rule, block=len(tokens)), rule, mask_id=MASK)
+    state = empty_state(dims_of(rule, block=len(tokens)), rule)
     return state.replace(
         tokens=jnp.array([[[MASK if t is None else t for t in tokens]]], jnp.int32),
         masked=jnp.array([[[t is None for t in tokens]]]),
@@ -133,16 +136,28 @@ class Played:
     remasked_a_step: list[int]
 
 
-def predict(program: decode.Program, scripts: dict, pool: KVPool, state: DecodeState, *_: Any) -> tuple[Prediction, KVPool, DecodeState]:
-    """Stands in for ``decode.predict``; ``scripts`` holds ``[S, n, T]`` arrays."""
+def forward(
+    program: decode.Program, scripts: dict, pool: KVPool, state: DecodeState, *_: Any, **__: Any
+) -> tuple[Any, KVPool, DecodeState]:
+    """Stands in for the network's forward over the window; a scripted prediction needs none of its hidden states."""
+    written = state.pending.live & state.live
+    state = state.replace(
+        written_upto=jnp.where(written, state.start, state.written_upto),
+        pending=state.pending.replace(live=jnp.zeros_like(written)),
+    )
+    return None, pool, state
+
+
+def predict(program: decode.Program, scripts: dict, hidden: None, state: DecodeState) -> Prediction:
+    """Stands in for ``decode.prediction.predict``; ``scripts`` holds ``[S, n, T]`` arrays."""
     slots, shape = jnp.arange(len(state.nfe)), state.tokens.shape
-    forward = jnp.minimum(state.nfe, scripts["tokens"].shape[1] - 1)
+    step = jnp.minimum(state.nfe, scripts["tokens"].shape[1] - 1)
     at = state.positions.reshape(len(slots), -1)
     token, prob, current = (
-        jnp.take_along_axis(scripts[name][slots, forward], at, 1, mode="clip").reshape(shape) for name in ("tokens", "probs", "current")
+        jnp.take_along_axis(scripts[name][slots, step], at, 1, mode="clip").reshape(shape) for name in ("tokens", "probs", "current")
     )
-    written, rank = state.pending.live & state.live, jnp.arange(program.dims.candidates)  # the next best are the ids below
-    prediction = Prediction(
+    rank = jnp.arange(program.dims.candidates)  # the next best are the ids below
+    return Prediction(
         token=token,
         prob=prob,
         current_prob=jnp.where(token == state.tokens, prob, current),
@@ -151,24 +166,19 @@ def predict(program: decode.Program, scripts: dict, pool: KVPool, state: DecodeS
         masked=state.masked,
         entropy=1 - prob if program.rule.entropy else None,
     )
-    state = state.replace(
-        written_upto=jnp.where(written, state.start, state.written_upto),
-        pending=state.pending.replace(live=jnp.zeros_like(written)),
-    )
-    return prediction, pool, state
 
 
 _denoise = functools.partial(jax.jit, static_argnums=0, static_argnames="steps")(decode.denoise)
-_admit = functools.partial(jax.jit, static_argnums=(0, 1, 2))(admit)
+_admit = functools.partial(jax.jit, static_argnums=(0, 1))(admit)
 
 
 def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, window: int = 1) -> tuple[list[Played], DecodeState]:
     """Decodes one request a script, all together, for at most ``steps`` steps."""
     dims = dims_of(rule, slots=len(scripts), window=window, block=block, pages=pages)
-    state = empty_state(dims, rule, mask_id=MASK)
+    state = empty_state(dims, rule)
     for slot, s in enumerate(scripts):
         request = make_request(dims, prompt=np.array(s.prompt, np.int32), params=s.params, eos_ids=(EOS,))
-        state = _admit(dims, rule, MASK, state, slot, request)
+        state = _admit(dims, rule, state, slot, request)
 
     def padded(array: np.ndarray) -> np.ndarray:
         return np.pad(array[:steps], ((0, max(0, steps - len(array))), (0, 0)), mode="edge")  # of one shape: one compilation
@@ -180,10 +190,10 @@ def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, windo
     }
     pool = KVPool(jnp.zeros((1, pages)), jnp.zeros((1, pages)))
     tables = np.tile(np.arange(pages, dtype=np.int32), (len(scripts), 1))
-    program = decode.Program(CONFIG, dims, rule, KERNELS)
-    with mock.patch.object(decode, "predict", predict):
-        known = np.zeros(len(scripts), np.int32)
-        _, state, report, trace = _denoise(program, arrays, pool, state, tables, known, steps=steps, max_steps=steps, stop_on_finish=False)
+    program = decode.Program(MODEL, dims, rule, KERNELS)
+    with mock.patch.object(loop, "predict", predict), mock.patch.object(loop, "_forward", forward):
+        known, options = np.zeros(len(scripts), np.int32), {"steps": steps, "max_steps": steps, "stop_on_finish": False}
+        _, state, report, trace = _denoise(program, arrays, pool, state, tables, known=known, **options)
     played, trace = [], jax.device_get(trace)
     for slot, s in enumerate(scripts):
         took_part = np.flatnonzero(trace.live[:, slot])

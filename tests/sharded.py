@@ -13,13 +13,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
 from diffulex_jax import SamplingParams, decode, request_state
-from diffulex_jax.config import ModelConfig
 from diffulex_jax.engine import programs
-from diffulex_jax.models import llada2
+from diffulex_jax.models.base import init
+from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import make_mesh, sharding
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import POOL_AXES, STATE_AXES, KVPool
@@ -27,45 +27,50 @@ from diffulex_jax.strategies import dmax
 from pallas_kernels import prediction
 
 
-CONFIG = ModelConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_experts=8,
-    num_experts_per_tok=2,
-    moe_intermediate_size=16,
-    n_group=4,
-    topk_group=2,
-    mask_token_id=95,
-    eos_token_id=94,
-    max_position_embeddings=256,
+MODEL = model_of(
+    {
+        "model_type": "llada2_moe",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 4,
+        "topk_group": 2,
+        "mask_token_id": 95,
+        "eos_token_id": 94,
+        "max_position_embeddings": 256,
+    }
 )
 SLOTS, WINDOW, BLOCK, PAGES, STEPS = 4, 2, 4, 6, 24
+MASK = MODEL.spec.mask_id
 PROMPTS = (9, 3, 6, 11)  # tokens: two whole blocks, none, one, two
 
 
 def decoded(mesh):
     """(tokens, forwards, confidences, keys of the pool, the compiled program) of four requests, one of them sampled."""
     rule = dmax()
-    dims = dims_for(rule, slots=SLOTS, window=WINDOW, block=BLOCK, pages_per_slot=PAGES)
-    program = decode.Program(CONFIG, dims, rule, pallas_kernels.REFERENCE)
+    dims = dims_for(rule, slots=SLOTS, window=WINDOW, block=BLOCK, page=BLOCK, pages_per_slot=PAGES, mask_id=MASK)
+    program = decode.Program(MODEL, dims, rule, pallas_kernels.REFERENCE)
     on_pool, on_slots, everywhere = (sharding(mesh, axes) for axes in (POOL_AXES, STATE_AXES, ()))
-    placed = jax.tree.map(lambda leaf: sharding(mesh, leaf[1]), llada2.schema(CONFIG), is_leaf=llada2.is_leaf)
-    params = jax.device_put(llada2.init(CONFIG, jax.random.key(0), scale=0.3), placed)
-    shape = CONFIG.num_hidden_layers, SLOTS * PAGES, BLOCK, CONFIG.num_key_value_heads, CONFIG.head_dim
+    placed = jax.tree.map(lambda split: NamedSharding(mesh, split), programs.param_specs(MODEL))
+    params = jax.device_put(init(MODEL, jax.random.key(0), scale=0.3), placed)
+    layers = MODEL.spec.layers
+    shape = layers.count, SLOTS * PAGES, BLOCK, layers.kv_heads, layers.head_dim
     pool = jax.device_put(KVPool(jnp.zeros(shape), jnp.zeros(shape)), on_pool)
-    state = jax.device_put(request_state.empty_state(dims, rule, mask_id=CONFIG.mask_token_id), on_slots)
+    state = jax.device_put(request_state.empty_state(dims, rule), on_slots)
     table, rng = np.arange(SLOTS * PAGES, dtype=np.int32).reshape(SLOTS, PAGES), np.random.default_rng(0)
 
     def jit(function, donated, out):
         return jax.jit(function, donate_argnums=donated, out_shardings=out)
 
     prefill = jit(functools.partial(programs.prefill, program), 1, on_pool)
-    admit = jit(functools.partial(request_state.admit, dims, rule, CONFIG.mask_token_id), 0, on_slots)
+    admit = jit(functools.partial(request_state.admit, dims, rule), 0, on_slots)
     out = on_pool, on_slots, everywhere, everywhere
     denoise = jit(functools.partial(programs.denoise, program, steps=STEPS), (1, 2), out)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
@@ -73,14 +78,16 @@ def decoded(mesh):
             prompt, blocks = rng.integers(0, 90, n).astype(np.int32), n // BLOCK
             tokens = np.zeros((2, BLOCK), np.int32)
             tokens[:blocks] = prompt[: blocks * BLOCK].reshape(-1, BLOCK)
-            pool = prefill(params, pool, tokens, np.int32(blocks), np.int32(0), np.int32(n), table[slot])
+            counts = {"count": np.int32(blocks), "start": np.int32(0), "length": np.int32(n)}
+            pool = prefill(params, pool, tokens, **counts, page_table=table[slot])
             hot = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if slot == 1 else {}
             settings = SamplingParams(max_tokens=10, accept_threshold=0.6, **hot)
-            packed = request_state.make_request(dims, prompt=prompt, params=settings, eos_ids=(CONFIG.eos_token_id,))
+            packed = request_state.make_request(dims, prompt=prompt, params=settings, eos_ids=MODEL.spec.eos_ids)
             state = admit(state, np.int32(slot), packed)
-        args = params, pool, state, table, np.zeros(SLOTS, np.int32)
-        compiled = denoise.lower(*args, max_steps=np.int32(STEPS), stop_on_finish=np.bool_(False)).compile()
-        pool, state, _, _ = compiled(*args, max_steps=np.int32(STEPS), stop_on_finish=np.bool_(False))
+        args = params, pool, state, table
+        plan = {"known": np.zeros(SLOTS, np.int32), "max_steps": np.int32(STEPS), "stop_on_finish": np.bool_(False)}
+        compiled = denoise.lower(*args, **plan).compile()
+        pool, state, _, _ = compiled(*args, **plan)
     return *(np.asarray(a) for a in (state.sequence.tokens, state.nfe, state.sequence.confidence, pool.k)), compiled
 
 
@@ -121,4 +128,4 @@ if __name__ == "__main__":
     single = decoded(make_mesh())
     meshes = {"2x2x2": {"data": 2, "expert": 2, "tensor": 2}, "1x4x2": {"expert": 4, "tensor": 2}}
     found = {name: difference(single, decoded(make_mesh(**axes))) for name, axes in meshes.items()}
-    print(json.dumps(found | {"generated": int((single[0] != CONFIG.mask_token_id).sum()), "shared_vocabulary": shared_vocabulary()}))
+    print(json.dumps(found | {"generated": int((single[0] != MASK).sum()), "shared_vocabulary": shared_vocabulary()}))

@@ -9,39 +9,36 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from diffulex_jax.bench.shapes import SHAPES, random_params
-from diffulex_jax.bench.traffic import expert_bytes, step_bytes
+from diffulex_jax.bench.forward import step_bytes
+from diffulex_jax.bench.shapes import random_params, shape_model
 from diffulex_jax.cli import app
-from diffulex_jax.models import llada2
+from diffulex_jax.models.base import leaves
 
 
-MINI = SHAPES["llada2-mini"]
+MINI = shape_model("llada2-mini")
 
 
 def test_bytes_of_a_step_are_those_counted_by_hand():
     # Layers: 20 x attention (2048 x 3072 + 2048 x 2048), a dense 3 x 2048 x 5120, 19 x (router 2048 x 256 + shared 3 x 2048 x 512).
     dense = 20 * 10_485_760 + 31_457_280 + 19 * (524_288 + 3_145_728)
     head, expert = 157_184 * 2048, 3 * 2048 * 512
-    assert expert_bytes(MINI, 2) == 2 * expert == 6_291_456
-    assert step_bytes(MINI, 2, batch=1, context=0, experts=160) == 2 * (dense + head + 19 * 160 * expert)
+    norms = 20 * (2 * 2048 + 2 * 128) + 2048
+    weights = 2 * (dense + head + norms + 19 * 160 * expert) + 4 * 19 * 256  # the routers' biases are float32
+    assert step_bytes(MINI, 2, batch=1, context=0, experts=160) == weights
     # 40 KiB of cache a token.
     extra = step_bytes(MINI, 2, batch=8, context=128, experts=160) - step_bytes(MINI, 2, batch=8, context=0, experts=160)
     assert extra == 8 * 128 * 40 * 1024
 
 
 def test_the_mini_shape_has_the_parameters_it_is_known_for():
-    leaves = llada2.schema(MINI)
-    moe, dense = leaves.pop("moe"), leaves.pop("dense")
-    total = sum(int(np.prod(shape)) for tree in (leaves, moe, dense) for shape, _ in tree.values())
+    total = sum(int(np.prod(param.shape)) for param in leaves(MINI.schema).values())
     assert total == pytest.approx(16.25e9, rel=0.002)
 
 
 def test_random_params_follow_the_schema():
-    tiny = SHAPES["tiny"]
+    tiny = shape_model("tiny")
     params = random_params(tiny, jnp.bfloat16)
-    for kind in ("dense", "moe"):
-        for name, (shape, _) in llada2.schema(tiny)[kind].items():
-            assert params[kind][name].shape == shape
+    assert {path: a.shape for path, a in leaves(params).items()} == {path: p.shape for path, p in leaves(tiny.schema).items()}
     assert params["embed"].dtype == params["moe"]["experts_down"].dtype == jnp.bfloat16
     stack = np.asarray(params["moe"]["experts_gate_up"], np.float32)
     assert stack.std() == pytest.approx(0.02, rel=0.02)
@@ -61,7 +58,9 @@ def test_it_reports_every_combination_and_every_kernel():
     assert 0 <= step["host_share"] < 1
     assert 4 <= step["experts_touched"] <= 16
     # 32 cached positions, and the block before: 4 layers x 2 x 2 heads x 16 x float32 each, twice for two rows.
-    assert step["gigabytes"] * 1e9 == pytest.approx(step_bytes(SHAPES["tiny"], 4, batch=2, context=64, experts=step["experts_touched"]))
+    assert step["gigabytes"] * 1e9 == pytest.approx(
+        step_bytes(shape_model("tiny"), 4, batch=2, context=64, experts=step["experts_touched"])
+    )
     assert [row["kernel"] for row in report["kernel_times"]] == ["experts", "prediction", "token merge", "block attention"]
     assert all(row["ms"] > 0 and row["floor_ms"] > 0 and row["tokens"] == 64 for row in report["kernel_times"])
 

@@ -25,10 +25,10 @@ import diffulex_jax
 from diffulex_jax import Output, SamplingParams, cli
 from diffulex_jax.async_serving import AsyncEngine
 from diffulex_jax.bench import aot, decode
-from diffulex_jax.bench.shapes import SHAPES
+from diffulex_jax.bench.shapes import SHAPES, shape_model
 from diffulex_jax.cli import options
 from diffulex_jax.engine.config import EngineConfig
-from diffulex_jax.models import llada2
+from diffulex_jax.models.base import leaves
 from diffulex_jax.strategies import STRATEGIES
 
 
@@ -237,8 +237,8 @@ def test_bench_decode_measures_speed():
     result = run("bench", "decode", *args, "--json", *SMALL)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    shapes = jax.tree.leaves(llada2.schema(SHAPES["tiny"]), is_leaf=llada2.is_leaf)
-    assert report["parameters"] == sum(int(np.prod(shape)) for shape, _ in shapes)
+    shapes = leaves(shape_model("tiny").schema).values()
+    assert report["parameters"] == sum(int(np.prod(param.shape)) for param in shapes)
     assert report["longest_prompt"] == 8
     figures = report["strategies"].pop("llada2")
     assert not report["strategies"]
@@ -266,13 +266,13 @@ def test_bench_errors_are_one_line(args, message):
 
 
 def test_shape_of_the_cpu_figures_has_131_7_million_parameters():
-    shapes = jax.tree.leaves(llada2.schema(SHAPES["cpu-131m"]), is_leaf=llada2.is_leaf)
-    assert round(sum(int(np.prod(shape)) for shape, _ in shapes) / 1e6, 1) == 131.7
+    shapes = leaves(shape_model("cpu-131m").schema).values()
+    assert round(sum(int(np.prod(param.shape)) for param in shapes) / 1e6, 1) == 131.7
 
 
 def test_random_prompts_hold_neither_mask_nor_eos():
-    config = dataclasses.replace(SHAPES["tiny"], vocab_size=4, mask_token_id=2, eos_token_id=0)
-    assert set(sum(decode.random_prompts(config, count=3, tokens=50), [])) == {1, 3}
+    spec = dataclasses.replace(shape_model("tiny").spec, vocab_size=4, mask_id=2, eos_ids=(0,))
+    assert set(sum(decode.random_prompts(spec, count=3, tokens=50), [])) == {1, 3}
 
 
 def test_doctor_says_what_jax_sees():

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scripted import CONFIG, KERNELS, MASK, dims_of
+from scripted import EOS, KERNELS, MODEL, dims_of
 
 from diffulex_jax import Rule, SamplingParams, decode
-from diffulex_jax.models import llada2
+from diffulex_jax.models.base import init
 from diffulex_jax.request_state import admit, empty_state, make_request
 from diffulex_jax.state import DecodeState, KVPool
 from diffulex_jax.strategies import dmax
@@ -23,16 +23,17 @@ BLOCK, PAGES = 4, 3
 TABLE = np.array([[2, 0, 1]], np.int32)  # the pages of the only slot
 REFERENCE, FAST = dmax(), dmax(mode="fast")
 HOPPER = choose_for(Target("gpu", 9.0))
-PARAMS = llada2.init(CONFIG, jax.random.key(0), scale=0.5)
+PARAMS = init(MODEL, jax.random.key(0), scale=0.5)
 
 
 def setup(rule: Rule, prompt: list[int], **settings) -> tuple[decode.Program, KVPool, DecodeState]:
     """A program for one slot, an empty pool, and a state that holds one request."""
     dims = dims_of(rule, block=BLOCK, pages=PAGES)
-    request = make_request(dims, prompt=np.array(prompt, np.int32), params=SamplingParams(**settings), eos_ids=(CONFIG.eos_token_id,))
-    state = admit(dims, rule, MASK, empty_state(dims, rule, mask_id=MASK), 0, request)
-    shape = (CONFIG.num_hidden_layers, PAGES, BLOCK, CONFIG.num_key_value_heads, CONFIG.head_dim)
-    return decode.Program(CONFIG, dims, rule, KERNELS), KVPool(jnp.zeros(shape), jnp.zeros(shape)), state
+    request = make_request(dims, prompt=np.array(prompt, np.int32), params=SamplingParams(**settings), eos_ids=(EOS,))
+    state = admit(dims, rule, empty_state(dims, rule), 0, request)
+    layers = MODEL.spec.layers
+    shape = (layers.count, PAGES, BLOCK, layers.kv_heads, layers.head_dim)
+    return decode.Program(MODEL, dims, rule, KERNELS), KVPool(jnp.zeros(shape), jnp.zeros(shape)), state
 
 
 denoise = functools.partial(jax.jit, static_argnums=0)(functools.partial(decode.denoise, steps=40))
@@ -43,7 +44,7 @@ prefill = functools.partial(jax.jit, static_argnums=0)(decode.prefill)
 def prefilled(program: decode.Program, pool: KVPool, tokens: list[int]) -> KVPool:
     """The pool after a plain forward over whole blocks of ``tokens``."""
     blocks = np.array(tokens, np.int32).reshape(-1, BLOCK)
-    return prefill(program, PARAMS, pool, blocks, len(blocks), 0, blocks.size, TABLE[0])
+    return prefill(program, PARAMS, pool, blocks, count=len(blocks), start=0, length=blocks.size, page_table=TABLE[0])
 
 
 def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
@@ -52,9 +53,9 @@ def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
     pending = state.pending.replace(tokens=jnp.array([[1, 2, 3, 4]]), live=jnp.array([True]))
     before = state.replace(pending=pending, written_upto=jnp.array([0]))
     apart_pool, apart, _, _ = denoise(
-        program, PARAMS, prefilled(program, pool, [1, 2, 3, 4]), state, TABLE, KNOWN, max_steps=1, stop_on_finish=False
+        program, PARAMS, prefilled(program, pool, [1, 2, 3, 4]), state, TABLE, known=KNOWN, max_steps=1, stop_on_finish=False
     )
-    pool, together, _, _ = denoise(program, PARAMS, pool, before, TABLE, KNOWN, max_steps=1, stop_on_finish=False)
+    pool, together, _, _ = denoise(program, PARAMS, pool, before, TABLE, known=KNOWN, max_steps=1, stop_on_finish=False)
     assert together.tokens.tolist() == apart.tokens.tolist()
     assert not together.masked.any()
     np.testing.assert_allclose(together.confidence, apart.confidence, rtol=1e-5)
@@ -69,7 +70,8 @@ def test_a_prefill_in_chunks_equals_one():
     program, pool, state = setup(REFERENCE, [1, 2, 3, 4, 5, 6, 7, 8, 9])
     one = prefilled(program, pool, [1, 2, 3, 4, 5, 6, 7, 8])
     chunks = prefilled(program, pool, [1, 2, 3, 4])
-    chunks = prefill(program, PARAMS, chunks, np.array([[5, 6, 7, 8], [9, 9, 9, 9]], np.int32), 1, 4, 9, TABLE[0])
+    rest = np.array([[5, 6, 7, 8], [9, 9, 9, 9]], np.int32)
+    chunks = prefill(program, PARAMS, chunks, rest, count=1, start=4, length=9, page_table=TABLE[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), chunks, one)
     assert np.abs(one.k[:, :1]).min() > 0
     assert not one.k[:, 1].any()
@@ -87,7 +89,7 @@ def test_a_prefill_in_chunks_equals_one():
 def test_kv_of_a_finished_dmax_block(rule, settings, hard):
     """The authors write it from the plain tokens; Diffulex's fast path from the last step's soft ones."""
     program, pool, state = setup(rule, [1, 2], max_tokens=9, ignore_eos=True, **settings)
-    pool_after, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, KNOWN, max_steps=40, stop_on_finish=True)
+    pool_after, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, known=KNOWN, max_steps=40, stop_on_finish=True)
     assert report.length.tolist() == [11]
     assert report.written_upto.tolist() == [8]
     plain = prefilled(program, pool, state.sequence.tokens[0, :8].tolist())
@@ -101,7 +103,7 @@ def test_written_upto_follows_the_forward_that_wrote():
     program, pool, state = setup(REFERENCE, [1, 2], max_tokens=10, accept_threshold=0.0, settle_threshold=0.0, ignore_eos=True)
     seen = []
     for _ in range(3):
-        pool, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, KNOWN, max_steps=1, stop_on_finish=True)
+        pool, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, known=KNOWN, max_steps=1, stop_on_finish=True)
         seen.append((int(report.written_upto[0]), int(report.settled_upto[0])))
     assert seen == [(0, 4), (4, 8), (8, 12)]
 
@@ -114,7 +116,7 @@ def test_steps_of_a_kind_in_loops_of_their_own_are_the_same_steps(temperature):
         program, pool, state = setup(REFERENCE, [1, 2, 3], max_tokens=9, accept_threshold=0.3, temperature=temperature, seed=3)
         program = program._replace(kernels=kernels, greedy=greedy)
         for _ in range(2):
-            pool, state, report, trace = denoise(program, PARAMS, pool, state, TABLE, KNOWN, max_steps=3, stop_on_finish=False)
+            pool, state, report, trace = denoise(program, PARAMS, pool, state, TABLE, known=KNOWN, max_steps=3, stop_on_finish=False)
             ends.append((report, trace))
     for (report, trace), (want_report, want_trace) in zip(ends[2:], ends[:2], strict=True):
         jax.tree.map(np.testing.assert_array_equal, report, want_report)

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scripted import CONFIG
+from plain import attend_to, probabilities, sees
+from scripted import MODEL as SCRIPTED
 
 from diffulex_jax import Engine, SamplingParams, stateless
-from diffulex_jax.models import checkpoint, llada2
+from diffulex_jax.models.base import init
 from diffulex_jax.parallel.mesh import make_mesh
-from pallas_kernels.block_attention import split_heads
+from diffulex_jax.weights import checkpoint
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -35,8 +36,8 @@ def engine(engine_of):
 
 def tiny_engine(*, dtype: str = "float32", **settings) -> Engine:
     """An engine of 16 tokens at most over a model with random weights, which is quickly compiled and seldom sure."""
-    params = llada2.init(CONFIG, jax.random.key(0), jnp.dtype(dtype), scale=0.5)
-    return Engine(CONFIG, params, dtype=dtype, block_size=4, max_slots=2, max_model_len=16, **settings)
+    params = init(SCRIPTED, jax.random.key(0), jnp.dtype(dtype), scale=0.5)
+    return Engine(SCRIPTED, params, dtype=dtype, block_size=4, max_slots=2, max_model_len=16, **settings)
 
 
 def prompt(n: int, seed: int = 0) -> list[int]:
@@ -256,19 +257,11 @@ def test_sampling_from_one_token_is_greedy(engine, strategy):
 @pytest.fixture(scope="module")
 def recompute():
     """LLaDA2.0's rule over a dense forward of the whole sequence: no cache, no window, no batch."""
-    config, params = checkpoint.load(GOLDEN / MODEL, make_mesh())
-    position = jnp.arange(LONGEST)
-    sees = position[None] // BLOCK <= position[:, None] // BLOCK
-
-    def attend(layer, heads):
-        q, k, v = split_heads(heads)
-        score = jnp.where(sees, jnp.einsum("rtkgh,rskh->rkgts", q, k) / config.head_dim**0.5, -jnp.inf)
-        return jnp.einsum("rkgts,rskh->rtkgh", jax.nn.softmax(score, -1), v), None
+    model, params = checkpoint.load(GOLDEN / MODEL, make_mesh())
 
     @jax.jit
     def forward(ids):
-        hidden, _ = llada2.hidden(params, config, llada2.embed(params, ids[None]), position[None], attend)
-        p = jax.nn.softmax(llada2.logits(params, hidden)[0].at[:, MASK].set(-jnp.inf), -1)
+        p, _ = probabilities(model, params, ids, attend_to(sees(LONGEST, BLOCK)))
         return p.argmax(-1), p.max(-1)
 
     def decode(prompt: list[int], n: int, accept: float) -> list[int]:
@@ -329,7 +322,7 @@ def test_the_trace_tells_how_the_output_came_about(look_ahead):
         canvas = {}
         for step in output.trace:
             assert len(step.tokens) == 8
-            assert np.array_equal(step.tokens == CONFIG.mask_token_id, step.masked)
+            assert np.array_equal(step.tokens == SCRIPTED.spec.mask_id, step.masked)
             assert not step.confidence[step.masked].any()
             canvas |= dict(zip(range(step.start, step.start + 8), step.tokens.tolist(), strict=True))
         n = len(output.prompt_token_ids)

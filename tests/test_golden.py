@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import replay
+from plain import attend_to, logits_of, sees
 
-from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import make_mesh
-from pallas_kernels.block_attention import split_heads
+from diffulex_jax.weights import checkpoint
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -88,17 +87,8 @@ def model(request):
 
 @pytest.mark.parametrize("i", range(3))
 def test_logits(model, i):
-    name, config, params = model
+    name, network, params = model
     with np.load(GOLDEN / f"{name}.logits.npz") as file:
         ids, want = file[f"ids{i}"], file[f"logits{i}"]
-    position = jnp.arange(len(ids))
-    sees = position[None] // 32 <= position[:, None] // 32
-
-    def attend(layer, heads):
-        q, k, v = split_heads(heads)
-        score = jnp.einsum("rtkgh,rskh->rkgts", q, k) / config.head_dim**0.5
-        weight = jnp.where(sees, jnp.exp(score - score.max(-1, keepdims=True)), 0.0)
-        return jnp.einsum("rkgts,rskh->rtkgh", weight / weight.sum(-1, keepdims=True), v), None
-
-    hidden, _ = llada2.hidden(params, config, llada2.embed(params, ids[None]), position[None], attend)
-    np.testing.assert_allclose(llada2.logits(params, hidden)[0], want, rtol=0, atol=1e-4)
+    got, _ = logits_of(network, params, ids, attend_to(sees(len(ids), 32)))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)

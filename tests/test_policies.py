@@ -8,44 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain import attend_to, probabilities
 
 from diffulex_jax import Engine, SamplingParams
-from diffulex_jax.models import checkpoint, llada2
 from diffulex_jax.parallel.mesh import make_mesh
-from pallas_kernels.block_attention import split_heads
+from diffulex_jax.weights import checkpoint
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODEL = GOLDEN / "tiny-llada2-trained"
 BLOCK, MASK, POISON = 8, 1021, 1000
 OPTIONS = {"block_size": BLOCK, "max_slots": 2, "max_model_len": 64}
-CONFIG, PARAMS = checkpoint.load(MODEL, make_mesh())
+NETWORK, PARAMS = checkpoint.load(MODEL, make_mesh())
 
 
 def prompt(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng([n, seed]).integers(0, 900, n).tolist()
-
-
-def attend_to(prefix, sees):
-    """Dense attention over ``prefix`` (keys and values of each layer) and what ``sees`` ``[T, T]`` shows; gives keys and values."""
-
-    def attend(layer, heads):
-        q, *own = split_heads(heads)
-        k, v = own
-        seen = sees
-        if prefix is not None:
-            k, v = (jnp.concatenate([p[layer], a], 1) for p, a in zip(prefix, own, strict=True))
-            seen = jnp.concatenate([jnp.ones((len(sees), k.shape[1] - len(sees)), bool), sees], 1)
-        score = jnp.where(seen, jnp.einsum("rtkgh,rskh->rkgts", q, k) / CONFIG.head_dim**0.5, -jnp.inf)
-        return jnp.einsum("rkgts,rskh->rtkgh", jax.nn.softmax(score, -1), v), own
-
-    return attend
-
-
-def forward(ids, first, attend):
-    x = llada2.embed(PARAMS, jnp.array([ids]))
-    hidden, kv = llada2.hidden(PARAMS, CONFIG, x, first + jnp.arange(len(ids))[None], attend)
-    return jax.nn.softmax(llada2.logits(PARAMS, hidden)[0].at[:, MASK].set(-jnp.inf), -1), kv
 
 
 @pytest.mark.parametrize("n", [5, 16, 21])
@@ -53,16 +31,16 @@ def test_a_full_prefix_sees_all_of_itself(n):
     """The prompt's blocks are computed from the whole prompt, what follows its last whole block included."""
     ids, new = prompt(n), 16
     whole = n // BLOCK * BLOCK
-    _, kv = forward(ids, 0, attend_to(None, jnp.ones((n, n), bool)))
+    _, kv = probabilities(NETWORK, PARAMS, ids, attend_to(jnp.ones((n, n), bool)))
     kv = [a[:, :, :whole] for a in kv]
     x = np.full(whole + -(-(n - whole + new) // BLOCK) * BLOCK, MASK)
     x[:n] = ids
     for start in range(whole, n + new, BLOCK):
         part = slice(whole, start + BLOCK)
         block_of = np.arange(start + BLOCK - whole) // BLOCK
-        attend = attend_to(kv, jnp.array(block_of[None] <= block_of[:, None]))
+        attend = attend_to(jnp.array(block_of[None] <= block_of[:, None]), kv)
         while (x[part] == MASK).any():
-            p, _ = forward(x[part], whole, attend)
+            p, _ = probabilities(NETWORK, PARAMS, x[part], attend, first=whole)
             open_ = np.flatnonzero(x[part] == MASK)
             prob, best = np.asarray(p.max(-1))[open_], np.asarray(p.argmax(-1))[open_]
             fill = prob > 0.6 if (prob > 0.6).any() else prob == prob.max()
@@ -165,9 +143,9 @@ def test_a_row_that_is_not_a_number_ends_alone_and_leaves_nothing_behind():
     poisoned = PARAMS | {"embed": PARAMS["embed"].at[POISON].set(jnp.nan)}
     settings = SamplingParams(max_tokens=20, ignore_eos=True, accept_threshold=0.6)
     good = [prompt(n) for n in (3, 20, 9, 30, 12)]
-    clean = [o.token_ids for o in Engine(CONFIG, PARAMS, **OPTIONS).generate(good, settings)]
+    clean = [o.token_ids for o in Engine(NETWORK, PARAMS, **OPTIONS).generate(good, settings)]
     assert all(POISON not in tokens for tokens in clean)
-    engine = Engine(CONFIG, poisoned, num_pages=10, **OPTIONS)
+    engine = Engine(NETWORK, poisoned, num_pages=10, **OPTIONS)
     bad = [[POISON, *prompt(n, 1)] for n in (2, 25, 17)]
     mixed = [good[0], bad[0], good[1], bad[1], bad[2], *good[2:]]
     outputs = engine.generate(mixed, settings)
@@ -180,4 +158,4 @@ def test_a_row_that_is_not_a_number_ends_alone_and_leaves_nothing_behind():
 
 def test_a_mesh_of_other_axes_or_several_data_shards_is_refused():
     with pytest.raises(ValueError, match="takes a mesh of axes"):
-        Engine(CONFIG, PARAMS, mesh=jax.make_mesh((1,), ("x",)), **OPTIONS)
+        Engine(NETWORK, PARAMS, mesh=jax.make_mesh((1,), ("x",)), **OPTIONS)

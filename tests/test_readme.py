@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 
-from diffulex_jax.models.checkpoint import EMBEDDED
+from diffulex_jax.weights.checkpoint import EMBEDDED
 
 
 README = pathlib.Path(__file__).parent.parent / "README.md"

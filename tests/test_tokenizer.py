@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from diffulex_jax.engine import messages, pieces
 from diffulex_jax.engine.tokenizer import Tokenizer
-from diffulex_jax.models.checkpoint import EMBEDDED
+from diffulex_jax.weights.checkpoint import EMBEDDED
 
 
 USER = {"role": "user", "content": "hi"}

@@ -1,6 +1,5 @@
 """The trainer of the embedded model: problems, tokenizer, losses, a few steps, and the model that came of it."""
 
-import dataclasses
 import json
 
 import jax
@@ -10,25 +9,29 @@ import pytest
 from transformers import AutoTokenizer
 
 from diffulex_jax import Engine, Output, SamplingParams
-from diffulex_jax.models import checkpoint
+from diffulex_jax.models.registry import model_of
 from diffulex_jax.training import data, evaluate, export, losses, tasks, tokenizer, train
+from diffulex_jax.weights import checkpoint
 from pallas_kernels import expert_choice, grouped_matmul
 
 
-TINY = dataclasses.replace(
-    train.CONFIG,
-    hidden_size=32,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    first_k_dense_replace=0,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    num_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    moe_intermediate_size=16,
+TINY = model_of(
+    train.MODEL.config.to_hf()
+    | {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 0,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "rotary_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    }
 )
 
 
@@ -103,7 +106,7 @@ def test_canvases_hold_prompt_answer_and_end_of_sequence():
     tokens, start, end = (x[0] for x in examples)
     assert (start, end) == (8, 16)
     assert tokenizer.build().decode(tokens[:end].tolist()) == "What is 1 + 2?So the answer is 3."
-    assert (tokens[end:] == train.CONFIG.eos_token_id).all()
+    assert (tokens[end:] == train.MODEL.spec.eos_ids[0]).all()
     assert len(data.encode(["What is 1 + 2?"], ["So the answer is 3."], canvas=16).tokens) == 0
 
 
@@ -122,28 +125,30 @@ def test_the_response_is_scored_up_to_32_end_of_sequence_tokens():
 
 
 def test_the_noisy_half_sees_what_the_engine_sees(embedded):
-    config, params = checkpoint.load(checkpoint.EMBEDDED, embedded.mesh)
+    model, params = checkpoint.load(checkpoint.EMBEDDED, embedded.mesh)
     problem = evaluate.held_out(1)[0]
     clean = data.encode([tokenizer.chat(problem.question)], [problem.answer]).tokens[0].astype(np.int32)
     for length in (20, 32, 70):  # prompts that end inside the first block, after it, and inside the third
         fill_all = SamplingParams(max_tokens=data.CANVAS - length, accept_threshold=0.0, max_nfe=1, ignore_eos=True)
         (output,) = embedded.generate([clean[:length].tolist()], fill_all)
-        noisy = np.where(np.arange(data.CANVAS) < length, clean, config.mask_token_id)
-        expected = losses.predict(params, config, noisy[None], clean[None])[0].argmax(-1)
+        noisy = np.where(np.arange(data.CANVAS) < length, clean, model.spec.mask_id)
+        expected = losses.predict(params, model, noisy[None], clean[None])[0].argmax(-1)
         assert output.token_ids == expected[length : (length // 32 + 1) * 32].tolist()
 
 
 def test_dense_experts_agree_with_the_kernel_and_balance_changes_only_gradients():
     rng = np.random.default_rng(2)
-    x, router, gate_up, down = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((6, 32), (32, 4), (1, 4, 32, 32), (1, 4, 16, 32)))
-    ids, weights, _ = expert_choice.choose(x, router / 10, jnp.zeros(4), expert_choice.Router(top_k=2), backend="sorted")
+    x, matrix, gate_up, down = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((6, 32), (32, 4), (1, 4, 32, 32), (1, 4, 16, 32)))
+    router = expert_choice.Router(top_k=2, groups=2, kept=1, scale=2.5)
+    ids, weights, _ = expert_choice.choose(x, matrix / 10, jnp.zeros(4), router)
     stack = (gate_up / 10, down / 10)
+    layer = [a[0] for a in stack]
     reference = grouped_matmul.expert_mlp(x, ids, weights, *stack, layer=0, backend="dense")
 
     def total(weights, balance):
-        return losses.dense_experts(x, ids, weights, *stack, layer=0, balance=balance).sum()
+        return losses.dense_experts(x, ids, weights, *layer, balance=balance).sum()
 
-    np.testing.assert_allclose(losses.dense_experts(x, ids, weights, *stack, layer=0, balance=1.0), reference, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(losses.dense_experts(x, ids, weights, *layer, balance=1.0), reference, rtol=1e-4, atol=1e-5)
     added = jax.grad(total)(weights, 1.0) - jax.grad(total)(weights, 0.0)
     load = np.bincount(np.ravel(ids), minlength=4) / ids.size
     np.testing.assert_allclose(added, 4 * (load[np.asarray(ids)] - 1 / 4) / 6, rtol=1e-3, atol=1e-6)
@@ -179,7 +184,7 @@ def test_figures_by_hand():
 
 
 def test_a_small_run_lowers_both_losses_and_is_exported_and_evaluated(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "CONFIG", TINY)
+    monkeypatch.setattr(train, "MODEL", TINY)
     monkeypatch.setattr(train, "CHUNK", 5)
     monkeypatch.setattr(data, "SHARD", 64)
     monkeypatch.setattr(evaluate, "SETTINGS", {"dmax": {"short": SamplingParams(accept_threshold=0.0, max_nfe=2)}})
@@ -197,7 +202,7 @@ def test_a_small_run_lowers_both_losses_and_is_exported_and_evaluated(tmp_path, 
     table = evaluate.report(held_out)
     assert table in capsys.readouterr().out
     assert table in (tmp_path / "README.md").read_text()
-    assert checkpoint.load_config(tmp_path) == TINY
+    assert checkpoint.load_model(tmp_path) == TINY
 
 
 # The embedded model.

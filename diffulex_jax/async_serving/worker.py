@@ -84,8 +84,8 @@ def facts_of(engines: Engines) -> dict[str, Any]:
     return {
         **{name: value for name, value in dataclasses.asdict(first.settings).items() if name not in own},
         "strategies": {strategy: {name: values[name] for name in own} for strategy, values in settings.items()},
-        "vocab_size": first.config.vocab_size,
-        "mask_token_id": first.config.mask_token_id,
+        "vocab_size": first.model.spec.vocab_size,
+        "mask_token_id": first.model.spec.mask_id,
         "platform": jax.default_backend(),
         "pid": os.getpid(),
     }

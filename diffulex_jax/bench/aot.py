@@ -22,10 +22,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
 from diffulex_jax import decode
-from diffulex_jax.config import ModelConfig
 from diffulex_jax.engine.device import PLAN_COLUMNS, empty, jit_denoise
 from diffulex_jax.engine.programs import param_specs, pool_placement
-from diffulex_jax.models import llada2
+from diffulex_jax.models.base import Model, init, leaves
 from diffulex_jax.parallel.mesh import check_split, make_mesh, sharding
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import STATE_AXES
@@ -94,7 +93,7 @@ def tpu_devices(topology: str) -> list[Any]:
 
 def compile_denoise(
     topology: str,
-    config: ModelConfig,
+    model: Model,
     *,
     data: int | None = None,
     expert: int = 1,
@@ -110,7 +109,7 @@ def compile_denoise(
 
     Args:
       topology: see :func:`tpu_devices`.
-      config: the model's shape.
+      model: the network.
       data: devices over which slots and pages are split; default: all that ``expert`` and ``tensor`` leave.
       expert: devices over which experts and vocabulary are split, beside those of ``tensor``.
       tensor: devices over which heads are split too; default: as many as there are key/value heads and the slice allows.
@@ -126,21 +125,23 @@ def compile_denoise(
       jax.errors.JaxRuntimeError: what the compiler says, such as that the device's memory is exceeded.
     """
     devices = tpu_devices(topology)
-    tensor = math.gcd(config.num_key_value_heads, len(devices) // expert) if tensor is None else tensor
+    tensor = math.gcd(model.spec.layers.kv_heads, len(devices) // expert) if tensor is None else tensor
     data = max(1, len(devices) // (expert * tensor)) if data is None else data
     mesh = make_mesh(devices, data=data, expert=expert, tensor=tensor)
-    for path, (shape, axes) in jax.tree.leaves_with_path(llada2.schema(config), is_leaf=llada2.is_leaf):
-        check_split(mesh, shape, axes, path[-1].key)
+    for path, param in leaves(model.schema).items():
+        check_split(mesh, param.shape, param.axes, path[-1])
     rule, slots, pages = resolve(strategy).rule, data * slots_per_device, -(-context // block_size)
-    dims = dims_for(rule, slots=slots, window=buffer_size, block=block_size, pages_per_slot=pages)
-    program = decode.Program(config, dims, rule, pallas_kernels.choose(devices[0]))
+    dims = dims_for(
+        rule, slots=slots, window=buffer_size, block=block_size, page=block_size, pages_per_slot=pages, mask_id=model.spec.mask_id
+    )
+    program = decode.Program(model, dims, rule, pallas_kernels.choose(devices[0]))
     dtype, num_pages = jnp.bfloat16, slots * pages
 
     def placed(tree: Any, where: Any) -> Any:
         return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), tree, where)
 
-    abstract = jax.eval_shape(functools.partial(llada2.init, config, dtype=dtype), jax.random.key(0))
-    params = placed(abstract, jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config)))
+    abstract = jax.eval_shape(functools.partial(init, model, dtype=dtype), jax.random.key(0))
+    params = placed(abstract, jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(model)))
     pool, state = jax.eval_shape(functools.partial(empty, program, dtype, num_pages))
     where = (pool, pool_placement(mesh, program.kernels)), (state, sharding(mesh, STATE_AXES))
     pool, state = (placed(tree, jax.tree.map(lambda _, at=at: at, tree)) for tree, at in where)

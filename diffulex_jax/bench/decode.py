@@ -16,17 +16,18 @@ from jax import lax
 from tqdm import tqdm
 
 from diffulex_jax import decode, request_state
-from diffulex_jax.bench.shapes import SHAPES
-from diffulex_jax.config import ModelConfig
+from diffulex_jax.bench.forward import Window, bare, window_of
+from diffulex_jax.bench.shapes import shape_model
 from diffulex_jax.engine.engine import Engine
 from diffulex_jax.engine.tokenizer import Tokenizer
-from diffulex_jax.models import checkpoint, llada2
+from diffulex_jax.models.base import Model, ModelSpec, Params, init, logits
 from diffulex_jax.parallel.mesh import make_mesh
-from diffulex_jax.rules import Rule, dims_for
+from diffulex_jax.rules import Rule
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.state import DecodeState, KVPool
+from diffulex_jax.state import DecodeState, Dims, KVPool
 from diffulex_jax.strategies import resolve
-from pallas_kernels import block_attention, choose
+from diffulex_jax.weights import checkpoint
+from pallas_kernels import Kernels, choose
 
 
 QUESTIONS = (
@@ -74,21 +75,21 @@ def run(
     """
     rules = {name: resolve(name).rule for name in strategies}
     sizes: dict[str, Any] = {"block_size": block_size, "buffer_size": buffer_size, "max_slots": max_slots}
-    config, params, tokenizer = _model(model, shape, dtype)
+    network, params, tokenizer = _model(model, shape, dtype)
     if model == "embedded" and tokenizer is not None and prompt_tokens is None:
         prompts = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in QUESTIONS]
     else:
-        prompts = random_prompts(config, count=max_slots, tokens=64 if prompt_tokens is None else prompt_tokens)
+        prompts = random_prompts(network.spec, count=max_slots, tokens=64 if prompt_tokens is None else prompt_tokens)
         sampling = dataclasses.replace(sampling, ignore_eos=True)
     longest = max(map(len, prompts))
 
     results = {}
     for name, rule in tqdm(rules.items(), disable=not progress, unit="strategy"):
         began = time.perf_counter()
-        engine = Engine(config, params, strategy=name, dtype=dtype, **sizes, **settings)
+        engine = Engine(network, params, strategy=name, dtype=dtype, **sizes, **settings)
         start_seconds = time.perf_counter() - began
         figures = measure(engine, prompts, sampling, repeats=repeats)
-        figures |= measure_step(config, params, rule, prompt_tokens=longest, slots=max_slots, block=block_size, window=engine.dims.window)
+        figures |= measure_step(network, params, rule, prompt_tokens=longest, dims=engine.dims)
         results[name] = {"start_seconds": start_seconds} | figures
     device = jax.devices()[0]
     return {
@@ -97,7 +98,7 @@ def run(
         "kernels": choose(device)._asdict(),
         "model": model or f"{shape}, random weights",
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(network.config),
         "dtype": dtype,
         **sizes,
         **settings,
@@ -109,9 +110,9 @@ def run(
     }
 
 
-def random_prompts(config: ModelConfig, *, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
+def random_prompts(spec: ModelSpec, *, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
     """``count`` prompts of ``tokens`` random ids, none of them the mask or EOS."""
-    ordinary = np.setdiff1d(np.arange(config.vocab_size), (config.mask_token_id, config.eos_token_id))
+    ordinary = np.setdiff1d(np.arange(spec.vocab_size), (spec.mask_id, *spec.eos_ids))
     return np.random.default_rng(seed).choice(ordinary, (count, tokens)).tolist()
 
 
@@ -139,40 +140,39 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling
 
 
 def measure_step(
-    config: ModelConfig, params: llada2.Params, rule: Rule, *, prompt_tokens: int, slots: int, block: int, window: int = 1, rounds: int = 7
+    model: Model, params: Params, rule: Rule, *, prompt_tokens: int, dims: Dims, rounds: int = 7, kernels: Kernels | None = None
 ) -> dict[str, float]:
-    """Times a denoise step against the bare model (embeddings, layers, vocabulary logits) of the same shapes.
+    """Times a denoise step against the bare model (embeddings, layers, vocabulary logits) of the same shapes and the same kernels.
 
     Both run as a loop of steps on the device, turn about in one process; what a step has beyond the model is the
     prediction, the rules, the cache and the bookkeeping. The step is the common one, with no finished block to write along.
 
     Args:
-      config, params: the model.
+      model, params: the network.
       rule: the strategy.
-      prompt_tokens: cached positions in front of the block, rounded down to whole blocks.
-      slots: requests decoded together.
-      block: tokens in a block; half of them are decoded, one a step.
-      window: blocks in the window, of which the first is active.
+      prompt_tokens: cached positions in front of the block, rounded down to whole pages.
+      dims: sizes of the state; half of a block is decoded, one token a step, and the first block of the window is active.
       rounds: measurements of each; medians are returned.
+      kernels: default: those of the device.
 
     Returns:
       ``step_ms``, ``model_ms`` and ``outside_model_share`` = 1 - model / step of each turn.
     """
-    program, pool, state = _mid_request(config, params, rule, prompt_tokens=prompt_tokens, slots=slots, block=block, window=window)
-    whole = jax.jit(functools.partial(decode.denoise, program, steps=block), donate_argnums=(1, 2))
-    bare = jax.jit(functools.partial(_model_loop, config))
-    steps = np.int32(max(1, block // 2))
-    spent, tables, known = [], _page_tables(state, pool), np.zeros(slots, np.int32)
+    program, pool, state = _mid_request(model, params, rule, prompt_tokens=prompt_tokens, dims=dims, kernels=kernels)
+    whole = jax.jit(functools.partial(decode.denoise, program, steps=dims.block), donate_argnums=(1, 2))
+    alone = jax.jit(functools.partial(_model_loop, program))
+    steps = np.int32(max(1, dims.block // 2))
+    spent, tables, known = [], _page_tables(state, pool), np.zeros(dims.slots, np.int32)
     precision = "highest" if params["embed"].dtype == jnp.float32 else "default"  # as the engine does
     with jax.set_mesh(make_mesh()), jax.default_matmul_precision(precision):
         for _ in range(rounds + 1):
             own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             began = time.perf_counter()
             pool, _, report, _ = jax.block_until_ready(
-                whole(params, pool, own, tables, known, max_steps=steps, stop_on_finish=np.bool_(False))
+                whole(params, pool, own, tables, known=known, max_steps=steps, stop_on_finish=np.bool_(False))
             )
             middle = time.perf_counter()
-            jax.block_until_ready(bare(params, pool, state, steps))
+            jax.block_until_ready(alone(params, pool, window_of(state), tables, steps))
             spent.append((1e3 * (middle - began) / int(report.nfe.max()), 1e3 * (time.perf_counter() - middle) / int(steps)))
     spent = spent[1:]  # the first compiled
     step_ms, model_ms = (statistics.median(times) for times in zip(*spent, strict=True))
@@ -180,19 +180,19 @@ def measure_step(
 
 
 def _mid_request(
-    config: ModelConfig, params: llada2.Params, rule: Rule, *, prompt_tokens: int, slots: int, block: int, window: int
+    model: Model, params: Params, rule: Rule, *, prompt_tokens: int, dims: Dims, kernels: Kernels | None
 ) -> tuple[decode.Program, KVPool, DecodeState]:
     """Every slot at the first block after its prompt, which fills one mask a step. The pool is empty: its content takes no time."""
-    sampling = SamplingParams(max_tokens=block, accept_threshold=2.0, add_block_threshold=2.0, ignore_eos=True)
-    prompt = np.zeros(max(1, prompt_tokens // block * block), np.int32)
-    pages = -(-(len(prompt) + block) // block)
-    dims = dims_for(rule, slots=slots, window=window, block=block, pages_per_slot=pages)
-    pool = jnp.zeros((config.num_hidden_layers, slots * pages, block, config.num_key_value_heads, config.head_dim), params["embed"].dtype)
-    state = request_state.empty_state(dims, rule, mask_id=config.mask_token_id)
+    sampling = SamplingParams(max_tokens=dims.block, accept_threshold=2.0, add_block_threshold=2.0, ignore_eos=True)
+    prompt = np.zeros(max(1, prompt_tokens // dims.block * dims.block), np.int32)
+    dims = dataclasses.replace(dims, pages_per_slot=-(-(len(prompt) + dims.block) // dims.page))
+    layers = model.spec.layers
+    pool = jnp.zeros((layers.count, dims.slots * dims.pages_per_slot, dims.page, layers.kv_heads, layers.head_dim), params["embed"].dtype)
+    state = request_state.empty_state(dims, rule)
     request = request_state.make_request(dims, prompt=prompt, params=sampling, eos_ids=())
-    for slot in range(slots):
-        state = request_state.admit(dims, rule, config.mask_token_id, state, jnp.int32(slot), request)
-    return decode.Program(config, dims, rule, choose(jax.devices()[0])), KVPool(pool, jnp.copy(pool)), state
+    for slot in range(dims.slots):
+        state = request_state.admit(dims, rule, state, jnp.int32(slot), request)
+    return decode.Program(model, dims, rule, kernels or choose(jax.devices()[0])), KVPool(pool, jnp.copy(pool)), state
 
 
 def _page_tables(state: DecodeState, pool: KVPool) -> jax.Array:
@@ -201,41 +201,34 @@ def _page_tables(state: DecodeState, pool: KVPool) -> jax.Array:
     return jnp.arange(pool.k.shape[1], dtype=jnp.int32).reshape(slots, -1)
 
 
-def _model_loop(config: ModelConfig, params: llada2.Params, pool: KVPool, state: DecodeState, steps: jax.Array) -> jax.Array:
+def _model_loop(
+    program: decode.Program, params: Params, pool: KVPool, window: Window, page_table: jax.Array, steps: jax.Array
+) -> jax.Array:
     """``steps`` forwards over the window, and the logits of the last."""
-    slots, _, block = state.tokens.shape
-    positions = state.positions.reshape(slots, -1)
-    lanes = state.active & state.live[:, None]
-    keys = block_attention.Keys(pool.k, pool.v, _page_tables(state, pool), state.written_upto, lanes)
-
-    def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
-        return block_attention.block_attention(heads, keys, layer=layer, block=block), ()
+    tokens, positions, written_upto, active = window
 
     def forward(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens, _ = carry
-        hidden, _ = llada2.hidden(params, config, llada2.embed(params, tokens), positions, attend, valid=jnp.repeat(lanes, block, 1))
-        logits = llada2.logits(params, hidden)
+        found = logits(program.model, params, bare(program, params, pool, (tokens, positions, written_upto, active), page_table))
         # What goes in next depends on what came out, as in decoding: no forward can be left out or moved out of the loop.
-        return jnp.where(jnp.isnan(logits[..., 0]), 0, tokens), logits
+        return jnp.where(jnp.isnan(found[..., 0]).reshape(tokens.shape), 0, tokens), found
 
-    tokens = state.tokens.reshape(slots, -1)
-    return lax.fori_loop(0, steps, forward, (tokens, jnp.zeros((*tokens.shape, config.vocab_size))))[1]
+    shape = (len(tokens), tokens[0].size, program.model.spec.vocab_size)
+    return lax.fori_loop(0, steps, forward, (tokens, jnp.zeros(shape)))[1]
 
 
-def _model(model: str | None, shape: str | None, dtype: str) -> tuple[ModelConfig, llada2.Params, Tokenizer | None]:
+def _model(model: str | None, shape: str | None, dtype: str) -> tuple[Model, Params, Tokenizer | None]:
     if (model is None) == (shape is None):
         raise ValueError("give exactly one of a model and a shape")
     try:
         jnp.dtype(dtype)
     except TypeError as error:
         raise ValueError(f"dtype={dtype!r} is not a dtype") from error
-    if model is not None:
-        path = checkpoint.resolve(model)
-        return *checkpoint.load(path, make_mesh(), dtype=dtype), Tokenizer.load(path)
-    if shape not in SHAPES:
-        raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
-    init = jax.jit(llada2.init, static_argnums=(0, 2))
-    return SHAPES[shape], init(SHAPES[shape], jax.random.key(0), dtype), None
+    if shape is not None:
+        network = shape_model(shape)
+        return network, jax.jit(lambda key: init(network, key, dtype))(jax.random.key(0)), None
+    path = checkpoint.resolve(str(model))
+    return *checkpoint.load(path, make_mesh(), dtype=dtype), Tokenizer.load(path)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from diffulex_jax.bench.traffic import expert_bytes
-from diffulex_jax.config import ModelConfig
-from diffulex_jax.models import llada2
+from diffulex_jax.bench.forward import expert_stacks
+from diffulex_jax.models.base import Model, Params
 from pallas_kernels import Kernels, block_attention, grouped_matmul, prediction, token_merge
 from pallas_kernels.token_merge import MergeSpec
 
 
 def measure(
-    config: ModelConfig, params: llada2.Params, kernels: Kernels, *, batch: int, context: int, block: int, bandwidth: float
+    model: Model, params: Params, kernels: Kernels, *, batch: int, context: int, block: int, bandwidth: float
 ) -> Iterator[dict[str, Any]]:
     """Times one layer's routed experts with uniform routing, the vocabulary's prediction, token merge, and one layer's attention.
 
@@ -29,34 +28,35 @@ def measure(
       ``kernel``, ``tokens``, ``ms``, ``floor_ms`` (weights and cached keys and values, or gathered rows, read once at ``bandwidth``
       bytes a second), ``floor_ratio``, and for the experts ``experts_touched``.
     """
-    tokens, embed, dtype = batch * block, config.hidden_size, params["embed"].dtype
+    spec = model.spec
+    tokens, embed, dtype = batch * block, spec.hidden_size, params["embed"].dtype
     x = jax.random.normal(jax.random.key(0), (tokens, embed), dtype)
 
     def result(kernel: str, ms: float, bytes_read: float, touched: float | None = None) -> dict[str, Any]:
         floor = 1e3 * bytes_read / bandwidth
         return {"kernel": kernel, "tokens": tokens, "ms": ms, "floor_ms": floor, "floor_ratio": ms / floor, "experts_touched": touched}
 
-    layers = config.num_moe_layers
-    if layers:
-        scores = jax.random.uniform(jax.random.key(1), (layers, tokens, config.num_experts))
-        weights, ids = lax.top_k(scores, config.num_experts_per_tok)
+    if stacks := expert_stacks(params):
+        layers, count = stacks[0].shape[:2]
+        scores = jax.random.uniform(jax.random.key(1), (layers, tokens, count))
+        weights, ids = lax.top_k(scores, spec.experts_per_token)
+        expert_bytes = sum(stack.nbytes for stack in stacks) / (layers * count)
 
-        def experts(x: jax.Array, i: jax.Array, params: llada2.Params, ids: jax.Array, weights: jax.Array) -> jax.Array:
-            stacks = params["moe"]["experts_gate_up"], params["moe"]["experts_down"]
+        def experts(x: jax.Array, i: jax.Array, stacks: list[jax.Array], ids: jax.Array, weights: jax.Array) -> jax.Array:
             return x + grouped_matmul.expert_mlp(x, ids[i], weights[i], *stacks, layer=i, backend=kernels.grouped_matmul) * 1e-3
 
         touched = statistics.mean(len(set(layer.reshape(-1).tolist())) for layer in jax.device_get(ids))
-        yield result("experts", _ms(experts, x, layers, params, ids, weights), touched * expert_bytes(config, dtype.itemsize), touched)
+        yield result("experts", _ms(experts, x, layers, stacks, ids, weights), touched * expert_bytes, touched)
 
     current = jnp.zeros(tokens, jnp.int32)
 
-    def predict(x: jax.Array, i: jax.Array, params: llada2.Params, current: jax.Array) -> jax.Array:
+    def predict(x: jax.Array, i: jax.Array, params: Params, current: jax.Array) -> jax.Array:
         still = jnp.zeros(tokens, jnp.float32)
         best = prediction.predict_from_hidden(
             x,
             params["lm_head"],
             current,
-            forbidden_id=config.mask_token_id,
+            forbidden_id=spec.mask_id,
             sampling=prediction.Sampling(jax.random.split(jax.random.key(0), tokens), still, still + 1, current),
             backend=kernels.prediction,
         )
@@ -64,21 +64,21 @@ def measure(
 
     yield result("prediction", _ms(predict, x, 8, params, current), params["lm_head"].nbytes)
 
-    def merge(x: jax.Array, i: jax.Array, params: llada2.Params, ids: jax.Array) -> jax.Array:
+    def merge(x: jax.Array, i: jax.Array, params: Params, ids: jax.Array) -> jax.Array:
         probs = jax.nn.sigmoid(x[:, :1].astype(jnp.float32))
         soft = jnp.ones(tokens, bool)
         mixed = token_merge.merge(
-            params["embed"], ids[i], config.mask_token_id, ids[i][:, None], probs, soft, spec=MergeSpec(), backend=kernels.token_merge
+            params["embed"], ids[i], spec.mask_id, ids[i][:, None], probs, soft, spec=MergeSpec(), backend=kernels.token_merge
         )
         return x + mixed
 
-    merged = jax.random.randint(jax.random.key(2), (64, tokens), 0, config.vocab_size)
+    merged = jax.random.randint(jax.random.key(2), (64, tokens), 0, spec.vocab_size)
     yield result("token merge", _ms(merge, x, 64, params, merged), 2 * tokens * embed * dtype.itemsize)
 
-    groups, head = config.num_key_value_heads, config.head_dim
+    layers, groups, head = spec.layers.count, spec.layers.kv_heads, spec.layers.head_dim
     pages = context // block
-    pool = jax.random.normal(jax.random.key(3), (config.num_hidden_layers, batch * pages, block, groups, head), dtype)
-    heads = jax.random.normal(jax.random.key(4), (batch, block, groups, config.queries_per_kv + 2, head), dtype)
+    pool = jax.random.normal(jax.random.key(3), (layers, batch * pages, block, groups, head), dtype)
+    heads = jax.random.normal(jax.random.key(4), (batch, block, groups, spec.layers.query_heads // groups + 2, head), dtype)
     table = jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages)
 
     def attention(heads: jax.Array, i: jax.Array, pool: jax.Array, table: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ def measure(
         return heads + jnp.pad(out * jnp.asarray(1e-3, dtype), [(0, 0)] * 3 + [(0, 2), (0, 0)])
 
     cached = 2 * batch * context * groups * head * dtype.itemsize
-    yield result("block attention", _ms(attention, heads, config.num_hidden_layers, pool, table), cached)
+    yield result("block attention", _ms(attention, heads, layers, pool, table), cached)
 
 
 def _ms(body: Callable[..., jax.Array], carry: jax.Array, count: int, *args: Any, rounds: int = 7) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from diffulex_jax.models import checkpoint
+from diffulex_jax.weights import checkpoint
 from pallas_kernels import choose
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -11,90 +10,127 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from diffulex_jax.config import ModelConfig
-from diffulex_jax.models import llada2
+from diffulex_jax.models.base import Model, Params, leaves
+from diffulex_jax.models.registry import model_of
 
 
-_TINY = ModelConfig(
-    vocab_size=1024,
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=16,
-    num_experts=16,
-    num_experts_per_tok=4,
-    moe_intermediate_size=64,
-    n_group=4,
-    topk_group=2,
-    mask_token_id=1021,
-    eos_token_id=1020,
-    max_position_embeddings=4096,
-)
-
-SHAPES: dict[str, ModelConfig] = {
-    "tiny": _TINY,
-    # 131.7 M parameters: what two CPU cores decode in tens of milliseconds a step.
-    "cpu-131m": dataclasses.replace(
-        _TINY,
-        vocab_size=32_768,
-        hidden_size=512,
-        intermediate_size=1280,
-        num_hidden_layers=8,
-        head_dim=64,
-        num_experts=32,
-        moe_intermediate_size=256,
-        mask_token_id=32_767,
-        eos_token_id=32_766,
-    ),
-    # inclusionAI's LLaDA2.0-mini: 16.3 G parameters, 32.5 GB in bfloat16.
-    "llada2-mini": ModelConfig(
-        vocab_size=157_184,
-        hidden_size=2048,
-        intermediate_size=5120,
-        num_hidden_layers=20,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=256,
-        num_experts_per_tok=8,
-        moe_intermediate_size=512,
-        n_group=8,
-        topk_group=4,
-        mask_token_id=156_895,
-        eos_token_id=156_892,
-    ),
+_TINY = {
+    "model_type": "llada2_moe",
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
+    "n_group": 4,
+    "topk_group": 2,
+    "mask_token_id": 1021,
+    "eos_token_id": 1020,
+    "max_position_embeddings": 4096,
+}
+_SDAR = {
+    "model_type": "sdar",
+    "vocab_size": 151_936,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "eos_token_id": 151_643,
 }
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": _TINY,
+    # 131.7 M parameters: what two CPU cores decode in tens of milliseconds a step.
+    "cpu-131m": _TINY
+    | {
+        "vocab_size": 32_768,
+        "hidden_size": 512,
+        "intermediate_size": 1280,
+        "num_hidden_layers": 8,
+        "head_dim": 64,
+        "num_experts": 32,
+        "moe_intermediate_size": 256,
+        "mask_token_id": 32_767,
+        "eos_token_id": 32_766,
+    },
+    # inclusionAI's LLaDA2.0-mini: 16.3 G parameters, 32.5 GB in bfloat16.
+    "llada2-mini": {
+        "model_type": "llada2_moe",
+        "vocab_size": 157_184,
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "n_group": 8,
+        "topk_group": 4,
+        "mask_token_id": 156_895,
+        "eos_token_id": 156_892,
+    },
+    # JetLM's SDAR-4B-Chat, SDAR-8B-Chat and SDAR-30B-A3B-Chat.
+    "sdar-4b": _SDAR | {"hidden_size": 2560, "intermediate_size": 9728},
+    "sdar-8b": _SDAR | {"hidden_size": 4096, "intermediate_size": 12_288},
+    "sdar-30b-a3b": _SDAR
+    | {
+        "model_type": "sdar_moe",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+}
+"""The ``config.json`` of each shape."""
 
-def random_params(config: ModelConfig, dtype: Any, *, seed: int = 0) -> llada2.Params:
+
+def shape_model(name: str) -> Model:
+    """The network of a shape.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"unknown shape {name!r}; choose one of {', '.join(SHAPES)}")
+    return model_of(SHAPES[name], name=name)
+
+
+def random_params(model: Model, dtype: Any, *, seed: int = 0) -> Params:
     """Random weights made on the device piece by piece: no copy of a stack of experts, and none in float32, ever exists.
 
     Tokens choose their experts as if independently. Plain random weights would not do: masks all look alike, attention hardly
     tells their positions apart, and so they would share experts. Here queries only carry the fastest rotary frequencies, and
     with them a sharp attention, which gives every position a mix of values of its own.
     """
-    leaves, treedef = jax.tree.flatten_with_path(llada2.schema(config), is_leaf=llada2.is_leaf)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    params = leaves(model.schema)
     made = []
-    for (path, (shape, axes)), key in zip(leaves, keys, strict=True):
-        name = path[-1].key
-        if name == "router_bias":
-            made.append(jnp.zeros(shape, jnp.float32))
-        elif name == "q_norm":
-            half, fast = config.rotary_dim // 2, min(6, config.rotary_dim // 2)
-            made.append(jnp.zeros(shape, dtype).at[:, :fast].set(40).at[:, half : half + fast].set(40))
-        elif name.endswith("norm"):
-            made.append(jnp.ones(shape, dtype))
-        elif axes[0] != "layer":
-            made.append(_normal(key, shape, dtype))
+    for (path, param), key in zip(params.items(), jax.random.split(jax.random.key(seed), len(params)), strict=True):
+        kind = param.dtype or dtype
+        if path[-1] == "q_norm":
+            half = model.spec.layers.rotary_dim // 2
+            fast = min(6, half)
+            made.append(jnp.zeros(param.shape, kind).at[:, :fast].set(40).at[:, half : half + fast].set(40))
+        elif param.init != "normal":
+            made.append(jnp.full(param.shape, {"ones": 1, "zeros": 0}[param.init], kind))
+        elif param.axes[0] != "layer":
+            made.append(_normal(key, param.shape, kind))
         else:
-            stack = jnp.zeros(shape, dtype)
-            for layer, part in enumerate(jax.random.split(key, shape[0])):
-                stack = _put(stack, _normal(part, shape[1:], dtype), layer)
+            stack = jnp.zeros(param.shape, kind)
+            for layer, part in enumerate(jax.random.split(key, param.shape[0])):
+                stack = _put(stack, _normal(part, param.shape[1:], kind), layer)
             made.append(stack)
-    return jax.tree.unflatten(treedef, made)
+    tree: Params = {}
+    for path, array in zip(params, made, strict=True):
+        functools.reduce(lambda node, name: node.setdefault(name, {}), path[:-1], tree)[path[-1]] = array
+    return tree
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

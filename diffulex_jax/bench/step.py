@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffulex_jax import decode, request_state
+from diffulex_jax.bench import forward, traffic
 from diffulex_jax.bench import kernels as kernel_times
-from diffulex_jax.bench import traffic
-from diffulex_jax.bench.shapes import SHAPES, random_params
-from diffulex_jax.config import ModelConfig
+from diffulex_jax.bench.shapes import random_params, shape_model
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import exact, make_plan, packed_denoise
-from diffulex_jax.models import llada2
+from diffulex_jax.models.base import Model, Params
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.rules import Rule, dims_for
 from diffulex_jax.sampling_params import SamplingParams
@@ -64,18 +63,17 @@ def run(
     Raises:
       ValueError: for a name that does not exist or a number that will not do.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
+    model = shape_model(shape)
     settings = EngineConfig(dtype=dtype, kernels=kernels)
     for name, numbers in {"batch": batches, "repeats": (repeats,), "context": contexts}.items():
         if bad := [n for n in numbers if n < 1 or (name == "context" and n % BLOCK)]:
             raise ValueError(f"{name}={bad[0]} must be positive" + (f" and a multiple of {BLOCK}" if name == "context" else ""))
     rules = {name: resolve(name).rule for name in strategies}
-    config, device = SHAPES[shape], jax.devices()[0]
+    device = jax.devices()[0]
     chosen = choose(device) if settings.kernels == "auto" else REFERENCE
     with jax.set_mesh(make_mesh()):
         bandwidth = traffic.copy_bandwidth(device)
-        params = random_params(config, settings.jax_dtype)
+        params = random_params(model, settings.jax_dtype)
         report: dict[str, Any] = {
             "device": f"{device.platform}: {device.device_kind}",
             "jax": jax.__version__,
@@ -93,13 +91,13 @@ def run(
         with ThreadPoolExecutor() as threads:  # everything is compiled before anything is timed
             compiled, counters = {}, {}
             for context, batch, name in cases:
-                program, arguments = _program(config, params, rules[name], chosen, context=context, batch=batch)
+                program, arguments = _program(model, params, rules[name], chosen, context=context, batch=batch)
                 dispatch = jax.jit(exact(functools.partial(packed_denoise, program, STEPS), settings.jax_dtype), donate_argnums=(1, 2))
                 compiled[context, batch, name] = program, threads.submit(dispatch.lower(*arguments).compile)
                 if (context, batch) not in counters:
-                    forward, counts = traffic.touch_counter(program)
-                    window = jax.eval_shape(traffic.window_of, arguments[2])
-                    lowered = jax.jit(forward).lower(*arguments[:2], window, _page_tables(program))
+                    count, counts = forward.touch_counter(program)
+                    window = jax.eval_shape(forward.window_of, arguments[2])
+                    lowered = jax.jit(count).lower(*arguments[:2], window, _page_tables(program))
                     counters[context, batch] = threads.submit(lowered.compile), counts
         for context, batch, name in cases:
             program, executable = compiled[context, batch, name]
@@ -110,7 +108,7 @@ def run(
             progress(_line(_STEP_COLUMNS, report["steps"][-1]))
         progress(_title(_KERNEL_COLUMNS))
         for batch in batches:
-            for figures in kernel_times.measure(config, params, chosen, batch=batch, context=contexts[0], block=BLOCK, bandwidth=bandwidth):
+            for figures in kernel_times.measure(model, params, chosen, batch=batch, context=contexts[0], block=BLOCK, bandwidth=bandwidth):
                 report["kernel_times"].append({"batch": batch} | figures)
                 progress(_line(_KERNEL_COLUMNS, report["kernel_times"][-1]))
     return report
@@ -118,9 +116,9 @@ def run(
 
 def measure(
     program: decode.Program,
-    params: llada2.Params,
+    params: Params,
     dispatch: Callable[..., Any],
-    forward: Callable[..., Any],
+    counter: Callable[..., Any],
     counts: list[int],
     *,
     context: int,
@@ -135,7 +133,7 @@ def measure(
     Args:
       program, params: what is run.
       dispatch: the compiled ``packed_denoise``.
-      forward, counts: the compiled ``traffic.touch_counter`` of these shapes.
+      counter, counts: the compiled ``forward.touch_counter`` of these shapes.
       context, bandwidth, repeats: see :func:`run`.
 
     Returns:
@@ -147,7 +145,7 @@ def measure(
     batch, pages = program.dims.slots, _page_tables(program)
     plan = make_plan(pages, max_steps=STEPS)
     counts.clear()
-    jax.block_until_ready(forward(params, pool, traffic.window_of(state), pages))
+    jax.block_until_ready(counter(params, pool, forward.window_of(state), pages))
 
     def block(pool: KVPool, state: DecodeState, *, read: bool) -> tuple[KVPool, DecodeState, list[float]]:
         times = [time.perf_counter()]
@@ -161,7 +159,7 @@ def measure(
         return pool, state, [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
 
     pool, state, _ = block(pool, state, read=True)  # the first block
-    jax.block_until_ready(forward(params, pool, traffic.window_of(state), pages))
+    jax.block_until_ready(counter(params, pool, forward.window_of(state), pages))
     jax.effects_barrier()
     spent: dict[bool, list[list[float]]] = {True: [], False: []}
     for _ in range(repeats):
@@ -173,7 +171,8 @@ def measure(
                 raise RuntimeError(f"a block of {BLOCK} tokens took {own.nfe - state.nfe} steps instead of one a token")
     median, device = (statistics.median(sum(each) / BLOCK for each in spent[read]) for read in (True, False))
     mean = statistics.mean(counts)
-    gigabytes = traffic.step_bytes(program.config, params["embed"].dtype.itemsize, batch=batch, context=context + BLOCK, experts=mean) / 1e9
+    bytes_read = forward.step_bytes(program.model, params["embed"].dtype.itemsize, batch=batch, context=context + BLOCK, experts=mean)
+    gigabytes = bytes_read / 1e9
     floor = 1e12 * gigabytes / bandwidth
     return {
         "ms_median": median,
@@ -188,13 +187,13 @@ def measure(
 
 
 def _program(
-    config: ModelConfig, params: llada2.Params, rule: Rule, kernels: Kernels, *, context: int, batch: int
+    model: Model, params: Params, rule: Rule, kernels: Kernels, *, context: int, batch: int
 ) -> tuple[decode.Program, tuple[Any, ...]]:
     """What is measured, and the shapes of its arguments."""
-    dims = dims_for(rule, slots=batch, window=1, block=BLOCK, pages_per_slot=context // BLOCK + 3)
-    program = decode.Program(config, dims, rule, kernels, greedy=True)
+    dims = dims_for(rule, slots=batch, window=1, block=BLOCK, page=BLOCK, pages_per_slot=context // BLOCK + 3, mask_id=model.spec.mask_id)
+    program = decode.Program(model, dims, rule, kernels, greedy=True)
     pool = jax.eval_shape(lambda: KVPool(*[jnp.zeros(_pool_shape(program), params["embed"].dtype)] * 2))
-    state = jax.eval_shape(lambda: request_state.empty_state(dims, rule, mask_id=config.mask_token_id))
+    state = jax.eval_shape(lambda: request_state.empty_state(dims, rule))
     return program, (params, pool, state, make_plan(_page_tables(program), max_steps=STEPS))
 
 
@@ -205,19 +204,19 @@ def _page_tables(program: decode.Program) -> np.ndarray:
 
 
 def _pool_shape(program: decode.Program) -> tuple[int, ...]:
-    c, dims = program.config, program.dims
-    return c.num_hidden_layers, dims.slots * dims.pages_per_slot, dims.block, c.num_key_value_heads, c.head_dim
+    layers, dims = program.model.spec.layers, program.dims
+    return layers.count, dims.slots * dims.pages_per_slot, dims.page, layers.kv_heads, layers.head_dim
 
 
-def _mid_request(program: decode.Program, params: llada2.Params, *, context: int) -> tuple[KVPool, DecodeState]:
+def _mid_request(program: decode.Program, params: Params, *, context: int) -> tuple[KVPool, DecodeState]:
     """Every row behind ``context`` cached positions, with nothing decoded."""
-    config, dims, rule = program.config, program.dims, program.rule
+    dims, rule = program.dims, program.rule
     pool = KVPool(*(jax.random.normal(jax.random.key(i), _pool_shape(program), params["embed"].dtype) for i in range(2)))
     sampling = SamplingParams(max_tokens=3 * BLOCK, accept_threshold=2.0, ignore_eos=True)
-    admit = jax.jit(functools.partial(request_state.admit, dims, rule, config.mask_token_id), donate_argnums=0)
-    state = request_state.empty_state(dims, rule, mask_id=config.mask_token_id)
+    admit = jax.jit(functools.partial(request_state.admit, dims, rule), donate_argnums=0)
+    state = request_state.empty_state(dims, rule)
     for slot in range(dims.slots):
-        prompt = np.random.default_rng(slot).integers(0, config.eos_token_id, context).astype(np.int32)
+        prompt = np.random.default_rng(slot).integers(0, program.model.spec.vocab_size // 2, context).astype(np.int32)
         state = admit(state, np.int32(slot), request_state.make_request(dims, prompt=prompt, params=sampling, eos_ids=()))
     return pool, state
 

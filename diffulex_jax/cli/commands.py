@@ -192,11 +192,11 @@ def aot_(
         if shape not in SHAPE_NAMES:
             raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPE_NAMES)}")
         from diffulex_jax.bench import aot
-        from diffulex_jax.bench.shapes import SHAPES
+        from diffulex_jax.bench.shapes import shape_model
 
         compiled = aot.compile_denoise(
             topology,
-            SHAPES[shape],
+            shape_model(shape),
             strategy=strategy,
             data=data,
             expert=expert,

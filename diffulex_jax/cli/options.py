@@ -25,7 +25,7 @@ STRATEGY_NAMES = (
 )
 """The names in ``strategies.STRATEGIES``, whose module takes JAX to import."""
 
-SHAPE_NAMES = ("tiny", "cpu-131m", "llada2-mini")
+SHAPE_NAMES = ("tiny", "cpu-131m", "llada2-mini", "sdar-4b", "sdar-8b", "sdar-30b-a3b")
 """The names in ``bench.shapes.SHAPES``, likewise."""
 
 # Settings that every language model has. All others of SamplingParams say how the canvas is denoised.

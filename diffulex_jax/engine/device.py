@@ -15,13 +15,13 @@ from diffulex_jax import decode, request_state
 from diffulex_jax.engine import programs
 from diffulex_jax.engine.results import TraceStep
 from diffulex_jax.engine.scheduler import Tracked
-from diffulex_jax.models import llada2
+from diffulex_jax.models.base import Params
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import STATE_AXES, Canvas, DecodeState, KVPool, StepReport, Trace
 
 
-_PREFILL_BLOCKS = (8, 1)  # compiled prefill sizes, in blocks, largest first
+_PREFILL_TOKENS = (256, 32)  # compiled prefill sizes, largest first
 PLAN_COLUMNS = 3  # columns of a plan behind the pages of a slot
 _CACHED_PAGES = 8  # pages at the most, in times of what the slots need
 
@@ -40,7 +40,7 @@ class JaxDevice:
     def __init__(
         self,
         program: decode.Program,
-        params: llada2.Params,
+        params: Params,
         *,
         mesh: Mesh,
         dtype: Any,
@@ -50,18 +50,19 @@ class JaxDevice:
     ):
         self.program, self.mesh, self.num_pages = program, mesh, num_pages
         self._params, self.eos_ids = params, eos_ids
-        config, dims = program.config, program.dims
+        dims = program.dims
         on_pool, on_slots, everywhere = programs.pool_placement(mesh, program.kernels), sharding(mesh, STATE_AXES), sharding(mesh, ())
         # A prompt that sees all of itself cannot be cut into chunks: then there is a size for every power of two.
-        whole = [2**i for i in range(dims.pages_per_slot.bit_length() + 1)][::-1]
-        sizes = whole if program.attention == "prefix_full" else [n for n in _PREFILL_BLOCKS if n <= dims.pages_per_slot]
+        whole = [2**i for i in range((dims.positions // dims.block).bit_length() + 1)][::-1]
+        chunks = [n for tokens in _PREFILL_TOKENS if (n := max(1, tokens // dims.block)) * dims.block <= dims.positions]
+        sizes = list(dict.fromkeys(chunks)) or [1] if program.attention.chunkable else whole
         self._prefill_sizes = sizes
         self._pages, self._known = np.full((dims.slots, dims.pages_per_slot), num_pages, np.int32), np.zeros(dims.slots, np.int32)
         # The list of pages that each row was made from, and how many of them: only what is new is written.
         self._placed: list[tuple[list[int], int]] = [([], 0)] * dims.slots
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
         self._jit_prefill = jax.jit(exact(functools.partial(programs.prefill, program), dtype), donate_argnums=(1,), out_shardings=on_pool)
-        self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule, config.mask_token_id))
+        self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule))
         self._jit_put, self._jit_release = jit_state(request_state.put), jit_state(request_state.release)
         self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
         self._jit_read = jax.jit(_read_pages, out_shardings=everywhere)
@@ -76,7 +77,7 @@ class JaxDevice:
 
     def prefill(self, request: Tracked, first: int, count: int) -> None:
         block, table = self.program.dims.block, self._table(request.pages)
-        if self.program.attention == "prefix_full":
+        if not self.program.attention.chunkable:
             blocks = -(-len(request.prompt) // block)
             size = min(n for n in self._prefill_sizes if n >= blocks)
             self._prefill(request.prompt, size, count, 0, len(request.prompt), table)
@@ -154,9 +155,9 @@ class JaxDevice:
         block = self.program.dims.block
         padded = np.zeros(size * block, np.int32)
         padded[: len(tokens)] = tokens
-        scalars = (np.int32(n) for n in (count, first * block, length))
+        where = {"count": np.int32(count), "start": np.int32(first * block), "length": np.int32(length), "page_table": table}
         with jax.set_mesh(self.mesh):
-            self.pool = self._jit_prefill(self._params, self.pool, padded.reshape(size, block), *scalars, table)
+            self.pool = self._jit_prefill(self._params, self.pool, padded.reshape(size, block), **where)
 
     def _warm_up(self) -> None:
         """Compiles every shape there will be, by running each once on nothing."""
@@ -191,9 +192,9 @@ def jit_denoise(program: decode.Program, mesh: Mesh, *, dtype: Any, steps: int) 
 
 def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, DecodeState]:
     """A pool of zeros and a state whose slots are all free."""
-    config, dims = program.config, program.dims
-    shape = (config.num_hidden_layers, num_pages, dims.block, config.num_key_value_heads, config.head_dim)
-    state = request_state.empty_state(dims, program.rule, mask_id=config.mask_token_id)
+    layers, dims = program.model.spec.layers, program.dims
+    shape = (layers.count, num_pages, dims.page, layers.kv_heads, layers.head_dim)
+    state = request_state.empty_state(dims, program.rule)
     return KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), state
 
 
@@ -212,7 +213,7 @@ def make_plan(pages: np.ndarray, *, known: Any = 0, max_steps: int, stop_on_fini
 def packed_denoise(
     program: decode.Program,
     steps: int,
-    params: llada2.Params,
+    params: Params,
     pool: KVPool,
     state: DecodeState,
     plan: jax.Array,
@@ -220,7 +221,7 @@ def packed_denoise(
     """``decode.denoise`` with all that comes from the host, and the report, as one array each: one transfer each way."""
     pages, (known, max_steps, stop) = plan[:, :-PLAN_COLUMNS], plan[:, -PLAN_COLUMNS:].T
     pool, state, report, trace = programs.denoise(
-        program, params, pool, state, pages, known, steps=steps, max_steps=max_steps[0], stop_on_finish=stop[0] != 0
+        program, params, pool, state, pages, known=known, steps=steps, max_steps=max_steps[0], stop_on_finish=stop[0] != 0
     )
     return pool, state, jnp.concatenate([*(getattr(report, name)[:, None] for name in _SCALARS), report.tokens], 1), trace
 

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from diffulex_jax import compile_cache, decode
 from diffulex_jax.cache.pages import PagePool, chain_digest
-from diffulex_jax.config import ModelConfig
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import JaxDevice, default_num_pages
 from diffulex_jax.engine.results import Output, Progress
@@ -25,13 +24,15 @@ from diffulex_jax.engine.startup import announce
 from diffulex_jax.engine.stops import Cut, find_cut
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
-from diffulex_jax.models import checkpoint, llada2
+from diffulex_jax.models.attention import AttentionPolicy
+from diffulex_jax.models.base import Model, Params
 from diffulex_jax.parallel.mesh import MESH_AXES, make_mesh
 from diffulex_jax.request_state import MAX_STOP_IDS
 from diffulex_jax.rules.base import Rule, dims_for
 from diffulex_jax.sampling_params import SamplingParams, seeds
 from diffulex_jax.state import FINISH_REASONS, Canvas
 from diffulex_jax.strategies import Strategy, resolve
+from diffulex_jax.weights import checkpoint
 from pallas_kernels import REFERENCE, choose
 
 
@@ -43,8 +44,8 @@ class Engine:
 
     def __init__(
         self,
-        config: ModelConfig,
-        params: llada2.Params,
+        model: Model,
+        params: Params,
         *,
         strategy: str | Rule | Strategy = "llada2",
         tokenizer: Tokenizer | None = None,
@@ -57,7 +58,7 @@ class Engine:
         """Compiles everything it will run; see ``compile_cache`` for where that is kept.
 
         Args:
-          config: the model's shape.
+          model: the network.
           params: its parameters, on the mesh.
           strategy: a name from ``diffulex_jax.strategies``, or a strategy of your own: see ``strategies.resolve``.
           tokenizer: for prompts and outputs as text.
@@ -79,36 +80,43 @@ class Engine:
         s = EngineConfig(**settings)
         window, attention = s.buffer_size or chosen.window, s.attention or chosen.attention or "block_causal"
         self.settings = s = dataclasses.replace(s, buffer_size=window, attention=attention)
-        if s.max_model_len > config.max_position_embeddings:
-            raise ValueError(
-                f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={config.max_position_embeddings}"
-            )
-        self.config, self.tokenizer = config, tokenizer
-        whole_prompts = attention == "prefix_full"
-        self.dims = dims_for(rule, slots=s.max_slots, window=window, block=s.block_size, pages_per_slot=s.pages_per_slot)
-        page_bytes = 2 * config.num_hidden_layers * s.block_size * config.num_key_value_heads * config.head_dim * s.jax_dtype.itemsize
+        if s.max_model_len > model.spec.max_positions:
+            raise ValueError(f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={model.spec.max_positions}")
+        self.model, self.tokenizer = model, tokenizer
+        policy = AttentionPolicy("whole" if attention == "prefix_full" else "block_causal")
+        layers = model.spec.layers
+        self.dims = dims_for(
+            rule,
+            slots=s.max_slots,
+            window=window,
+            block=s.block_size,
+            page=s.block_size,
+            pages_per_slot=s.pages_per_slot,
+            mask_id=model.spec.mask_id,
+        )
+        page_bytes = 2 * layers.count * s.block_size * layers.kv_heads * layers.head_dim * s.jax_dtype.itemsize
         num_pages = s.num_pages or default_num_pages(
             self.mesh.devices.flat[0], page_bytes, needed=s.max_slots * s.pages_per_slot, share=memory_share
         )
         # Soft inputs leave other KV than a prompt of the same tokens would, and where a prompt sees all of itself its KV depends on
         # what follows: such pages must not be found by their tokens.
-        shareable = not whole_prompts and (rule.merge is None or not rule.merge.commit_soft)
+        shareable = policy.shareable and (rule.merge is None or not rule.merge.commit_soft)
         self._pages = PagePool(num_pages, prefix_cache=s.prefix_cache and shareable)
         announce("compiling", self.strategy)
         kernels = choose(self.mesh.devices.flat[0]) if s.kernels == "auto" else REFERENCE
         self._device = JaxDevice(
-            decode.Program(config, self.dims, rule, kernels, attention, draws=chosen.draws, confidence=chosen.confidence),
+            decode.Program(model, self.dims, rule, kernels, policy, draws=chosen.draws, confidence=chosen.confidence),
             params,
             mesh=self.mesh,
             dtype=s.jax_dtype,
             num_pages=num_pages,
             steps_per_dispatch=s.steps_per_dispatch,
-            eos_ids=(config.eos_token_id,) if eos_ids is None else eos_ids,
+            eos_ids=model.spec.eos_ids if eos_ids is None else eos_ids,
         )
         self._eos_ids = self._device.eos_ids
         # Everything that must agree for KV or a snapshot to be carried over.
         geometry = (s.dtype, s.block_size, window, attention, self.dims.positions, self.dims.merge_top_k)
-        self._fingerprint = "|".join(map(str, (model_id, config, *geometry)))
+        self._fingerprint = "|".join(map(str, (model_id, model.config, *geometry)))
         self._scheduler = Scheduler(
             self._device,
             self._pages,
@@ -117,7 +125,7 @@ class Engine:
             window=window,
             max_batched_tokens=s.max_batched_tokens,
             steps_per_dispatch=s.steps_per_dispatch,
-            whole_prompts=whole_prompts,
+            whole_prompts=not policy.chunkable,
             root=chain_digest(self._fingerprint.encode(), np.zeros(0, np.int32)),
         )
         self._requests: dict[int, Tracked] = {}
@@ -158,11 +166,11 @@ class Engine:
         announce("loading", str(model))
         path = checkpoint.resolve(str(model))
         mesh = make_mesh() if mesh is None else mesh
-        config, params = checkpoint.load(path, mesh, dtype=dtype)
-        tokenizer, eos_ids = Tokenizer.load(path), checkpoint.load_eos_ids(path)
+        network, params = checkpoint.load(path, mesh, dtype=dtype)
+        tokenizer, eos_ids = Tokenizer.load(path), checkpoint.load_end_ids(path)
         return {
             name: cls(
-                config,
+                network,
                 params,
                 strategy=strategy,
                 tokenizer=tokenizer,
@@ -375,12 +383,12 @@ class Engine:
             raise ValueError(f"{name} is empty")
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"{name} must be text or a list of token ids, got {prompt!r}")
-        outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        outside = ids[(ids < 0) | (ids >= self.model.spec.vocab_size)]
         if outside.size:
-            raise ValueError(f"{name} holds token id {outside[0]}, outside the vocabulary [0, {self.config.vocab_size})")
-        masks = np.flatnonzero(ids == self.config.mask_token_id)
+            raise ValueError(f"{name} holds token id {outside[0]}, outside the vocabulary [0, {self.model.spec.vocab_size})")
+        masks = np.flatnonzero(ids == self.model.spec.mask_id)
         if masks.size:
-            raise ValueError(f"{name} holds the mask token (id {self.config.mask_token_id}) at position {masks[0]}")
+            raise ValueError(f"{name} holds the mask token (id {self.model.spec.mask_id}) at position {masks[0]}")
         longest = self.settings.max_model_len
         if len(ids) + params.max_tokens > longest:
             raise ValueError(f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} that exceeds max_model_len={longest}")
@@ -397,7 +405,7 @@ class Engine:
             raise ValueError(f"{name}: at most {MAX_STOP_IDS - eos} stop_token_ids beside {eos} EOS ids, got {len(params.stop_token_ids)}")
         for field in ("pinned", "init_tokens"):
             for offset, token in (getattr(params, field) or {}).items():
-                if token >= self.config.vocab_size or token == self.config.mask_token_id:
+                if token >= self.model.spec.vocab_size or token == self.model.spec.mask_id:
                     raise ValueError(f"{name}: {field}[{offset}]={token} is not a token that can be given")
         return ids.astype(np.int32)
 

@@ -15,8 +15,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffulex_jax import decode
-from diffulex_jax.config import ModelConfig
-from diffulex_jax.models import llada2
+from diffulex_jax.models.base import Model, Params, is_param
 from diffulex_jax.parallel.mesh import first_index, sharding, spec, spread
 from diffulex_jax.state import POOL_AXES, STATE_AXES, DecodeState, KVPool, StepReport, Trace
 from pallas_kernels import Kernels
@@ -24,12 +23,12 @@ from pallas_kernels import Kernels
 
 def denoise(
     program: decode.Program,
-    params: llada2.Params,
+    params: Params,
     pool: KVPool,
     state: DecodeState,
     page_table: jax.Array,
-    known: jax.Array,
     *,
+    known: jax.Array,
     steps: int,
     max_steps: jax.Array,
     stop_on_finish: jax.Array,
@@ -39,12 +38,12 @@ def denoise(
     def local(params: Any, pool: KVPool, state: Any, page_table: jax.Array, known: Any, max_steps: Any, stop: Any) -> Any:
         here = program._replace(dims=dataclasses.replace(program.dims, slots=known.shape[0]))
         table = _own(page_table, pool)
-        return decode.denoise(here, params, pool, state, table, known, steps=steps, max_steps=max_steps, stop_on_finish=stop)
+        return decode.denoise(here, params, pool, state, table, known=known, steps=steps, max_steps=max_steps, stop_on_finish=stop)
 
     slots, pages, every = spec(*STATE_AXES), spec(*POOL_AXES), PartitionSpec()
     run = spread(
         local,
-        (param_specs(program.config), pages, slots, slots, slots, every, every),
+        (param_specs(program.model), pages, slots, slots, slots, every, every),
         (pages, slots, slots, spec(None, *STATE_AXES)),
     )
     return run(params, pool, state, page_table, known, max_steps, stop_on_finish)
@@ -52,9 +51,10 @@ def denoise(
 
 def prefill(
     program: decode.Program,
-    params: llada2.Params,
+    params: Params,
     pool: KVPool,
     tokens: jax.Array,
+    *,
     count: jax.Array,
     start: jax.Array,
     length: jax.Array,
@@ -63,10 +63,11 @@ def prefill(
     """See ``decode.prefill``. All devices compute it, and those that have the request's pages write; the others see a wrong prefix."""
 
     def local(params: Any, pool: KVPool, tokens: Any, count: Any, start: Any, length: Any, page_table: Any) -> KVPool:
-        return decode.prefill(program, params, pool, tokens, count, start, length, _own(page_table, pool))
+        here = _own(page_table, pool)
+        return decode.prefill(program, params, pool, tokens, count=count, start=start, length=length, page_table=here)
 
     pages, every = spec(*POOL_AXES), PartitionSpec()
-    run = spread(local, (param_specs(program.config), pages, *[every] * 5), pages)
+    run = spread(local, (param_specs(program.model), pages, *[every] * 5), pages)
     return run(params, pool, tokens, count, start, length, page_table)
 
 
@@ -76,9 +77,9 @@ def pool_placement(mesh: Mesh, kernels: Kernels) -> NamedSharding | Format:
     return where if kernels.pool_order is None else Format(Layout(major_to_minor=kernels.pool_order), where)
 
 
-def param_specs(config: ModelConfig) -> Any:
+def param_specs(model: Model) -> Any:
     """How the parameters are split, as a tree of their structure."""
-    return jax.tree.map(lambda leaf: spec(*leaf[1]), llada2.schema(config), is_leaf=llada2.is_leaf)
+    return jax.tree.map(lambda param: spec(*param.axes), model.schema, is_leaf=is_param)
 
 
 def _own(pages: jax.Array, pool: KVPool) -> jax.Array:

@@ -29,14 +29,16 @@ class Rule(NamedTuple):
     entropy: bool = False
 
 
-def dims_for(rule: Rule, *, slots: int, window: int, block: int, pages_per_slot: int) -> Dims:
+def dims_for(rule: Rule, *, slots: int, window: int, block: int, page: int, pages_per_slot: int, mask_id: int) -> Dims:
     """The sizes of a state that ``rule`` decodes."""
     merge_top_k = rule.merge.top_k if rule.merge is not None else 0
     return Dims(
         slots=slots,
         window=window,
         block=block,
+        page=page,
         pages_per_slot=pages_per_slot,
+        mask_id=mask_id,
         merge_top_k=merge_top_k,
         candidates=max(merge_top_k, rule.candidates),
     )

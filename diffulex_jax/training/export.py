@@ -6,21 +6,20 @@ import json
 import pathlib
 from typing import Any
 
-from diffulex_jax.config import ModelConfig
-from diffulex_jax.models import checkpoint, llada2
+from diffulex_jax.models.base import Model, Params
 from diffulex_jax.training import data, evaluate, losses, tasks, tokenizer
+from diffulex_jax.weights import checkpoint
 
 
 LARGEST_BYTES = 8_000_000  # of the weights, so that the package stays small
 
 
-def export(path: str | pathlib.Path, config: ModelConfig, params: llada2.Params, *, training: dict[str, Any], problems: int) -> None:
+def export(path: str | pathlib.Path, model: Model, params: Params, *, training: dict[str, Any], problems: int) -> None:
     """Writes weights (bfloat16), tokenizer, ``metrics.json`` and ``README.md`` to ``path``.
 
     Args:
       path: directory to write to.
-      config: of the model.
-      params: of the model.
+      model, params: the network.
       training: how it was trained: ``recipe``, ``device``, ``seconds`` and ``history``.
       problems: how many held-out problems the stored weights are evaluated on.
 
@@ -28,7 +27,7 @@ def export(path: str | pathlib.Path, config: ModelConfig, params: llada2.Params,
       ValueError: when the weights are larger than :data:`LARGEST_BYTES`.
     """
     out = pathlib.Path(path)
-    checkpoint.save(out, config, params)
+    checkpoint.save(out, model, params)
     tokenizer.save(out, tokenizer.build())
     size = (out / "model.safetensors").stat().st_size
     if size > LARGEST_BYTES:
@@ -36,13 +35,13 @@ def export(path: str | pathlib.Path, config: ModelConfig, params: llada2.Params,
     held_out = evaluate.evaluate(str(out), evaluate.held_out(problems))
     metrics = {"bytes": size, "held_out": held_out, "training": training}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    (out / "README.md").write_text(card(config, metrics))
+    (out / "README.md").write_text(card(model, metrics))
     print(evaluate.report(held_out))
 
 
-def card(config: ModelConfig, metrics: dict[str, Any]) -> str:
+def card(model: Model, metrics: dict[str, Any]) -> str:
     """The model card: what the model is, how to rerun it, and what it scored."""
-    c, training = config, metrics["training"]
+    c, training = model.config, metrics["training"]
     recipe = training["recipe"]
     example = evaluate.held_out(1)[0]
     arguments = " ".join(f"--{name} {recipe[name]}" for name in ("steps", "rows", "examples", "seed"))

@@ -16,9 +16,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffulex_jax.config import ModelConfig
-from diffulex_jax.models import llada2
+from diffulex_jax.models.attention import AttentionPolicy, positions_of
+from diffulex_jax.models.base import Model, Params, logits
+from diffulex_jax.models.ops import Ops, gated
+from pallas_kernels import expert_choice
 from pallas_kernels.block_attention import masked_attention, split_heads
+from pallas_kernels.linear import linear
 
 
 BLOCK = 32
@@ -46,50 +49,59 @@ def scored(batch: Batch) -> jax.Array:
 
 def attention_mask(length: int, block: int = BLOCK) -> jax.Array:
     """``[2 length, 2 length]`` bool (query, key) of the layout [noisy ; clean]."""
-    blocks = jnp.tile(jnp.arange(length) // block, 2)
+    blocks = positions_of(jnp.tile(jnp.arange(length) // block, 2))
     noisy = jnp.arange(2 * length) < length
-    query, key = blocks[:, None], blocks[None]
-    from_noisy = jnp.where(noisy[None], query == key, key < query)
-    return jnp.where(noisy[:, None], from_noisy, ~noisy[None] & (key <= query))
+    upto = AttentionPolicy().mask(blocks, blocks)
+    own = upto & upto.T
+    from_noisy = jnp.where(noisy[None], own, upto & ~own)
+    return jnp.where(noisy[:, None], from_noisy, ~noisy[None] & upto)
 
 
-def predict(params: llada2.Params, config: ModelConfig, noisy: jax.Array, clean: jax.Array, *, balance: float = 0.0) -> jax.Array:
+def predict(params: Params, model: Model, noisy: jax.Array, clean: jax.Array, *, balance: float = 0.0) -> jax.Array:
     """Logits ``[R, L, V]`` (float32) of the noisy half; ``noisy`` and ``clean`` are ``[R, L]`` token ids."""
     rows, length = noisy.shape
-    mask = attention_mask(length)
+    # A one-hot product, not a gather: the gradient of a gather is a scatter in which most tokens (masks, end of sequence)
+    # fight over the same two rows.
+    tokens = jnp.concatenate([noisy, clean], 1)
+    x = jax.nn.one_hot(tokens, model.spec.vocab_size, dtype=params["embed"].dtype) @ params["embed"]
+    positions = jnp.broadcast_to(jnp.tile(jnp.arange(length, dtype=jnp.int32), 2), (rows, 2 * length))
+    h, _ = model.layers(params, x, positions, differentiable_ops(attention_mask(length), balance=balance))
+    z = logits(model, params, h[:, :length])
+    return z.at[..., model.spec.mask_id].set(-jnp.inf)  # never a label, never drafted
+
+
+def differentiable_ops(mask: jax.Array, *, balance: float = 0.0) -> Ops:
+    """A layer's operations in forms that have gradients; ``mask`` ``[T, T]`` bool says what each query sees."""
 
     def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, tuple[()]]:
         del layer
         return masked_attention(*split_heads(heads), mask), ()
 
-    # A one-hot product, not a gather: the gradient of a gather is a scatter in which most tokens (masks, end of sequence)
-    # fight over the same two rows.
-    tokens = jnp.concatenate([noisy, clean], 1)
-    x = jax.nn.one_hot(tokens, config.vocab_size, dtype=params["embed"].dtype) @ params["embed"]
-    positions = jnp.broadcast_to(jnp.tile(jnp.arange(length, dtype=jnp.int32), 2), (rows, 2 * length))
-    h, _ = llada2.hidden(params, config, x, positions, attend, experts=functools.partial(dense_experts, balance=balance))
-    z = llada2.logits(params, h[:, :length])
-    return z.at[..., config.mask_token_id].set(-jnp.inf)  # never a label, never drafted
+    def experts(x: jax.Array, stacks: Params, layer: jax.Array, router: expert_choice.Router) -> jax.Array:
+        flat = x.reshape(-1, x.shape[-1])
+        bias = stacks["router_bias"][layer] if "router_bias" in stacks else None
+        ids, weights, _ = expert_choice.choose(flat, stacks["router"][layer], bias, router, backend="sorted")
+        y = dense_experts(flat, ids, weights, stacks["experts_gate_up"][layer], stacks["experts_down"][layer], balance=balance)
+        y = y.reshape(x.shape)
+        shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None
+        return y if shared is None else y + gated(plain, x, shared, layer)
+
+    plain = functools.partial(linear, backend="sliced")
+    return Ops(plain, experts, attend, lambda x, axis: x)
 
 
 def dense_experts(
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
-    *,
-    layer: jax.Array,
-    valid: None = None,
-    balance: float = 0.0,
+    x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, *, balance: float = 0.0
 ) -> jax.Array:
     """Every expert on every token, weighted: differentiable, and the fastest form for a few narrow experts.
 
-    Args are those of :data:`diffulex_jax.models.llada2.Experts`. ``balance`` scales the gradient of the load-balancing loss
-    ``E sum_e load_e mean_weight_e`` (Switch Transformer, arXiv 2101.03961), which is added to that of ``weights``.
+    Args:
+      x: ``[N, D]``.
+      ids, weights: ``[N, k]``, the chosen experts of each token and how much each counts.
+      gate_up, down: ``[E, D, 2 F]`` and ``[E, F, D]``.
+      balance: scales the gradient of the load-balancing loss ``E sum_e load_e mean_weight_e`` (Switch Transformer, arXiv 2101.03961),
+        which is added to that of ``weights``.
     """
-    del valid
-    gate_up, down = gate_up[layer], down[layer]
     experts = gate_up.shape[0]
     load = jax.nn.one_hot(ids, experts, dtype=jnp.float32).mean((0, 1))
     weights = _add_gradient(weights, balance * experts * (load[ids] - 1 / experts) / ids.shape[0])
@@ -108,7 +120,7 @@ def _add_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
 _add_gradient.defvjp(lambda x, gradient: (x, gradient), lambda gradient, g: (g + gradient, jnp.zeros_like(gradient)))
 
 
-def masked(params: llada2.Params, config: ModelConfig, batch: Batch, key: jax.Array, *, balance: float = 0.0) -> Score:
+def masked(params: Params, model: Model, batch: Batch, key: jax.Array, *, balance: float = 0.0) -> Score:
     """Block diffusion: each block is masked with its own ratio, uniform in (0, 1]; the masked tokens are predicted.
 
     Returns:
@@ -118,11 +130,11 @@ def masked(params: llada2.Params, config: ModelConfig, batch: Batch, key: jax.Ar
     block_key, token_key = jax.random.split(key)
     ratio = 1 - jax.random.uniform(block_key, (rows, length // BLOCK))
     hidden = scored(batch) & (jax.random.uniform(token_key, (rows, length)) < jnp.repeat(ratio, BLOCK, 1))
-    noisy = jnp.where(hidden, config.mask_token_id, batch.tokens)
-    return _mean(predict(params, config, noisy, batch.tokens, balance=balance), batch.tokens, hidden)
+    noisy = jnp.where(hidden, model.spec.mask_id, batch.tokens)
+    return _mean(predict(params, model, noisy, batch.tokens, balance=balance), batch.tokens, hidden)
 
 
-def on_policy(params: llada2.Params, config: ModelConfig, batch: Batch, key: jax.Array, *, balance: float = 0.0) -> Score:
+def on_policy(params: Params, model: Model, batch: Batch, key: jax.Array, *, balance: float = 0.0) -> Score:
     """DMax's on-policy uniform training: the model repairs its own drafts.
 
     Response tokens are masked, one forward without gradient fills the masks with the model's choices, and the training forward
@@ -136,11 +148,11 @@ def on_policy(params: llada2.Params, config: ModelConfig, batch: Batch, key: jax
     ratio_key, token_key, threshold_key = jax.random.split(key, 3)
     ratio = jax.random.uniform(ratio_key, (rows, 1), minval=NOISE[0], maxval=NOISE[1])
     hidden = scored(batch) & (jax.random.uniform(token_key, batch.tokens.shape) < ratio)
-    noisy = jnp.where(hidden, config.mask_token_id, batch.tokens)
-    z = jax.lax.stop_gradient(predict(params, config, noisy, batch.tokens))
+    noisy = jnp.where(hidden, model.spec.mask_id, batch.tokens)
+    z = jax.lax.stop_gradient(predict(params, model, noisy, batch.tokens))
     sure = jax.nn.softmax(z).max(-1) >= jax.random.uniform(threshold_key, (rows, 1), minval=-1.0)
     noisy = jnp.where(hidden & sure, z.argmax(-1), noisy)
-    return _mean(predict(params, config, noisy, batch.tokens, balance=balance), batch.tokens, scored(batch))
+    return _mean(predict(params, model, noisy, batch.tokens, balance=balance), batch.tokens, scored(batch))
 
 
 def _mean(z: jax.Array, labels: jax.Array, where: jax.Array) -> Score:

@@ -19,8 +19,9 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from diffulex_jax.config import ModelConfig
-from diffulex_jax.models import llada2
+from diffulex_jax.models import base
+from diffulex_jax.models.base import Model, Params
+from diffulex_jax.models.registry import model_of
 from diffulex_jax.training import data, evaluate, export, losses, tokenizer
 
 
@@ -45,22 +46,25 @@ class Recipe(NamedTuple):
     balance: float = 0.01
 
 
-CONFIG = ModelConfig(
-    vocab_size=tokenizer.VOCAB_SIZE,
-    mask_token_id=tokenizer.VOCAB_SIZE - 1,
-    eos_token_id=tokenizer.VOCAB_SIZE - 2,
-    hidden_size=192,
-    intermediate_size=512,
-    num_hidden_layers=9,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=32,
-    num_experts=16,
-    num_experts_per_tok=4,
-    moe_intermediate_size=32,
-    n_group=4,
-    topk_group=2,
-    max_position_embeddings=4096,
+MODEL = model_of(
+    {
+        "model_type": "llada2_moe",
+        "vocab_size": tokenizer.VOCAB_SIZE,
+        "mask_token_id": tokenizer.VOCAB_SIZE - 1,
+        "eos_token_id": tokenizer.VOCAB_SIZE - 2,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 32,
+        "n_group": 4,
+        "topk_group": 2,
+        "max_position_embeddings": 4096,
+    }
 )
 CHUNK = 50  # steps per dispatch
 Metrics = dict[str, jax.Array]
@@ -69,53 +73,49 @@ Metrics = dict[str, jax.Array]
 class State(NamedTuple):
     """Master parameters (float32), optimiser state, and the key of the next step's noise."""
 
-    params: llada2.Params
+    params: Params
     optimizer: Any
     key: jax.Array
     step: jax.Array
 
 
-def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW on matrices (norms and the router bias do not decay), clipped, with warm-up and cosine."""
+def optimizer(model: Model, recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW, clipped, with warm-up and cosine; parameters decay as the model's schema says."""
     rate = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, recipe.warmup, recipe.steps)
 
-    def decays(params: llada2.Params) -> Any:
-        return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith(("norm", "bias")), params)
-
+    decays = jax.tree.map(lambda param: param.decay, model.schema, is_leaf=base.is_param)
     adam = optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=recipe.weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(recipe.clip), adam)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "recipe"))
-def init(config: ModelConfig, recipe: Recipe) -> State:
+@functools.partial(jax.jit, static_argnames=("model", "recipe"))
+def init(model: Model, recipe: Recipe) -> State:
     """A fresh run."""
     key, noise = jax.random.split(jax.random.key(recipe.seed))
-    params = llada2.init(config, key, scale=0.02)
-    return State(params, optimizer(recipe).init(params), noise, jnp.int32(0))
+    params = base.init(model, key, scale=0.02)
+    return State(params, optimizer(model, recipe).init(params), noise, jnp.int32(0))
 
 
-def objective(
-    params: llada2.Params, config: ModelConfig, batch: losses.Batch, key: jax.Array, *, balance: float
-) -> tuple[jax.Array, Metrics]:
+def objective(params: Params, model: Model, batch: losses.Batch, key: jax.Array, *, balance: float) -> tuple[jax.Array, Metrics]:
     """Mean of the two losses, each on its half of the batch, in bfloat16 compute."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     first, second = (jax.tree.map(lambda x, part=part: jnp.split(x, 2)[part], batch) for part in (0, 1))
     masked_key, policy_key = jax.random.split(key)
-    masked, masked_accuracy = losses.masked(half, config, first, masked_key, balance=balance)
-    policy, policy_accuracy = losses.on_policy(half, config, second, policy_key, balance=balance)
+    masked, masked_accuracy = losses.masked(half, model, first, masked_key, balance=balance)
+    policy, policy_accuracy = losses.on_policy(half, model, second, policy_key, balance=balance)
     metrics = {"masked": masked, "masked_accuracy": masked_accuracy, "on_policy": policy, "on_policy_accuracy": policy_accuracy}
     return (masked + policy) / 2, metrics
 
 
-@functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnums=0)
-def run_steps(state: State, examples: losses.Batch, index: jax.Array, *, config: ModelConfig, recipe: Recipe) -> tuple[State, Metrics]:
+@functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnums=0)
+def run_steps(state: State, examples: losses.Batch, index: jax.Array, *, model: Model, recipe: Recipe) -> tuple[State, Metrics]:
     """One optimiser step per row of ``index`` (``[S, R]``, into ``examples``); metrics are means over the steps."""
 
     def step(state: State, index: jax.Array) -> tuple[State, Metrics]:
         batch = jax.tree.map(lambda x: x[index].astype(jnp.int32), examples)
         key = jax.random.fold_in(state.key, state.step)
-        gradient, metrics = jax.grad(objective, has_aux=True)(state.params, config, batch, key, balance=recipe.balance)
-        updates, optimizer_state = optimizer(recipe).update(gradient, state.optimizer, state.params)
+        gradient, metrics = jax.grad(objective, has_aux=True)(state.params, model, batch, key, balance=recipe.balance)
+        updates, optimizer_state = optimizer(model, recipe).update(gradient, state.optimizer, state.params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         return State(optax.apply_updates(state.params, updates), optimizer_state, state.key, state.step + 1), metrics
 
@@ -131,11 +131,11 @@ def order(recipe: Recipe, examples: int) -> np.ndarray:
     return np.concatenate(passes)[:need].reshape(recipe.steps, recipe.rows)
 
 
-def train(config: ModelConfig, recipe: Recipe, *, workers: int) -> tuple[llada2.Params, list[dict[str, float]]]:
+def train(model: Model, recipe: Recipe, *, workers: int) -> tuple[Params, list[dict[str, float]]]:
     """Runs a recipe.
 
     Args:
-      config: shape of the model.
+      model: the network.
       recipe: what to do.
       workers: processes that generate examples.
 
@@ -145,10 +145,10 @@ def train(config: ModelConfig, recipe: Recipe, *, workers: int) -> tuple[llada2.
     began = time.perf_counter()
     examples = losses.Batch(*jax.device_put(data.training_set(recipe.examples, seed=recipe.seed, workers=workers)))
     tqdm.write(f"{len(examples.start)} examples in {time.perf_counter() - began:.0f} s")
-    indices, state, history = order(recipe, len(examples.start)), init(config, recipe), []
+    indices, state, history = order(recipe, len(examples.start)), init(model, recipe), []
     with tqdm(total=recipe.steps, unit="step", mininterval=5) as bar:
         for at in range(0, recipe.steps, CHUNK):
-            state, metrics = run_steps(state, examples, indices[at : at + CHUNK], config=config, recipe=recipe)
+            state, metrics = run_steps(state, examples, indices[at : at + CHUNK], model=model, recipe=recipe)
             history.append({"step": int(state.step), **{k: round(float(v), 5) for k, v in metrics.items()}})
             bar.update(len(indices[at : at + CHUNK]))
             bar.set_postfix({k: f"{history[-1][k]:.3f}" for k in ("masked", "on_policy")})
@@ -166,14 +166,14 @@ def main() -> None:
     args = vars(parser.parse_args())
     recipe = Recipe(**{name: args[name] for name in Recipe._fields if name in args})
     began = time.perf_counter()
-    params, history = train(CONFIG, recipe, workers=args["workers"])
+    params, history = train(MODEL, recipe, workers=args["workers"])
     training = {
         "recipe": recipe._asdict(),
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.perf_counter() - began),
         "history": history[:: max(1, len(history) // 100)],
     }
-    export.export(args["out"], CONFIG, params, training=training, problems=args["problems"])
+    export.export(args["out"], MODEL, params, training=training, problems=args["problems"])
 
 
 if __name__ == "__main__":

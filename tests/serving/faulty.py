@@ -21,8 +21,8 @@ from diffulex_jax import Engine
 from diffulex_jax.async_serving import AsyncEngine, http
 from diffulex_jax.async_serving.settings import ServerSettings
 from diffulex_jax.engine.tokenizer import Tokenizer
-from diffulex_jax.models import checkpoint
 from diffulex_jax.parallel.mesh import make_mesh
+from diffulex_jax.weights import checkpoint
 
 
 # Tokens that do harm: no text can be made of the first; the second's embedding is not a number; the third in a prompt makes a step raise.
@@ -58,10 +58,10 @@ class FaultyEngine(Engine):
 def build(model: str) -> Engine:
     http.log_as_json()
     path, mesh = pathlib.Path(model), make_mesh()
-    config, params = checkpoint.load(path, mesh, dtype=jnp.dtype("float32"))
+    network, params = checkpoint.load(path, mesh, dtype=jnp.dtype("float32"))
     poisoned = params | {"embed": params["embed"].at[POISON].set(jnp.nan)}
     settings: dict[str, Any] = {"block_size": 8, "max_model_len": 128, "max_slots": 4}
-    return FaultyEngine(config, poisoned, tokenizer=FaultyTokenizer(path), eos_ids=checkpoint.load_eos_ids(path), mesh=mesh, **settings)
+    return FaultyEngine(network, poisoned, tokenizer=FaultyTokenizer(path), eos_ids=checkpoint.load_end_ids(path), mesh=mesh, **settings)
 
 
 GOOD = {"prompt": "hello", "max_tokens": 24, "ignore_eos": True}

@@ -84,14 +84,14 @@ def finish(state: DecodeState, broken: jax.Array) -> DecodeState:
     )
 
 
-def advance(dims: Dims, rule: Rule, mask_id: int, state: DecodeState) -> DecodeState:
+def advance(dims: Dims, rule: Rule, state: DecodeState) -> DecodeState:
     """Moves rows whose first block is ready one block on, and starts look-ahead blocks.
 
     The block that leaves becomes pending; a new one enters at the window's end.
     """
     go = state.live & state.ready
     start = state.start + dims.block
-    tokens, masked, frozen = given_blocks(state, start + (dims.window - 1) * dims.block, 1, dims.block, mask_id)
+    tokens, masked, frozen = given_blocks(dims, state, start + (dims.window - 1) * dims.block, 1)
 
     def rolled(array: jax.Array, last: Any) -> jax.Array:
         return jnp.concatenate([array[:, 1:], jnp.broadcast_to(last, array[:, :1].shape).astype(array.dtype)], 1)

@@ -1,0 +1,90 @@
+"""The bare model: one forward over a window, what it must read, and how many experts its tokens go to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffulex_jax.decode.forward import forward
+from diffulex_jax.decode.program import Program
+from diffulex_jax.models.base import Model, Params, leaves
+from diffulex_jax.models.ops import Ops
+from diffulex_jax.state import DecodeState, KVPool
+from pallas_kernels import expert_choice
+from pallas_kernels.block_attention import Keys
+
+
+Window = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def window_of(state: DecodeState) -> Window:
+    """What a forward needs of the state, the same for every strategy: tokens, positions, what is cached, and which blocks are active."""
+    return state.tokens, state.positions, state.written_upto, state.active & state.live[:, None]
+
+
+def bare(
+    program: Program,
+    params: Params,
+    pool: KVPool,
+    window: Window,
+    page_table: jax.Array,
+    *,
+    watch: Callable[[Ops], Ops] = lambda ops: ops,
+) -> jax.Array:
+    """Hidden states ``[S, K B, D]`` of a window: embeddings and layers by the very operations that a denoise step uses."""
+    tokens, positions, written_upto, active = window
+    slots = len(tokens)
+    keys = Keys(pool.k, pool.v, page_table, written_upto, active)
+    x = params["embed"][tokens.reshape(slots, -1)]
+    return forward(program, params, x, positions.reshape(slots, -1), keys=keys, watch=watch)[0]
+
+
+def touch_counter(program: Program) -> tuple[Callable[..., jax.Array], list[int]]:
+    """A :func:`bare` forward that counts the experts its tokens go to.
+
+    Returns:
+      ``(forward(params, pool, window_of(state), page_table), counts)``; each run appends a number for each mixture-of-experts layer to
+      ``counts`` by the time ``jax.effects_barrier`` returns.
+    """
+    counts: list[int] = []
+
+    def counting(ops: Ops) -> Ops:
+        def experts(x: jax.Array, stacks: dict[str, jax.Array], layer: jax.Array, router: expert_choice.Router) -> jax.Array:
+            matrix, bias = stacks["router"][layer], stacks["router_bias"][layer] if "router_bias" in stacks else None
+            ids = expert_choice.choose(x.reshape(-1, x.shape[-1]), matrix, bias, router, backend="sorted").ids
+            touched = (ids.reshape(-1, 1) == jnp.arange(matrix.shape[-1])).any(0).sum()
+            jax.debug.callback(lambda count: counts.append(int(count)), touched)
+            return ops.experts(x, stacks, layer, router)
+
+        return ops._replace(experts=experts)
+
+    def count(params: Params, pool: KVPool, window: Window, page_table: jax.Array) -> jax.Array:
+        return bare(program, params, pool, window, page_table, watch=counting)
+
+    return count, counts
+
+
+def step_bytes(model: Model, itemsize: int, *, batch: int, context: int, experts: float) -> float:
+    """What a denoise step must read: each weight once, of the routed experts ``experts`` a layer, and the cached context once.
+
+    Activations stay in caches and are not counted, nor is the embedding, of which a few rows are looked up.
+    """
+    total = 0.0
+    for path, param in leaves(model.schema).items():
+        size = float(np.prod(param.shape)) * (np.dtype(param.dtype).itemsize if param.dtype else itemsize)
+        if "expert" in param.axes:
+            size *= experts / param.shape[param.axes.index("expert")]
+        total += 0 if path == ("embed",) else size
+    layers = model.spec.layers
+    return total + 2 * layers.count * layers.kv_heads * layers.head_dim * context * batch * itemsize
+
+
+def expert_stacks(params: Params) -> list[jax.Array]:
+    """The stacks ``[L, E, ..., ...]`` of a mixture's experts, gate and up before down; none where there is no mixture."""
+    return [params[kind][name] for kind in params if isinstance(params[kind], dict) for name in _EXPERTS if name in params[kind]]
+
+
+_EXPERTS = ("experts_gate_up", "experts_down")

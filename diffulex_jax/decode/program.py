@@ -1,0 +1,36 @@
+"""Everything static about a decode step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from diffulex_jax.models.attention import AttentionPolicy
+from diffulex_jax.models.base import Model
+from diffulex_jax.rules.base import Rule
+from diffulex_jax.state import Dims
+from pallas_kernels import Kernels
+
+
+class Program(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+      model, dims, rule, kernels: the network, the state's sizes, what is made of a prediction, and by which backends.
+      attention: what positions see of each other.
+      draws, confidence: see ``strategies.Strategy``.
+      greedy: whoever launches this knows that no row samples. A GPU then has one question less to ask the host at every step.
+    """
+
+    model: Model
+    dims: Dims
+    rule: Rule
+    kernels: Kernels
+    attention: AttentionPolicy = AttentionPolicy()
+    draws: str = "position"
+    confidence: str = "model"
+    greedy: bool = False
+
+    @property
+    def block_budget(self) -> int:
+        """Forwards after which a block is filled by force, whatever the rules say: every block ends."""
+        return 4 * self.dims.block

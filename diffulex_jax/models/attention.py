@@ -1,0 +1,55 @@
+"""Who sees whom: one policy for the forward, its reference kernel, the tests and the trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Where(NamedTuple):
+    """Where positions lie. The arrays broadcast against each other.
+
+    Attributes:
+      block: int32, the number of the position's block.
+      prompt: bool, whether it belongs to the prompt.
+    """
+
+    block: jax.Array
+    prompt: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPolicy:
+    """What positions see of each other.
+
+    Attributes:
+      prompt: what a prompt sees of itself: ``"block_causal"``, the blocks before a position's own and its own, or ``"whole"``, all of it
+        (D2F). What is generated is block-causal, and sees the whole prompt, under both.
+    """
+
+    prompt: Literal["block_causal", "whole"] = "block_causal"
+
+    @property
+    def chunkable(self) -> bool:
+        """Whether a prompt may be prefilled in pieces, from the front."""
+        return self.prompt == "block_causal"
+
+    @property
+    def shareable(self) -> bool:
+        """Whether keys and values of a block depend on nothing that follows it, so that prompts which begin alike can share them."""
+        return self.prompt == "block_causal"
+
+    def mask(self, query: Where, key: Where) -> jax.Array:
+        """``[..., Q, K]`` bool: which keys ``[..., K]`` each query ``[..., Q]`` sees."""
+        sees = key.block[..., None, :] <= query.block[..., :, None]
+        if self.prompt == "whole":
+            sees |= query.prompt[..., :, None] & key.prompt[..., None, :]
+        return sees
+
+
+def positions_of(blocks: jax.Array) -> Where:
+    """Positions of generated blocks, whose numbers are ``blocks``."""
+    return Where(blocks, jnp.zeros(blocks.shape, bool))

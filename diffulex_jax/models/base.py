@@ -1,0 +1,135 @@
+"""What the rest of the library may know of a network: its spec, its parameters, and three pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffulex_jax.models.names import Tensor
+from diffulex_jax.models.ops import Ops
+
+
+Params = dict[str, Any]
+"""A tree of arrays, of the structure of ``Model.schema``."""
+
+
+class Param(NamedTuple):
+    """One leaf of a schema.
+
+    Attributes:
+      shape: of the whole array; leaves that belong to layers are stacked along a first axis named ``"layer"``.
+      axes: the logical name of each dimension (None: unnamed), which ``parallel.mesh`` maps to a machine.
+      init: ``"normal"``, ``"ones"`` or ``"zeros"``.
+      dtype: where it is not the model's own.
+      decay: whether weight decay applies to it in training.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str = "normal"
+    dtype: str | None = None
+    decay: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """Layers whose keys and values have the same shape: how many, their query and key/value heads, a head's width, and how much of it
+    rotates."""
+
+    count: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """All that decoding, the engine and the trainer may know of a network.
+
+    Attributes:
+      vocab_size, hidden_size: V and D.
+      max_positions: most positions it was made for.
+      mask_id: the token that stands for a position still to be decoded.
+      eos_ids: tokens that end an output, as its config names them.
+      block_size: tokens of a block that it was trained with.
+      block_stated: whether its checkpoint says so; otherwise ``block_size`` is what such models usually have.
+      layers: its layers, all of one kind.
+      experts_per_token: routed experts of a token; 0 where no layer has any.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    max_positions: int
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    block_size: int
+    block_stated: bool
+    layers: LayerKind
+    experts_per_token: int = 0
+
+    def __post_init__(self) -> None:
+        for name, ids in (("mask_token_id", (self.mask_id,)), ("eos_token_id", self.eos_ids)):
+            for id_ in ids:
+                if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < self.vocab_size:
+                    raise ValueError(f"config: {name}={id_!r} is not an id of the vocabulary [0, {self.vocab_size})")
+        if self.mask_id in self.eos_ids:
+            raise ValueError(f"config: mask_token_id={self.mask_id} is an eos_token_id too")
+        if self.block_size < 1:
+            raise ValueError(f"config: block_size={self.block_size} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A family of networks bound to one config, which alone it is compared by. ``models.registry`` makes it from a ``config.json``.
+
+    Attributes:
+      config: the family's own frozen record; ``config.to_hf(dtype=...)`` is the ``config.json`` mapping it was read from.
+      spec: what others may know.
+      schema: the parameter tree, with a :class:`Param` for each array. Its leaf ``"embed"`` ``[V, D]`` holds the input embeddings.
+      tensors: where each tensor of a checkpoint lies in that tree.
+      layers: ``layers(params, x [R, T, D], positions [R, T], ops) -> (hidden [R, T, D], fresh)``: all layers and the final norm.
+        ``fresh`` is what ``ops.attend`` kept, stacked over layers.
+      head: ``head(params)``: the output matrix ``[V, D]``.
+    """
+
+    config: Any
+    spec: ModelSpec = dataclasses.field(repr=False, compare=False)
+    schema: dict[str, Any] = dataclasses.field(repr=False, compare=False)
+    tensors: tuple[Tensor, ...] = dataclasses.field(repr=False, compare=False)
+    layers: Callable[[Params, jax.Array, jax.Array, Ops], tuple[jax.Array, Any]] = dataclasses.field(repr=False, compare=False)
+    head: Callable[[Params], jax.Array] = dataclasses.field(repr=False, compare=False)
+
+
+def is_param(node: Any) -> bool:
+    """True for a leaf of a schema."""
+    return isinstance(node, Param)
+
+
+def leaves(tree: dict[str, Any]) -> dict[tuple[str, ...], Any]:
+    """The leaves of a schema, or of parameters, by their path, in the order of the tree."""
+    flat, _ = jax.tree.flatten_with_path(tree, is_leaf=is_param)
+    return {tuple(key.key for key in path): leaf for path, leaf in flat}
+
+
+def init(model: Model, key: jax.Array, dtype: Any = jnp.float32, *, scale: float = 0.02) -> Params:
+    """Random parameters, as the schema says; ``"normal"`` has deviation ``scale``."""
+    params, treedef = jax.tree.flatten(model.schema, is_leaf=is_param)
+
+    def one(param: Param, key: jax.Array) -> jax.Array:
+        kind = param.dtype or dtype
+        if param.init == "normal":
+            return (jax.random.normal(key, param.shape, jnp.float32) * scale).astype(kind)
+        return jnp.full(param.shape, {"ones": 1, "zeros": 0}[param.init], kind)
+
+    return jax.tree.unflatten(treedef, [one(p, k) for p, k in zip(params, jax.random.split(key, len(params)), strict=True)])
+
+
+def logits(model: Model, params: Params, hidden: jax.Array) -> jax.Array:
+    """Vocabulary logits ``[..., V]`` in float32 of normalised hidden states ``[..., D]``."""
+    with jax.named_scope("lm_head"):
+        return jnp.einsum("...d,vd->...v", hidden, model.head(params), preferred_element_type=jnp.float32)

@@ -1,0 +1,93 @@
+"""Checkpoint tensors and the leaves of a parameter tree: declared once, used to read and to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import EllipsisType
+from typing import NamedTuple
+
+import einops
+import numpy as np
+
+
+Path = tuple[str, ...]
+Index = tuple[int | slice | EllipsisType, ...]
+
+
+class Part(NamedTuple):
+    """Rows of a checkpoint tensor, and where they lie in a leaf.
+
+    Attributes:
+      leaf: the leaf's path in the tree.
+      at: which part of the leaf, as NumPy indexes it; the first entry of a stacked leaf is the layer.
+      pattern: einops' description of the way from the tensor's rows to that part: ``"(kv g h) d -> d kv g h"``.
+      sizes: lengths that the pattern cannot infer, in both directions.
+      rows: of the tensor's first axis; default: all.
+    """
+
+    leaf: Path
+    at: Index
+    pattern: str
+    sizes: Mapping[str, int] = {}
+    rows: slice = slice(None)
+
+
+class Tensor(NamedTuple):
+    """A tensor of a checkpoint: its name and shape there, and its parts."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+def put(leaf: np.ndarray, part: Part, tensor: np.ndarray) -> None:
+    """Writes a part of a checkpoint ``tensor`` to its place in ``leaf``, in place."""
+    leaf[part.at] = einops.rearrange(tensor[part.rows], part.pattern, **part.sizes)
+
+
+def take(leaf: np.ndarray, part: Part, tensor: np.ndarray) -> None:
+    """Writes a part of ``leaf`` to its place in the checkpoint ``tensor``, in place: the inverse of :func:`put`."""
+    source, target = part.pattern.split(" -> ")
+    tensor[part.rows] = einops.rearrange(leaf[part.at], f"{target} -> {source}", **part.sizes)
+
+
+class Names:
+    """Declares the tensors of one layer (or of none) in the order of a checkpoint.
+
+    ``Names("model.layers.3.", "moe", 1)`` declares tensors of that prefix in leaf ``("moe", ...)``, layer 1 of the stack.
+    """
+
+    def __init__(self, prefix: str = "", kind: str | None = None, layer: int | None = None):
+        self.prefix = prefix
+        self._path: Path = () if kind is None else (kind,)
+        self._layer: tuple[int, ...] = () if layer is None else (layer,)
+
+    def part(self, leaf: str, pattern: str, *, at: Index = (), rows: slice = slice(None), **sizes: int) -> Part:
+        """A part of the leaf named ``leaf``, at ``at`` behind the layer."""
+        return Part((*self._path, leaf), (*self._layer, *at), pattern, sizes, rows)
+
+    def tensor(self, name: str, shape: tuple[int, ...], *parts: Part) -> Tensor:
+        """A tensor made of ``parts``."""
+        return Tensor(self.prefix + name, shape, parts)
+
+    def same(self, name: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor that lies in its leaf as it is."""
+        return self.tensor(name, shape, self.part(leaf, "... -> ..."))
+
+    def transposed(self, name: str, leaf: str, shape: tuple[int, int], *, at: Index = ()) -> Tensor:
+        """A matrix ``[out, in]`` that lies in its leaf as ``[in, out]``."""
+        return self.tensor(name, shape, self.part(leaf, "o i -> i o", at=at))
+
+    def swiglu(self, base: str, leaf: str, *, width: int, embed: int) -> Iterator[Tensor]:
+        """Three matrices of a gated MLP; gate and up lie side by side in ``{leaf}_gate_up [D, 2, F]``."""
+        for half, name in enumerate(("gate_proj", "up_proj")):
+            yield self.transposed(f"{base}{name}.weight", f"{leaf}_gate_up", (width, embed), at=(slice(None), half))
+        yield self.transposed(f"{base}down_proj.weight", f"{leaf}_down", (embed, width))
+
+    def experts(self, base: str, *, count: int, width: int, embed: int) -> Iterator[Tensor]:
+        """The experts ``{base}{e}.``; gate columns come before up columns in ``experts_gate_up [E, D, 2 F]``."""
+        for e in range(count):
+            for half, name in enumerate(("gate_proj", "up_proj")):
+                at = (e, slice(None), slice(half * width, (half + 1) * width))
+                yield self.transposed(f"{base}{e}.{name}.weight", "experts_gate_up", (width, embed), at=at)
+            yield self.transposed(f"{base}{e}.down_proj.weight", "experts_down", (embed, width), at=(e,))

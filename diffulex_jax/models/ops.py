@@ -1,0 +1,95 @@
+"""How one machine computes the parts of a layer. A network sees no backend and no mesh."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffulex_jax.parallel.mesh import add_up, first_index, shared_by
+from pallas_kernels import Kernels, expert_choice, grouped_matmul
+from pallas_kernels import linear as linear_kernels
+from pallas_kernels.expert_choice import Router
+
+
+Attend = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""``attend(layer, heads [R, T, KV, G + 2, H]) -> (out [R, T, KV, G, H], fresh)``. ``heads`` are the queries, the key and the value of
+each key/value head; ``layer`` counts over all layers; ``fresh`` are the keys and values that the caller keeps."""
+
+
+class Ops(NamedTuple):
+    """The operations of a layer.
+
+    Attributes:
+      linear: ``linear(x [R, T, ...], stack [L, ..., ...], layer)``: the last axes of ``x`` contracted with the first of matrix ``layer``.
+      experts: ``experts(x [R, T, D], stacks, layer, router) -> [R, T, D]``: a mixture of experts, its router and its shared expert, if
+        ``stacks`` has one.
+      attend: see :data:`Attend`.
+      total: ``total(x, axis)``: the sum of ``x`` over the devices that share a logical axis.
+      layers_per_turn: layers in each turn of the loop over layers.
+    """
+
+    linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    experts: Callable[[jax.Array, dict[str, jax.Array], jax.Array, Router], jax.Array]
+    attend: Attend
+    total: Callable[[jax.Array, str], jax.Array] = add_up
+    layers_per_turn: int = 1
+
+
+def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: jax.Array | None = None) -> Ops:
+    """The operations by the backends of ``kernels``.
+
+    Args:
+      kernels: what the machine has.
+      attend: see :data:`Attend`.
+      pending: so many first tokens of every row may be there or not. Where ``kernels.rows_apart``, they go through matmuls of their
+        own: a matmul's rounding may change with its shape, and what the other tokens give must not.
+      valid: ``[R, T]`` bool; the experts leave False tokens out, whose output means nothing.
+    """
+
+    def apart(f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+        if not pending or not kernels.rows_apart:
+            return f(x)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), f(x[:, :pending]), f(x[:, pending:]))
+
+    def linear(x: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
+        return apart(lambda x: linear_kernels.linear(x, stack, layer, backend=kernels.linear), x)
+
+    def experts(x: jax.Array, stacks: dict[str, jax.Array], layer: jax.Array, router: Router) -> jax.Array:
+        def flat(a: jax.Array) -> jax.Array:
+            return a.reshape(-1, a.shape[-1])
+
+        kept = None if valid is None else valid.reshape(-1)
+        matrix, bias = stacks["router"][layer], stacks["router_bias"][layer] if "router_bias" in stacks else None
+        choose = functools.partial(expert_choice.choose, router=router, backend=kernels.expert_choice)
+        if kernels.rows_apart:
+            parts = apart(lambda x: tuple(a.reshape(*x.shape[:2], -1) for a in choose(flat(x), matrix, bias)[:2]), x)
+            ids, weights, counted = *map(flat, parts), None
+        else:
+            ids, weights, counted = choose(flat(x), matrix, bias, valid=kept)
+        shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None
+        y = grouped_matmul.expert_mlp(
+            flat(x),
+            ids,
+            weights,
+            stacks["experts_gate_up"],
+            stacks["experts_down"],
+            layer=layer,
+            valid=kept,
+            first_expert=first_index("expert", stacks["experts_down"].shape[1]) if shared_by("expert") else None,
+            shared=None if kernels.rows_apart else shared,
+            counted=counted,
+            backend=kernels.grouped_matmul,
+        ).reshape(x.shape)
+        return y + gated(linear, x, shared, layer) if shared is not None and kernels.rows_apart else y
+
+    return Ops(linear, experts, attend, add_up, kernels.layers_per_turn)
+
+
+def gated(linear: Callable[..., jax.Array], x: jax.Array, stacks: tuple[jax.Array, jax.Array], layer: jax.Array) -> jax.Array:
+    """``(silu(x Wg) * (x Wu)) Wd``; ``stacks`` are ``[L, D, 2, F]``, which holds Wg and Wu, and ``[L, F, D]``."""
+    h = linear(x, stacks[0], layer)
+    return linear(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], stacks[1], layer)

@@ -1,0 +1,173 @@
+"""SDAR, SDAR-MoE and TraDo: block diffusion on the Qwen3 and Qwen3-MoE networks (JetAstra/SDAR)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from diffulex_jax.models import hf_config
+from diffulex_jax.models import layers as parts
+from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Params
+from diffulex_jax.models.names import Names, Tensor
+from diffulex_jax.models.ops import Ops, gated
+from pallas_kernels.expert_choice import Router
+
+
+MASK_ID = 151_669  # <|MASK|>; the configs on the hub do not say so
+BLOCK = 4  # of checkpoints whose name ends in no -b8, -b16, -b32 or -b64; the configs on the hub name none
+
+
+def model(raw: Mapping[str, Any], name: str) -> Model:
+    """The network of a ``config.json`` mapping; ``name``, of its directory or on the hub, may end in its block size: ``"-b32"``."""
+    c = SDARConfig.from_hf(raw)
+    in_name = re.search(r"-b(\d+)$", name)
+    stated = c.block_size or (int(in_name[1]) if in_name else None)
+    spec = ModelSpec(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        max_positions=c.max_position_embeddings,
+        mask_id=c.mask_token_id,
+        eos_ids=c.eos_token_id,
+        block_size=stated or BLOCK,
+        block_stated=stated is not None,
+        layers=LayerKind(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim),
+        experts_per_token=c.num_experts_per_tok if "moe" in c.kinds else 0,
+    )
+    return Model(c, spec, schema(c), tuple(tensors(c)), functools.partial(layers, c), lambda params: params["lm_head"])
+
+
+def layers(c: SDARConfig, params: Params, x: jax.Array, positions: jax.Array, ops: Ops) -> tuple[jax.Array, Any]:
+    """All layers and the final norm. See ``models.base.Model.layers``."""
+    table = parts.rope_table(positions, c.head_dim, c.rope_theta)
+    norm = functools.partial(parts.rms_norm, eps=c.rms_norm_eps)
+    router = Router(top_k=c.num_experts_per_tok, score="softmax", normalise=c.norm_topk_prob)
+
+    def layer(kind: str, i: jax.Array, at: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
+        p = params[kind]
+        with jax.named_scope("attention"):
+            heads = ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i)
+            heads = parts.rotated_heads(heads, p["q_norm"][i], p["k_norm"][i], table, eps=c.rms_norm_eps)
+            out, fresh = ops.attend(at, heads)
+            x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
+        with jax.named_scope("mlp"):
+            h = norm(x, p["mlp_norm"][i])
+            y = ops.experts(h, p, i, router) if kind == "moe" else gated(ops.linear, h, (p["mlp_gate_up"], p["mlp_down"]), i)
+            return x + ops.total(y, "mlp"), fresh
+
+    x, fresh = parts.run(layer, x, parts.spans(c.kinds), ops)
+    return norm(x, params["norm"]), fresh
+
+
+def schema(c: SDARConfig) -> dict[str, Any]:
+    """The parameter tree: the layers of each kind, dense or with experts, in a stack of their own."""
+    tree: dict[str, Any] = parts.ends(c.vocab_size, c.hidden_size)
+    mlps = {
+        "dense": lambda n: parts.swiglu(n, c.hidden_size, "mlp", c.intermediate_size),
+        "moe": lambda n: parts.mixture(n, c.hidden_size, experts=c.num_experts, width=c.moe_intermediate_size),
+    }
+    for kind, mlp in mlps.items():
+        if n := c.kinds.count(kind):
+            group = c.num_attention_heads // c.num_key_value_heads
+            tree[kind] = parts.attention(n, c.hidden_size, kv=c.num_key_value_heads, group=group, head=c.head_dim) | mlp(n)
+    return tree
+
+
+def tensors(c: SDARConfig) -> Iterator[Tensor]:
+    """The tensors of a checkpoint."""
+    embed, kv, head, heads = c.hidden_size, c.num_key_value_heads, c.head_dim, c.num_attention_heads
+    group = heads // kv
+    yield Names().same("model.embed_tokens.weight", "embed", (c.vocab_size, embed))
+    for i, kind in enumerate(c.kinds):
+        n = Names(f"model.layers.{i}.", kind, c.kinds[:i].count(kind))
+        yield n.same("input_layernorm.weight", "attn_norm", (embed,))
+        queries = n.part("qkv", "(kv g h) d -> d kv g h", at=(..., slice(group), slice(None)), kv=kv, g=group)
+        yield n.tensor("self_attn.q_proj.weight", (heads * head, embed), queries)
+        for at, name in ((group, "k"), (group + 1, "v")):
+            one = n.part("qkv", "(kv h) d -> d kv h", at=(..., at, slice(None)), kv=kv)
+            yield n.tensor(f"self_attn.{name}_proj.weight", (kv * head, embed), one)
+        yield n.same("self_attn.q_norm.weight", "q_norm", (head,))
+        yield n.same("self_attn.k_norm.weight", "k_norm", (head,))
+        yield n.tensor("self_attn.o_proj.weight", (embed, heads * head), n.part("out", "d (kv g h) -> kv g h d", kv=kv, g=group))
+        yield n.same("post_attention_layernorm.weight", "mlp_norm", (embed,))
+        if kind == "dense":
+            yield from n.swiglu("mlp.", "mlp", width=c.intermediate_size, embed=embed)
+        else:
+            yield n.transposed("mlp.gate.weight", "router", (c.num_experts, embed))
+            yield from n.experts("mlp.experts.", count=c.num_experts, width=c.moe_intermediate_size, embed=embed)
+    yield Names().same("model.norm.weight", "norm", (embed,))
+    yield Names().same("lm_head.weight", "lm_head", (c.vocab_size, embed))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SDARConfig:
+    """Shape of the network, named as in its Hugging Face ``config.json``; a dense one has no experts."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    eos_token_id: tuple[int, ...]
+    intermediate_size: int = 0
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    mask_token_id: int = MASK_ID
+    block_size: int = 0
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32_768
+
+    def __post_init__(self) -> None:
+        hf_config.positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        hf_config.divides(self, "num_key_value_heads", "num_attention_heads")
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim={self.head_dim} must be even")
+        if "dense" in self.kinds:
+            hf_config.positive(self, "intermediate_size")
+        if "moe" in self.kinds:
+            hf_config.positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+            if self.num_experts_per_tok > self.num_experts:
+                raise ValueError(f"config: num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each layer: ``"dense"`` or ``"moe"``."""
+        if self.model_type == "sdar":
+            return ("dense",) * self.num_hidden_layers
+        sparse = ((i + 1) % self.decoder_sparse_step == 0 and i not in self.mlp_only_layers for i in range(self.num_hidden_layers))
+        return tuple("moe" if is_sparse else "dense" for is_sparse in sparse)
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> SDARConfig:
+        """Reads a Hugging Face ``config.json`` mapping.
+
+        Raises:
+          ValueError: naming a missing key, or a key whose value asks for something this implementation does not do.
+        """
+        fields = hf_config.read(cls, raw, ONLY)
+        return cls(**fields | {"mlp_only_layers": tuple(fields.get("mlp_only_layers", ()))})
+
+    def to_hf(self, *, dtype: str = "bfloat16") -> dict[str, Any]:
+        """The ``config.json`` mapping that :meth:`from_hf` reads back; ``dtype`` names the dtype of the stored weights."""
+        return hf_config.written(self, ONLY, dtype=dtype) | {"architectures": [ARCHITECTURES[self.model_type]]}
+
+
+ARCHITECTURES = {"sdar": "SDARForCausalLM", "sdar_moe": "SDARMoeForCausalLM"}
+ONLY: hf_config.Only = {
+    "architectures": tuple([name] for name in ARCHITECTURES.values()),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "use_sliding_window": (False,),
+    "tie_word_embeddings": (False,),
+}

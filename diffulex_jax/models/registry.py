@@ -1,0 +1,32 @@
+"""The families of networks there are, by the ``model_type`` of a ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffulex_jax.models import llada2, qwen3
+from diffulex_jax.models.base import Model
+
+
+REGISTRY: dict[str, Callable[[Mapping[str, Any], str], Model]] = {
+    "llada2_moe": llada2.model,
+    "sdar": qwen3.model,
+    "sdar_moe": qwen3.model,
+}
+
+
+def model_of(raw: Mapping[str, Any], *, name: str = "") -> Model:
+    """The network that a ``config.json`` mapping describes.
+
+    Args:
+      raw: the mapping.
+      name: of the model's directory or on the hub, which may tell what the mapping leaves out.
+
+    Raises:
+      ValueError: for a family that is not there, or a config that its family refuses.
+    """
+    kind = raw.get("model_type")
+    if kind not in REGISTRY:
+        raise ValueError(f"config: model_type={kind!r} is not implemented; supported: {', '.join(map(repr, REGISTRY))}")
+    return REGISTRY[kind](raw, name)

@@ -1,0 +1,1 @@
+"""Checkpoints of any family: Hugging Face directories read and written without torch."""
