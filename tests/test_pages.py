@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,13 @@ from diffulex_jax.cache.pages import PagePool, chain_digest
 
 def digest(i: int) -> bytes:
     return chain_digest(b"root", np.array([i]))
+
+
+def test_a_digest_is_a_chain_that_no_other_process_can_compute():
+    code = "import numpy; from diffulex_jax.cache.pages import chain_digest; print(chain_digest(b'root', numpy.array([7])).hex())"
+    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert bytes.fromhex(elsewhere.stdout) != digest(7) == digest(7) != digest(8) != chain_digest(b"other", np.array([8]))
+    assert len(digest(7)) == 16
 
 
 def test_pages_come_back_and_are_never_handed_out_twice():

@@ -7,15 +7,21 @@ back least recently used first). Held pages may be known by a digest too; then o
 from __future__ import annotations
 
 import collections
+import hashlib
+import os
 from collections.abc import Sequence
 
 import numpy as np
-import xxhash
+
+
+# Drawn anew by every process: nobody outside can compute digests, and so look for two prefixes of one digest, which would share KV.
+_SECRET = os.urandom(32)
 
 
 def chain_digest(parent: bytes, tokens: np.ndarray) -> bytes:
-    """Digest of a block in its context: of everything before it (``parent``) and its own tokens (int32)."""
-    return xxhash.xxh3_128_digest(parent + np.ascontiguousarray(tokens, np.int32).tobytes())
+    """Digest (16 bytes) of a block in its context: of everything before it (``parent``) and its own tokens (int32). It is a message
+    authentication code (BLAKE2b with a key of this process), so equal digests mean equal prefixes whatever clients send."""
+    return hashlib.blake2b(parent + np.ascontiguousarray(tokens, np.int32).tobytes(), key=_SECRET, digest_size=16).digest()
 
 
 class PagePool:

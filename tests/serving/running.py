@@ -26,9 +26,9 @@ SMALL = ["--block-size", "8", "--max-model-len", "128", "--max-slots", "4"]
 class Server:
     """A running server, its log, and a client for it."""
 
-    def __init__(self, command: list[str], *, until: str = "listening"):
+    def __init__(self, command: list[str], *, until: str = "listening", cwd: str | pathlib.Path = "/"):
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "serving")])}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd="/")
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
         self.log: list[dict] = []
         self.noise: list[str] = []
         self._until, self._there = until, threading.Event()
@@ -90,10 +90,11 @@ def serving(
     cache: pathlib.Path | None = None,
     command: list[str] = COMMAND,
     until: str = "listening",
+    cwd: str | pathlib.Path = "/",
 ) -> Iterator[Server]:
     """A server for the time of a ``with``, which begins when it logs ``until``."""
     cached = ["--compile-cache", str(cache)] if cache else []
-    server = Server([*command, "--model", str(model), "--port", "0", *cached, *options], until=until)
+    server = Server([*command, "--model", str(model), "--port", "0", *cached, *options], until=until, cwd=cwd)
     try:
         yield server
     finally:

@@ -81,9 +81,13 @@ def test_as_many_outputs_as_are_returned_are_not_a_choice_among_more():
 )
 def test_messages_as_clients_send_them(message, plain):
     (parsed,) = Chat.model_validate({"messages": [message]}).messages
-    role = "system" if message["role"] == "developer" else message["role"]
-    assert parsed.plain() == {"role": role, "content": plain}
+    assert parsed.plain() == {"role": message["role"], "content": plain}
 
 
 def test_the_name_of_who_speaks_goes_to_the_template():
     assert Message(role="user", content="a", name="Ada").plain() == {"role": "user", "content": "a", "name": "Ada"}
+
+
+@pytest.mark.parametrize(("given", "seed"), [(-1, None), (7, 7), (2**64 - 1, 2**64 - 1), (-2, 2**64 - 2), (-(2**63), 2**63)])
+def test_seeds_of_64_bits_as_other_apis_write_them(given, seed):
+    assert Completion.model_validate({"prompt": "x", "seed": given}).params().seed == seed

@@ -104,6 +104,25 @@ def test_log_probabilities_of_a_completion(client, model):
     assert logprobs.text_offset[0] == 0
 
 
+SPLIT = "é😀b".encode()  # the tiny model's first ids are bytes
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_pieces_of_characters_have_the_pieces_bytes(client, model, stream):
+    pinned = {str(i): byte for i, byte in enumerate(SPLIT)}
+    settings = {"model": str(model), "max_tokens": len(SPLIT), "stream": stream, "extra_body": {"pinned": pinned, "ignore_eos": True}}
+    answer = client.chat.completions.create(messages=QUESTION, logprobs=True, **settings)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    told = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+    assert [token.token for token in told] == ["", "é", "", "", "", "😀", "b"]
+    assert [bytes(token.bytes) for token in told] == [bytes([byte]) for byte in SPLIT]
+    answer = client.completions.create(prompt="x", logprobs=0, **settings)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    told = [choice.logprobs for choice in choices if choice.logprobs]
+    assert [offset for part in told for offset in part.text_offset] == [0, 0, 1, 1, 1, 1, 2]
+    assert "".join(token for part in told for token in part.tokens) == "é😀b" == "".join(choice.text for choice in choices)
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate"])
 def test_no_character_of_a_text_ends_a_line_of_a_stream(server, path):
     text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj\nk\r\nl\x7fm"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import running
 
 from diffulex_jax import Engine, SamplingParams
 from diffulex_jax.async_serving import AsyncEngine, RequestError
@@ -123,6 +124,39 @@ def test_forwards_are_counted_by_strategy(server):
     before = [count(name) for name in NAMES]
     server.post("/generate", prompt="ABC", strategy="dmax", **PARAMS)
     assert [count(name) for name in NAMES] == [before[0], before[1] + 1]
+
+
+MY_RULES = """
+from diffulex_jax import rules
+from diffulex_jax.strategies import Strategy, llada2
+
+
+def from_the_left():  # fills nothing above a threshold: a token a forward
+    return rules.chain(rules.threshold(), rules.remask())
+
+
+def hasty():
+    return Strategy("hasty", llada2(), defaults={"accept_threshold": 0.0})
+"""
+
+
+@pytest.mark.parametrize("isolation", ["process", "thread"])
+def test_rules_of_ones_own_are_served_by_import_path_beside_built_in_ones(model, compiled, tmp_path, alone, isolation):
+    (tmp_path / "my_rules.py").write_text(MY_RULES)
+    names = ["llada2_edit", "my_rules:from_the_left", "my_rules:hasty"]
+    options = [part for name in names for part in ("--strategy", name)]
+    with running.serving(model, *running.SMALL, "--isolation", isolation, *options, cache=compiled, cwd=tmp_path) as server:
+        (card,) = server.client.get("/v1/models").json()["data"]
+        assert card["strategies"] == names
+        asked = {"prompt": "ABC", "max_tokens": 20, "ignore_eos": True}
+        by_name = {name: server.post("/generate", **asked, strategy=name).json() for name in names}
+        assert server.post("/generate", **asked).json()["token_ids"] == by_name["llada2_edit"]["token_ids"]
+        assert by_name["my_rules:hasty"]["nfe"] < by_name["my_rules:from_the_left"]["nfe"]
+        edited = server.post("/generate", **asked | {"accept_threshold": 0.3}).json()
+        assert edited["token_ids"] == alone["llada2_edit"].token_ids
+        chat = {"messages": [{"role": "user", "content": "x"}], "strategy": names[1], "max_tokens": 4}
+        assert server.post("/v1/chat/completions", **chat).status_code == 200
+        assert server.metric("recompiles_total") == 0
 
 
 def test_outputs_wait_in_one_queue_and_run_in_the_slots_of_their_strategy():

@@ -86,7 +86,7 @@ class Message(Strict):
         content = self.content
         if isinstance(content, list):
             content = "".join((part.text if part.type == "text" else part.refusal) or "" for part in content)
-        plain = {"role": "system" if self.role == "developer" else self.role, "content": content or self.refusal or ""}
+        plain = {"role": self.role, "content": content or self.refusal or ""}
         return plain if self.name is None else plain | {"name": self.name}
 
     @property

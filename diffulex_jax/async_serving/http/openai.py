@@ -19,6 +19,7 @@ from diffulex_jax.async_serving.http.openai_requests import Chat, Completion, Di
 from diffulex_jax.async_serving.http.service import Service
 from diffulex_jax.async_serving.http.sse import frame
 from diffulex_jax.async_serving.protocol import Commit, Provisional, Reply
+from diffulex_jax.engine.pieces import Piece, Reader
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.sampling_params import SamplingParams
 
@@ -93,7 +94,8 @@ class Shape:
 
     Attributes:
       committed: by output, the tokens its stream has given out.
-      characters: by output, the length of the text given out (completions' ``text_offset``).
+      readers: by output, what its log probabilities have told of its tokens' text.
+      characters: by output, the length of that text (completions' ``text_offset``).
     """
 
     service: Service
@@ -102,6 +104,7 @@ class Shape:
     chat: bool
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     committed: dict[int, int] = dataclasses.field(default_factory=dict)
+    readers: dict[int, Reader] = dataclasses.field(default_factory=dict)
     characters: dict[int, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -134,7 +137,9 @@ class Shape:
         self.committed[event.index] = event.offset + len(event.token_ids)
         fields: dict[str, Any] = {"delta": {"content": event.text}} if self.chat else {"text": event.text}
         if event.logprobs is not None:
-            fields["logprobs"] = self.logprobs(event.index, event.token_ids, event.logprobs)
+            reader = self.readers.setdefault(event.index, self.tokenizer.reader())
+            pieces = [self.tokenizer.take(reader, token) for token in event.token_ids]
+            fields["logprobs"] = self.logprobs(event.index, pieces, event.logprobs)
         return fields
 
     def closing(self, event: Reply) -> dict[str, Any]:
@@ -166,24 +171,28 @@ class Shape:
         for reply in replies:
             text = reply.text or ""
             content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-            logprobs = None if reply.logprobs is None else self.logprobs(reply.index, reply.token_ids, reply.logprobs)
+            logprobs = None
+            if reply.logprobs is not None:
+                logprobs = self.logprobs(reply.index, self.tokenizer.pieces(reply.token_ids), reply.logprobs)
             choices.append({"index": reply.index, **content, "logprobs": logprobs, **self.ending(reply)})
         return self.envelope(choices=choices, usage=self.usage(replies))
 
-    def logprobs(self, index: int, token_ids: Sequence[int], logprobs: tuple[float, ...]) -> dict[str, Any]:
-        """OpenAI's two shapes. A log probability is that of the token when it was accepted or last revised."""
-        texts, values = [self.tokenizer.piece(token) for token in token_ids], records.finite(logprobs) or []
+    def logprobs(self, index: int, pieces: Sequence[Piece], logprobs: tuple[float, ...]) -> dict[str, Any]:
+        """OpenAI's two shapes. A log probability is that of the token when it was accepted or last revised. A token that ends within a
+        character has bytes of its own and no text: that comes with the token that completes the character."""
+        values = records.finite(logprobs) or []
         if self.chat:
             content = [
-                {"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []} for t, p in zip(texts, values, strict=True)
+                {"token": piece.text, "logprob": value, "bytes": list(piece.bytes), "top_logprobs": []}
+                for piece, value in zip(pieces, values, strict=True)
             ]
             return {"content": content, "refusal": None}
         offsets, at = [], self.characters.get(index, 0)
-        for text in texts:
+        for piece in pieces:
             offsets.append(at)
-            at += len(text)
+            at += len(piece.text)
         self.characters[index] = at
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
+        return {"tokens": [piece.text for piece in pieces], "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
 
     def usage(self, replies: Sequence[Reply]) -> dict[str, Any]:
         """Tokens in and out; and what they cost, where that was asked for."""

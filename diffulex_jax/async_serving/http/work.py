@@ -9,7 +9,6 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-import jinja2
 from starlette.requests import Request
 
 from diffulex_jax.async_serving.http.errors import ApiError
@@ -157,5 +156,5 @@ async def conversation_of(service: Service, messages: Sequence[Message]) -> list
     service.engine.check_length("messages", sum(message.characters for message in messages))
     try:
         return await asyncio.to_thread(tokenizer.apply_chat_template, [message.plain() for message in messages])
-    except (ValueError, jinja2.TemplateError) as error:
+    except ValueError as error:
         raise ApiError(400, str(error), param="messages") from error
