@@ -111,6 +111,7 @@ def shared_vocabulary():
     at = jnp.arange(rows)
     sampling = prediction.Sampling(keys, jnp.where(at % 2, 0.9, 0.0), jnp.where(at % 3, 1.0, 0.7), jnp.zeros(rows, jnp.int32))
     current, options = jnp.asarray(rng.integers(0, vocab, rows), jnp.int32), {"forbidden_id": 95, "sampling": sampling, "top_k": 3}
+    options |= {"tempered": True, "entropy": True}
     want = prediction.predict_from_hidden(hidden, lm_head, current, backend="reference", **options)
 
     def local(lm_head):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -46,8 +44,9 @@ def predict(
 ) -> Best:
     """Reduces each row of logits to the chosen token and the probabilities rules ask for.
 
-    Probabilities are the model's own unless ``tempered``: softmax over the allowed vocabulary at temperature 1, whatever the sampling.
-    So a threshold means the same at every temperature, and sampling with ``top_k=1`` equals greedy decoding.
+    Probabilities are the model's own: softmax over the allowed vocabulary at temperature 1, whatever the sampling. So a
+    threshold means the same at every temperature, and sampling with ``top_k=1`` equals greedy decoding. Where ``tempered``, they are
+    those at the row's temperature, before top-k and top-p (SDAR's evaluation, arXiv 2510.06303).
 
     Args:
       logits: ``[R, V]`` float32.
@@ -59,10 +58,9 @@ def predict(
       penalty: see ``penalized``.
       banned: ``[R, M]`` int32, ids that are neither chosen nor counted in the softmax of their row; negative: none.
       top_k: how many best tokens to report.
-      tempered: probabilities are those at the row's temperature, before top-k and top-p (SDAR); of a greedy row, at temperature 1.
-      entropy: report the entropy, in nats, of the distribution that the probabilities are of.
-      backend: see :data:`Backend`; None chooses by the current mesh. The kernels know neither entropy nor tempered probabilities: where
-        these are asked for, and some row may sample, the reference runs.
+      tempered: all probabilities, and the entropy, are of softmax(logits / temperature) in rows with a temperature above 0.
+      entropy: report the entropy of that distribution. The Hopper kernel has none: with it, ``"gpu"`` takes the reference.
+      backend: see :data:`Backend`; None chooses by the current mesh.
 
     Returns:
       :class:`Best`. Ties go to the lowest id; a row with a NaN has NaN probabilities.
@@ -71,8 +69,8 @@ def predict(
       ValueError: for an unknown backend.
     """
     options: dict[str, Any] = {"forbidden_id": forbidden_id, "sampling": sampling, "penalized": penalized, "penalty": penalty}
-    options |= {"banned": banned, "top_k": top_k, "tempered": tempered, "entropy": entropy}
-    return _pick(backend, _FROM_LOGITS, options)(logits, current)
+    options |= {"tempered": tempered, "entropy": entropy}
+    return pick("prediction", backend, choose_backend, _FROM_LOGITS)(logits, current, **options, banned=banned, top_k=top_k)
 
 
 def predict_from_hidden(
@@ -100,13 +98,4 @@ def predict_from_hidden(
     """
     if vocab_axes:
         options["vocab_axes"] = vocab_axes
-    return _pick(backend, _FROM_HIDDEN, options)(hidden, lm_head, current)
-
-
-def _pick(backend: str | None, backends: dict[str, Callable[..., Best]], options: dict[str, Any]) -> Callable[..., Best]:
-    """The function of a backend with its ``options``, or the reference's where the kernels lack one of them."""
-    chosen = pick("prediction", backend, choose_backend, backends)
-    asked = {"tempered": options.pop("tempered", False) and options["sampling"] is not None, "entropy": options.pop("entropy", False)}
-    if any(asked.values()):
-        return functools.partial(backends["reference"], **options, **asked)
-    return functools.partial(chosen, **options)
+    return pick("prediction", backend, choose_backend, _FROM_HIDDEN)(hidden, lm_head, current, **options)

@@ -258,20 +258,21 @@ def predict_from_hidden(
     *,
     sampling: Sampling | None,
     top_k: int = 0,
+    tempered: bool = False,
+    entropy: bool = False,
     vocab_axes: tuple[str, ...] = (),
     **options: Any,
 ) -> Best:
     """See the package's ``predict_from_hidden``.
 
     The kernel serves greedy batches in bfloat16 that ask for one candidate at most. Batches in which a row samples, more candidates,
-    other dtypes and a sharded vocabulary take the reference.
+    the entropy, other dtypes and a sharded vocabulary take the reference.
     """
     vocab, width = lm_head.shape
-    full = functools.partial(
-        reference.predict_from_hidden, hidden, lm_head, current, sampling=sampling, top_k=top_k, vocab_axes=vocab_axes, **options
-    )
+    asked: dict[str, Any] = {"sampling": sampling, "top_k": top_k, "tempered": tempered, "entropy": entropy, "vocab_axes": vocab_axes}
+    full = functools.partial(reference.predict_from_hidden, hidden, lm_head, current, **asked, **options)
     tiled = width % _TILE_K == 0 and vocab % 8 == 0  # shared memory is laid out in tiles of 8 rows
-    if vocab_axes or top_k > 1 or not tiled or not hidden.dtype == lm_head.dtype == jnp.bfloat16:
+    if vocab_axes or entropy or top_k > 1 or not tiled or not hidden.dtype == lm_head.dtype == jnp.bfloat16:
         return full()
     fast = functools.partial(greedy, hidden, lm_head, current, top_k=top_k, **options)
     return fast() if sampling is None else lax.cond((sampling.temperature > 0).any(), full, fast)

@@ -26,7 +26,14 @@ class Sampling(NamedTuple):
 
 
 class Best(NamedTuple):
-    """``[R]`` each, ``top_*`` ``[R, M]``: chosen token, its probability, the current token's, the best M, and entropy where asked for."""
+    """What is known of R positions.
+
+    Attributes:
+      token: ``[R]`` int32, the chosen token.
+      prob, current_prob: ``[R]`` float32, its probability, and that of the token that stood there.
+      top_ids, top_probs: ``[R, M]`` int32 and float32, the best M tokens and their probabilities, best first.
+      entropy: ``[R]`` float32, of the distribution that probabilities are of, in nats; None where it was not asked for.
+    """
 
     token: jax.Array
     prob: jax.Array
@@ -58,7 +65,7 @@ def predict(
     if banned is not None:
         outside = jnp.where(banned < 0, logits.shape[1], banned)
         logits = logits.at[jnp.arange(len(logits))[:, None], outside].set(-jnp.inf, mode="drop")
-    judged = logits / _or_one(sampling.temperature)[:, None] if tempered and sampling is not None else logits
+    judged = logits / cooling(sampling)[:, None] if tempered and sampling is not None else logits
     peak = judged.max(-1)
     total = jnp.exp(judged - peak[:, None]).sum(-1)
     greedy = _first_largest(logits)
@@ -83,8 +90,9 @@ def _entropy(below: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.log(total) - weighted.sum(-1) / total
 
 
-def _or_one(temperature: jax.Array) -> jax.Array:
-    return jnp.where(temperature > 0, temperature, 1.0)
+def cooling(sampling: Sampling) -> jax.Array:
+    """``[R]`` float32: what a row's logits are divided by; 1 for a greedy row."""
+    return jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
 
 
 def predict_from_hidden(
@@ -101,7 +109,7 @@ def predict_from_hidden(
 def _sample(logits: jax.Array, sampling: Sampling, greedy: jax.Array) -> jax.Array:
     """Gumbel-max over the tempered, filtered logits of the rows with temperature above 0; the others keep ``greedy``."""
     hot = sampling.temperature > 0
-    scaled = logits / _or_one(sampling.temperature)[:, None]
+    scaled = logits / cooling(sampling)[:, None]
     order = _ordered_bits(scaled)
     everything = jnp.full(scaled.shape[0], jnp.finfo(jnp.float32).max)
     k = jnp.where(sampling.top_k > 0, sampling.top_k.astype(jnp.float32), everything)

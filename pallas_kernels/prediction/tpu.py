@@ -9,54 +9,20 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.prediction import reference
 from pallas_kernels.prediction.reference import Best, Sampling
+from pallas_kernels.prediction.tpu_kernel import LANES, Columns, Partial, Shown, cooled, lowered, stream
 from pallas_kernels.target import anywhere
 
 
-LANES = 128
 MAX_TOP_K = LANES
-_ROWS = 256  # of a tile: lm_head is read once for so many, about where a TPU's matrix unit and its memory take equally long
-_TILE_BYTES = 2 << 20  # of lm_head in one tile; two are in flight, beside half as much of the hidden states
-_LOWEST = float(jnp.finfo(jnp.float32).min)  # below every logit, and finite: -inf minus -inf would be NaN
 _FILTERED_ROWS = 32  # rows whose logits are made in full at a time, where top-p or top-k asks for them
-
-
-class Partial(NamedTuple):
-    """What a part of the vocabulary gives, ``[R, 1]`` each, ``top_*`` ``[R, M]``; logits after penalty and bans.
-
-    Attributes:
-      peak, best: float32 largest logit and its int32 id, the lowest on ties.
-      total: float32 sum of ``exp(logit - peak)``; NaN where a logit is.
-      current: float32 logit of the current token; -inf where it is in another part.
-      score, drawn, drawn_logit: largest ``logit / temperature + noise``, its id and logit; rows with temperature above 0 only.
-      top_logits, top_ids: the largest logits, in order.
-    """
-
-    peak: jax.Array
-    best: jax.Array
-    total: jax.Array
-    current: jax.Array
-    score: jax.Array
-    drawn: jax.Array
-    drawn_logit: jax.Array
-    top_logits: jax.Array
-    top_ids: jax.Array
-
-
-class _Columns(NamedTuple):
-    """Per-row inputs as the kernel takes them: columns of one int32 and one float32 array."""
-
-    ints: jax.Array  # [R, 4 + M]: current, penalized, two words of the key, banned
-    floats: jax.Array  # [R, 2]: penalty, temperature
 
 
 def predict(logits: jax.Array, current: jax.Array, *, sampling: Sampling | None, top_k: int = 0, **options: Any) -> Best:
@@ -90,6 +56,8 @@ def _predict(
     penalty: jax.Array | None = None,
     banned: jax.Array | None = None,
     top_k: int,
+    tempered: bool = False,
+    entropy: bool = False,
     vocab_axes: tuple[str, ...] = (),
     tile: tuple[int, int] | None = None,
     interpret: Any = False,
@@ -107,16 +75,18 @@ def _predict(
     penalty = jnp.zeros(rows, jnp.float32) if penalty is None else penalty
     banned = jnp.full((rows, 1), -1, jnp.int32) if banned is None else banned
     words = lax.bitcast_convert_type(jax.random.key_data(sampling.key), jnp.int32)
-    columns = _Columns(
+    columns = Columns(
         jnp.concatenate([current[:, None], (nothing if penalized is None else penalized)[:, None], words, banned], 1),
-        jnp.stack([penalty, jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)], 1),
+        jnp.stack([penalty, reference.cooling(sampling)], 1),
     )
     hot = sampling.temperature > 0
     offset = lax.axis_index(vocab_axes) * vocab if vocab_axes else 0
-    part = _stream(
-        source, columns, hot, (banned >= 0).any(1), offset, forbidden_id=forbidden_id, top_k=top_k, tile=tile, interpret=interpret
+    shown = Shown(top_k if top_k > 1 else 0, tempered, entropy)
+    part = stream(
+        source, columns, hot, (banned >= 0).any(1), offset, forbidden_id=forbidden_id, shown=shown, tile=tile, interpret=interpret
     )
-    best = _finish(_exchange(part, vocab_axes) if vocab_axes else jax.tree.map(lambda a: a[None], part), hot, top_k=top_k)
+    parts = _exchange(part, vocab_axes) if vocab_axes else jax.tree.map(lambda a: a[None], part)
+    best = _finish(parts, hot, reference.cooling(sampling) if tempered else None, top_k=top_k)
 
     filtered = hot & ((sampling.top_p < 1) | (sampling.top_k > 0))
 
@@ -133,6 +103,7 @@ def _predict(
             penalized=take(penalized),
             penalty=penalty[rows],
             banned=banned[rows],
+            tempered=tempered,
         )
         return some.token, some.prob
 
@@ -158,18 +129,22 @@ def _exchange(part: Partial, axes: tuple[str, ...]) -> Partial:
     return Partial(*(p if a.dtype == jnp.int32 else lax.bitcast_convert_type(p, jnp.float32) for p, a in zip(parts, part, strict=True)))
 
 
-def _finish(parts: Partial, hot: jax.Array, *, top_k: int) -> Best:
-    """Joins the partials ``[n, R, ...]`` of n consecutive parts of the vocabulary."""
-    p = Partial._make([*(a[..., 0] for a in parts[:-2]), *parts[-2:]])
+def _finish(parts: Partial, hot: jax.Array, temperature: jax.Array | None, *, top_k: int) -> Best:
+    """Joins the partials ``[n, R, ...]`` of n consecutive parts of the vocabulary; ``temperature [R]`` where they are tempered."""
+    p = Partial._make([*(a[..., 0] for a in parts[:-3]), *parts[-3:]])
     peak = p.peak.max(0)
-    total = (p.total * jnp.exp(p.peak - peak)).sum(0)
+    lower = cooled(p.peak - peak, temperature)
+    total = (p.total * jnp.exp(lower)).sum(0)
+    entropy = None
+    if p.slope.shape[-1]:
+        entropy = jnp.log(total) - lowered(p.slope[..., 0], p.total, lower).sum(0) / total
 
     def of_largest(key: jax.Array, value: jax.Array) -> jax.Array:
         return value[0] if len(value) == 1 else jnp.take_along_axis(value, key.argmax(0)[None], 0)[0]
 
     def prob(logit: jax.Array) -> jax.Array:
         shape = (...,) + (None,) * (logit.ndim - 1)
-        return jnp.exp(logit - peak[shape]) / total[shape]
+        return jnp.exp(cooled(logit - peak[shape], None if temperature is None else temperature[shape])) / total[shape]
 
     token = jnp.where(hot, of_largest(p.score, p.drawn), of_largest(p.peak, p.best))
     logit = jnp.where(hot, of_largest(p.score, p.drawn_logit), peak)
@@ -180,178 +155,4 @@ def _finish(parts: Partial, hot: jax.Array, *, top_k: int) -> Best:
         if len(p.peak) > 1:
             top_logits, at = lax.top_k(top_logits, top_k)
             top_ids = jnp.take_along_axis(top_ids, at, 1)
-    return Best(token, prob(logit), prob(p.current.max(0)), top_ids, prob(top_logits))
-
-
-def _stream(
-    source: Sequence[jax.Array],
-    columns: _Columns,
-    hot: jax.Array,
-    bans: jax.Array,
-    offset: jax.Array | int,
-    *,
-    forbidden_id: int,
-    top_k: int,
-    tile: tuple[int, int] | None,
-    interpret: Any,
-) -> Partial:
-    """Runs the kernel over row tiles x vocabulary tiles; ``source`` is ``(logits,)`` or ``(hidden, lm_head)``."""
-    rows, depth = source[0].shape
-    vocab = depth if len(source) == 1 else source[1].shape[0]
-    if tile is None:
-        width = _ROWS if len(source) == 1 else depth
-        fit = _TILE_BYTES // (source[-1].dtype.itemsize * width)
-        tile = _ROWS if len(source) == 1 else min(_ROWS, fit // 2 // 8 * 8), min(1024, max(LANES, fit // LANES * LANES))
-    height, width = min(tile[0], rows), min(tile[1], vocab)
-    grid = pl.cdiv(rows, height), pl.cdiv(vocab, width)
-
-    def any_in_tile(flags: jax.Array) -> jax.Array:
-        return jnp.pad(flags, (0, grid[0] * height - rows)).reshape(grid[0], height).any(1).astype(jnp.int32)
-
-    def per_row(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((height, width), lambda i, j, *_: (i, 0))
-
-    if len(source) == 1:
-        specs = [pl.BlockSpec((height, width), lambda i, j, *_: (i, j))]
-    else:
-        specs = [per_row(depth), pl.BlockSpec((width, depth), lambda i, j, *_: (j, 0))]
-    # The best token is the one best of top_k=1: no list is kept for it.
-    listed = top_k if top_k > 1 else 0
-    kinds = [jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.float32]
-    state = [((rows, 1), kind) for kind in kinds]
-    if listed:
-        state += [((rows, LANES), jnp.float32), ((rows, LANES), jnp.int32)]
-    outs = pl.pallas_call(
-        functools.partial(_kernel, sources=len(source), vocab=vocab, forbidden_id=forbidden_id, listed=listed),
-        out_shape=[jax.ShapeDtypeStruct(shape, kind) for shape, kind in state],
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=grid,
-            in_specs=[*specs, per_row(columns.ints.shape[1]), per_row(2)],
-            out_specs=[per_row(shape[1]) for shape, _ in state],
-            scratch_shapes=[pltpu.VMEM((height, width), jnp.float32)],
-        ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=rows * vocab * (8 + 2 * depth * (len(source) - 1)),
-            bytes_accessed=source[-1].nbytes * (grid[0] if len(source) == 2 else 1),
-            transcendentals=rows * vocab,
-        ),
-        name="prediction",
-        interpret=interpret,
-    )(jnp.asarray(offset, jnp.int32).reshape(1), any_in_tile(hot), any_in_tile(bans), *source, *columns)
-    lists = outs[7:] if listed else (jnp.zeros((rows, 0), jnp.float32), jnp.zeros((rows, 0), jnp.int32))
-    return Partial(*outs[:7], *(a[:, :listed] for a in lists))
-
-
-def _kernel(offset: Any, hot: Any, bans: Any, *refs: Any, sources: int, vocab: int, forbidden_id: int, listed: int) -> None:
-    source, (ints, floats), outs, logits = refs[:sources], refs[sources : sources + 2], refs[sources + 2 : -1], refs[-1]
-    peak, best, total, current, score, drawn, drawn_logit = outs[:7]
-    i, j = pl.program_id(0), pl.program_id(1)
-    here = j * logits.shape[1] + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    ids = here + offset[0]
-
-    def column(n: int) -> jax.Array:
-        return ints[:, n : n + 1]
-
-    @pl.when(j == 0)
-    def _start() -> None:
-        for ref in (current, score, drawn_logit, *outs[7:8]):
-            ref[...] = jnp.full(ref.shape, -jnp.inf, jnp.float32)
-        for ref in (best, drawn, *outs[8:9]):
-            ref[...] = jnp.zeros(ref.shape, jnp.int32)
-        peak[...] = jnp.full(peak.shape, _LOWEST, jnp.float32)
-        total[...] = jnp.zeros(total.shape, jnp.float32)
-
-    if sources == 1:
-        x = source[0][...].astype(jnp.float32)
-    else:
-        x = lax.dot_general(source[0][...], source[1][...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    x = jnp.where(ids == column(1), x - floats[:, 0:1], x)
-    logits[...] = jnp.where((here >= vocab) | (ids == forbidden_id), -jnp.inf, x)
-
-    @pl.when(bans[i] != 0)
-    def _ban() -> None:
-        for m in range(4, ints.shape[1]):
-            logits[...] = jnp.where(ids == column(m), -jnp.inf, logits[...])
-
-    x = logits[...]
-    largest = jnp.max(x, 1, keepdims=True)
-    new = jnp.maximum(peak[...], largest)
-    total[...] = total[...] * jnp.exp(peak[...] - new) + jnp.sum(jnp.exp(x - new), 1, keepdims=True)
-    best[...] = jnp.where(largest > peak[...], _first(x == largest, ids), best[...])
-    peak[...] = new
-    current[...] = jnp.maximum(current[...], jnp.max(jnp.where(ids == column(0), x, -jnp.inf), 1, keepdims=True))
-
-    @pl.when(hot[i] != 0)
-    def _draw() -> None:
-        x = logits[...]
-        noisy = x / floats[:, 1:2] + _gumbel(column(2), column(3), ids)
-        largest = jnp.max(noisy, 1, keepdims=True)
-        at = _first(noisy == largest, ids)
-        better = largest > score[...]
-        drawn[...] = jnp.where(better, at, drawn[...])
-        drawn_logit[...] = jnp.where(better, jnp.max(jnp.where(ids == at, x, -jnp.inf), 1, keepdims=True), drawn_logit[...])
-        score[...] = jnp.where(better, largest, score[...])
-
-    if listed:
-        _insert(logits, ids, *outs[7:], listed=listed)
-
-
-_NO_ID = jnp.iinfo(jnp.int32).max
-
-
-def _first(where: jax.Array, ids: jax.Array) -> jax.Array:
-    """``[rows, 1]``: the lowest id where ``where``."""
-    return jnp.min(jnp.where(where, ids, _NO_ID), 1, keepdims=True)
-
-
-def _insert(logits: Any, ids: jax.Array, top_logits: Any, top_ids: Any, *, listed: int) -> None:
-    """Merges a tile into each row's sorted list: as many rounds as the row with most newcomers needs, mostly none.
-
-    A newcomer goes behind its equals: they came from lower ids. The tile's logits are used up.
-    """
-    lane = lax.broadcasted_iota(jnp.int32, top_logits.shape, 1)
-
-    def newcomers() -> tuple[jax.Array, jax.Array]:
-        largest = jnp.max(logits[...], 1, keepdims=True)
-        return largest, largest > top_logits[:, listed - 1 : listed]
-
-    def any_left(more: jax.Array) -> jax.Array:
-        return more
-
-    def one(more: jax.Array) -> jax.Array:
-        largest, wanted = newcomers()
-        at = _first(logits[...] == largest, ids)
-        old, old_ids = top_logits[...], top_ids[...]
-        place = jnp.sum((old >= largest).astype(jnp.int32), 1, keepdims=True)
-        place = jnp.where(wanted, place, LANES)
-        top_logits[...] = jnp.where(lane < place, old, jnp.where(lane == place, largest, pltpu.roll(old, 1, 1)))
-        top_ids[...] = jnp.where(lane < place, old_ids, jnp.where(lane == place, at, pltpu.roll(old_ids, 1, 1)))
-        logits[...] = jnp.where(ids == at, -jnp.inf, logits[...])
-        return _any(newcomers()[1])
-
-    lax.while_loop(any_left, one, _any(newcomers()[1]))
-
-
-def _any(where: jax.Array) -> jax.Array:
-    return jnp.max(where.astype(jnp.float32)) > 0
-
-
-def _gumbel(key_0: jax.Array, key_1: jax.Array, ids: jax.Array) -> jax.Array:
-    """Element ``ids`` of ``jax.random.gumbel(key, [V])``, bit for bit as far as ``log`` agrees.
-
-    With partitionable threefry (JAX's default) an element's random bits depend on the key and its index alone: two words of
-    Threefry-2x32-20 (Salmon et al., SC'11) over the counter ``(0, index)``, combined by exclusive or.
-    """
-    keys = key_0, key_1, key_0 ^ key_1 ^ 0x1BD11BDA
-    a, b = jnp.zeros_like(ids) + key_0, ids + key_1
-    for group in range(5):
-        for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
-            a = a + b
-            b = a ^ (lax.shift_left(b, jnp.full_like(b, distance)) | lax.shift_right_logical(b, jnp.full_like(b, 32 - distance)))
-        a, b = a + keys[(group + 1) % 3], b + keys[(group + 2) % 3] + (group + 1)
-    mantissa = lax.shift_right_logical(a ^ b, jnp.full_like(a, 9)) | 0x3F800000
-    tiny = float(jnp.finfo(jnp.float32).tiny)
-    uniform = lax.bitcast_convert_type(mantissa, jnp.float32) - 1.0
-    return -jnp.log(-jnp.log(jnp.maximum(uniform * (1.0 - tiny) + tiny, tiny)))
+    return Best(token, prob(logit), prob(p.current.max(0)), top_ids, prob(top_logits), entropy)

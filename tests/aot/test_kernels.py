@@ -40,6 +40,7 @@ def test_prediction(topology, dtype):
     def predict(hidden, lm_head, current, key, temperature, top_p, cut, penalized, penalty, banned):
         sampling = prediction.Sampling(jax.random.wrap_key_data(key), temperature, top_p, cut)
         options = {"penalized": penalized, "penalty": penalty, "banned": banned, "top_k": 5}
+        options |= {"tempered": dtype == jnp.float32, "entropy": dtype == jnp.float32}
         return prediction.predict_from_hidden(hidden, lm_head, current, forbidden_id=7, sampling=sampling, **options)
 
     rows = [((ROWS,), kind) for kind in (jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32)]

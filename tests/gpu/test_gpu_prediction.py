@@ -33,7 +33,7 @@ def make(rng, rows, vocab, width, dtype=jnp.bfloat16, temperature=0.0):
     return hidden, lm_head, jnp.asarray(np.where(row % 5 == 0, best, rng.integers(0, vocab, rows)), jnp.int32), options
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "forbidden_id", "top_k"))
+@functools.partial(jax.jit, static_argnames=("backend", "forbidden_id", "top_k", "tempered", "entropy"))
 def predict(*args, **options):
     return prediction.predict_from_hidden(*args, **options)
 
@@ -86,3 +86,12 @@ def test_logits_are_never_in_memory(rng):
     ids = jnp.stack([current] * 3)
     compiled = jax.jit(functools.partial(gpu.reduce_vocabulary, forbidden_id=0)).lower(hidden, lm_head, ids).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 256 * 50264 // 8
+
+
+def test_greedy_rows_are_tempered_by_nothing_and_entropy_is_the_references(rng, relative_error):
+    hidden, lm_head, current, options = make(rng, 32, 4096, 128)
+    plain, tempered = (predict(hidden, lm_head, current, **options, tempered=t, backend="gpu") for t in (False, True))
+    for a, b in zip(plain[:5], tempered[:5], strict=True):
+        np.testing.assert_array_equal(a, b)
+    got, want = (predict(hidden, lm_head, current, **options, entropy=True, backend=b).entropy for b in ("gpu", "reference"))
+    assert relative_error(got, want) < 1e-5
