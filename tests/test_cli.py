@@ -342,6 +342,7 @@ def test_options_written_by_hand_have_the_defaults_of_what_they_set(command, sou
 def test_the_version_is_that_of_the_project():
     assert diffulex_jax.__version__ == importlib.metadata.version("diffulex-jax")
     assert run("--version").stdout == f"diffulex-jax {diffulex_jax.__version__}\n"
+    assert f"\nversion: {diffulex_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_importing_the_package_imports_no_jax():
@@ -395,6 +396,24 @@ def test_what_takes_long_is_shown_on_a_terminal(tmp_path):
     assert "compiling llada2 00:0" in shown
     assert len(json.loads(out)["token_ids"]) <= 4
     assert shown.endswith("\r")  # the line is gone before the answer
+
+
+@pytest.mark.parametrize(
+    "command", [["doctor"], ["generate", "--model", MODEL, "--prompt-ids", "5"], ["bench", "decode", "--shape", "tiny"]]
+)
+def test_a_device_that_is_not_there_is_one_line(command):
+    process = start(*command, env={"JAX_PLATFORMS": "rocm"})
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: Unable to initialize backend 'rocm'")
+    assert "Traceback" not in err
+
+
+def test_an_answer_that_the_terminal_cannot_show_is_spelled_out():
+    show = "import typer; from diffulex_jax.cli import surroundings; surroundings.prepare(); typer.echo('\\U0001f600')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.stdout == "\\U0001f600\n", done.stderr
 
 
 def test_libraries_are_quiet(tmp_path):

@@ -32,7 +32,7 @@ class CommandLine(typer.Typer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         interrupt.watch()
-        surroundings.quiet()
+        surroundings.prepare()
         return super().__call__(*args, **kwargs)
 
 
@@ -64,7 +64,7 @@ def main(
 
 _Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-_STRATEGIES = f"{', '.join(STRATEGY_NAMES)}"
+_STRATEGIES = f"{', '.join(STRATEGY_NAMES)}, or the import path of one of your own, my_module:my_rule"
 _PROMPT = "The prompt as text; several are answered in order. '-', or none at all: standard input."
 
 
@@ -213,9 +213,10 @@ def aot_(
 @app.command(cls=PlainCommand)
 def doctor(*, as_json: _AsJson = False) -> None:
     """Show what JAX sees here, and which kernels it takes."""
-    from diffulex_jax.bench import machine
+    with one_line_errors():
+        from diffulex_jax.bench import machine
 
-    facts = machine.describe()
+        facts = machine.describe()
     typer.echo(json.dumps(facts) if as_json else machine.text(facts))
 
 

@@ -114,9 +114,14 @@ def one_line_errors() -> Iterator[None]:
     """Ends the command with one line on stderr and exit code 2 where an input will not do."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _NO_BACKEND not in str(error):
+            raise
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
+
+
+_NO_BACKEND = "Unable to initialize backend"  # JAX_PLATFORMS names a device that is not here
 
 
 class PlainCommand(typer.core.TyperCommand):

@@ -1,10 +1,12 @@
-"""Keeps what libraries have to say to themselves out of an answer."""
+"""What a command finds around itself: libraries that print, and terminals that cannot."""
 
 from __future__ import annotations
 
 import glob
 import importlib.util
+import io
 import os
+import sys
 import warnings
 
 
@@ -12,8 +14,11 @@ _TPU_NODES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _GPU_NODES = ("/dev/nvidia[0-9]*", "/dev/kfd")
 
 
-def quiet() -> None:
-    """Call it before JAX is imported. What the caller's environment says stays."""
+def prepare() -> None:
+    """Makes libraries keep quiet, and every text printable. Call it before JAX is imported; what the environment says stays."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an answer may hold what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore", FutureWarning)  # between libraries and their authors
     # libtpu, which compiling for TPUs needs, looks for one wherever it is installed, and prints errors where there is none.
