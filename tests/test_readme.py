@@ -28,3 +28,13 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
 def test_the_picture_exists():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README.read_text()):
         assert (README.parent / path).is_file()
+
+
+def test_what_contributing_names_is_there():
+    """Files and folders in backquotes, from the root or from ``diffulex_jax``."""
+    root, text = README.parent, (README.parent / "CONTRIBUTING.md").read_text()
+    paths = [name for name in re.findall(r"`([\w./]+)`", text) if "/" in name or name.endswith((".py", ".md"))]
+    assert len(paths) > 15
+    for path in paths:
+        inside = [root, root / "diffulex_jax", root / "pallas_kernels", root / "pallas_kernels" / "prediction"]
+        assert any((folder / path).exists() for folder in inside), path
