@@ -214,6 +214,43 @@ def test_two_strategies_side_by_side(opened, server):
     assert alone[1]["nfe"] < alone[0]["nfe"] and opened.one(".verdict").text.startswith("dmax took ")
 
 
+def test_canvases_side_by_side_are_seen_whole_without_scrolling(opened):
+    opened.one("#both").click()
+    size = {"width": 1280, "height": 957, "deviceScaleFactor": 1, "mobile": False}
+    opened.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        opened.ask()
+        opened.finished(lanes=2)
+        where = "return [...document.querySelectorAll('.canvas, #transport')].map((x) => x.getBoundingClientRect())"
+        *canvases, bar = opened.browser.execute_script(f"scrollTo(0, 0); {where}")
+        assert len(canvases) == 2 and len(opened.all(".lane:first-child .cell")) >= 64
+        assert all(canvas["top"] > 0 and canvas["bottom"] < bar["top"] for canvas in canvases) and bar["bottom"] <= 957
+    finally:
+        opened.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_an_empty_prompt_says_so_and_a_refusal_keeps_what_is_there(opened):
+    assert "Ctrl+Enter" in opened.one("label[for=prompt]").text
+    opened.ask()
+    opened.finished()
+    answer, where = opened.one(".answer").text, opened.one("#where").text
+    for prompt, others, message in (
+        ("  ", "", "the prompt is empty"),
+        (QUESTION, '{"max_nfe": 0}', "400: max_nfe=0"),
+        ("long " * 4000, "", "400: messages has 20000 characters"),
+    ):
+        opened.set(others=others)
+        opened.browser.execute_script("document.getElementById('prompt').value = arguments[0]", prompt)
+        opened.one("#prompt").send_keys(Keys.CONTROL + Keys.ENTER)
+        opened.until(lambda message=message: opened.one("#error").text.startswith(message))
+        assert (opened.one(".answer").text, opened.one("#where").text) == (answer, where) and answer
+        opened.until(lambda: opened.one("#start").is_enabled())
+    opened.set(others="")
+    opened.ask()
+    opened.finished()
+    assert not opened.one("#error").is_displayed()
+
+
 def test_a_narrow_screen_shows_it_all_without_scrolling_sideways(opened):
     opened.one("#both").click()
     opened.browser.execute_cdp_cmd(

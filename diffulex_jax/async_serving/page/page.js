@@ -19,8 +19,9 @@ async function connect() {
     });
     $("error").hidden = true;
   } catch (error) {
-    $("server").textContent = error.status === 401 ? "This server wants an API key." : "";
-    if (error.status === 401 && !$("key").value) $("key-field").hidden = false; // not an error yet
+    $("server").textContent = error.status === 401 ? "This server wants an API key." : error.status === 503 ? `${error.message} …` : "";
+    if (error.status === 503) setTimeout(connect, 1000); // it is loading or compiling
+    else if (error.status === 401 && !$("key").value) $("key-field").hidden = false; // not an error yet
     else fail(error);
   }
 }
@@ -55,24 +56,36 @@ function otherSettings() {
 async function denoise() {
   const { max_tokens, temperature, seed, form } = $("form").elements, shared = { ...settingsOf([max_tokens, temperature, seed]), ...otherSettings() };
   let prompt = $("prompt").value;
+  if (!prompt.trim()) throw Object.assign(new Error("the prompt is empty; type what the model should answer"), { param: "prompt" });
   if (form.value === "chat") {
     prompt = (await (await call("tokenize", { messages: [{ role: "user", content: prompt }] })).json()).tokens;
   }
-  lanes = [...$("choices").children].filter((choice) => !choice.hidden).map(newLane);
+  const began = performance.now(), asked = { prompt, stream: true, stream_mode: "denoise" };
+  const fresh = [...$("choices").children].filter((choice) => !choice.hidden).map(newLane);
+  const streams = await Promise.all(fresh.map((lane) => begin(lane, { ...shared, ...settingsOf([...lane.choice.elements]), ...asked }))).catch((error) => {
+    fresh.forEach((lane) => lane.controller.abort());
+    throw error; // refused: what is there stays
+  });
+  abort();
+  lanes = fresh;
   $("lanes").replaceChildren(...lanes.map((lane) => lane.root));
   $("lanes").classList.toggle("two", lanes.length > 1);
   $("comparison").hidden = true;
+  document.body.classList.add("ran");
   step = 0;
   play(true);
-  const asked = { prompt, stream: true, stream_mode: "denoise" };
-  await Promise.all(lanes.map((lane) => run(lane, { ...shared, ...settingsOf([...lane.choice.elements]), ...asked })));
+  await Promise.all(lanes.map((lane, i) => run(lane, streams[i], began)));
   $("status").textContent = lanes.map((lane) => `${lane.name}: ${lane.state} after ${Math.max(0, lane.frames.length - 1)} forwards.`).join(" ");
 }
 
-async function run(lane, body) {
-  const began = performance.now();
+const begin = (lane, body) =>
+  call("generate", body, lane.controller.signal).catch((error) => {
+    throw Object.assign(error, { choice: lane.choice });
+  });
+
+async function run(lane, stream, began) {
   try {
-    for await (const record of events(await call("generate", body, lane.controller.signal))) {
+    for await (const record of events(stream)) {
       if (record.error) throw Object.assign(new Error(record.error.message), record.error);
       if (record.event === "final") Object.assign(lane, { final: record, state: "finished" });
       else push(lane, record, (performance.now() - began) / 1000);
@@ -81,16 +94,16 @@ async function run(lane, body) {
     if (!lane.final) throw new Error("the stream ended before the answer was complete");
   } catch (error) {
     lane.state = error.name === "AbortError" ? "aborted" : "failed";
-    if (lane.state === "failed") fail(error, lane.choice);
+    if (lane.state === "failed") fail(Object.assign(error, { choice: lane.choice }));
   }
   arrived();
 }
 
-function fail(error, choice) {
+function fail(error) {
   $("error").hidden = false;
   $("error").textContent = `${error.status ? `${error.status}: ` : ""}${error.message}`;
   if (error.status === 401) $("key-field").hidden = false;
-  const field = choice?.elements[error.param] ?? (error.status === 401 ? $("key") : $("form").elements[error.param]);
+  const field = error.choice?.elements[error.param] ?? (error.status === 401 ? $("key") : $("form").elements[error.param]);
   if (!(field instanceof HTMLElement)) return;
   field.setAttribute("aria-invalid", "true");
   if (field.closest("details")) field.closest("details").open = true;
@@ -105,7 +118,6 @@ $("prompt").addEventListener("keydown", (event) => {
 });
 $("form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  abort();
   $("error").hidden = true;
   for (const field of $("form").elements) field.removeAttribute("aria-invalid");
   $("start").disabled = true;
