@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import threading
 import time
 
@@ -185,6 +186,17 @@ def test_requests_of_the_same_client_id_are_served_and_aborted_each_for_itself(s
         assert ids[0] != ids[1] and "the-same" not in ids
         assert server.post("/abort", request_id=ids[0]).json() == {"aborted": ids[0]}
         assert any('"code":499' in line for line in lines[0]) and not any('"code":499' in line for line in lines[1])
+
+
+def test_the_docs_load_nothing_and_explain_every_field(server):
+    answer, schemas = server.client.get("/docs"), server.client.get("/openapi.json").json()["components"]["schemas"]
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert not re.findall(r"<script|src=|@import|url\(|href=.(?!#|openapi)", answer.text)
+    for form in ("Chat", "Completion", "Generate", "Tokenize"):
+        assert f'<h2 id="{form}">' in answer.text
+        assert all(f"<code>{field}</code>" in answer.text for field in schemas[form]["properties"])
+    assert "softmax(logits / temperature)" in schemas["Chat"]["properties"]["temperature"]["description"]
+    assert "POST /v1/chat/completions" in answer.text and server.client.get("/redoc").status_code == 404
 
 
 def test_what_the_server_says_of_itself(server, model):

@@ -152,6 +152,16 @@ def test_diffusion_extras_come_only_when_asked_for(client, server, model):
     assert len(steps) == details.nfe and {s["event"] for s in steps} == {"buffer_snapshot"}
 
 
+def test_chunks_are_padded_where_that_is_asked_for(client, server, model):
+    form = {"messages": QUESTION, "max_tokens": 40, "stream": True, "ignore_eos": True}
+    with server.client.stream("POST", "/v1/chat/completions", json=form | {"stream_options": {"include_obfuscation": True}}) as response:
+        padded = [line for line in response.read().decode().split("\n\n") if "obfuscation" in line]
+    base = len('data: ,"obfuscation":""') - len("data: ")
+    assert len(padded) > 3 and {(len(line.encode()) + len("\n\n") - base) % 256 for line in padded} == {0}
+    with server.client.stream("POST", "/v1/chat/completions", json=form) as response:
+        assert "obfuscation" not in response.read().decode()
+
+
 def test_errors_are_openai_errors(client, model):
     with pytest.raises(openai.NotFoundError, match="'nope' does not exist") as caught:
         client.completions.create(model="nope", prompt="x")

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from diffulex_jax.async_serving import page
 from diffulex_jax.async_serving.async_engine import AsyncEngine, RequestError
-from diffulex_jax.async_serving.http import native, openai, openai_requests, requests
+from diffulex_jax.async_serving.http import docs, native, openai, openai_requests, requests
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.metrics import Metrics
 from diffulex_jax.async_serving.http.middleware import Guard, RequestLog
@@ -56,7 +56,13 @@ def create_app(engine: AsyncEngine, *, model: str, settings: ServerSettings) -> 
       settings: how to behave.
     """
     service = Service(engine=engine, model=settings.served_model_name or model, settings=settings, metrics=Metrics(engine))
-    app = FastAPI(title="diffulex-jax", version=VERSION, responses={400: {"description": "The request will not do; the error says why."}})
+    app = FastAPI(
+        title="diffulex-jax",
+        version=VERSION,
+        docs_url=None,
+        redoc_url=None,
+        responses={400: {"description": "The request will not do; the error says why."}},
+    )
     _generation(app, service)
     _administration(app, service)
     _profiling(app, service)
@@ -111,6 +117,10 @@ def _administration(app: FastAPI, service: Service) -> None:
     async def show_page() -> Response:
         headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
         return HTMLResponse(html, headers=headers | {"cache-control": "no-cache"})
+
+    @app.get("/docs", include_in_schema=False)
+    async def show_docs() -> Response:
+        return HTMLResponse(docs.document(app.openapi()), headers={"content-security-policy": docs.POLICY})
 
     def model_card() -> dict[str, Any]:
         card = {"id": service.model, "object": "model", "created": service.began, "owned_by": "diffulex-jax"}

@@ -25,6 +25,7 @@ from diffulex_jax.sampling_params import SamplingParams
 
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+_PADDED_TO = 256  # bytes: lengths of encrypted frames then say little about the text in them
 _FINISH_REASONS = {"max_nfe": "length", "repetition": "length"}  # OpenAI knows "stop" and "length"
 
 
@@ -125,7 +126,10 @@ class Shape:
 
     def chunk(self, index: int, **fields: Any) -> dict[str, Any]:
         """One chunk of a stream, of one output."""
-        return self.envelope(choices=[{"index": index} | fields | {name: fields.get(name) for name in ("logprobs", "finish_reason")}])
+        chunk = self.envelope(choices=[{"index": index} | fields | {name: fields.get(name) for name in ("logprobs", "finish_reason")}])
+        if self.form.stream_options is not None and self.form.stream_options.include_obfuscation:
+            chunk["obfuscation"] = "x" * (-len(frame(chunk)) % _PADDED_TO)
+        return chunk
 
     @property
     def opening(self) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from diffulex_jax.async_serving.http.errors import ApiError, bad_setting
 from diffulex_jax.async_serving.http.fields import Given, Prompt, StopText, Strict, Text, TokenId
@@ -13,10 +15,19 @@ from diffulex_jax.async_serving.http.messages import Messages
 from diffulex_jax.sampling_params import SamplingParams
 
 
+def _explain(schema: dict[str, Any]) -> None:
+    """Adds to the fields of a form what ``SamplingParams`` says of them."""
+    for name, text in re.findall(r"^  (\w+): (.+(?:\n    .+)*)", inspect.getdoc(SamplingParams) or "", re.MULTILINE):
+        if name in schema["properties"]:
+            schema["properties"][name].setdefault("description", " ".join(text.split()))
+
+
 class Sampling(Strict):
     """``strategy``, one of those the server has, and the fields of ``SamplingParams``, where each is explained; null means the
     default. They go beside OpenAI's own. ``seed`` and ``top_k`` take the values of other APIs, too: -1 asks for a seed of the
     server's choice, and for no limit; any other negative seed of 64 bits stands for the one that has the same bits."""
+
+    model_config = ConfigDict(json_schema_extra=_explain)
 
     strategy: str | None = None
     max_tokens: int | None = None
