@@ -8,13 +8,17 @@ write to it may run code here: keep it to yourself.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import os
 import pathlib
 import platform
+import time
 import warnings
+import zlib
+from typing import Any
 
 
 VARIABLE = "DIFFULEX_JAX_CACHE"
@@ -40,6 +44,7 @@ def enable(directory: str | os.PathLike[str] | None = None) -> pathlib.Path | No
     except OSError as error:
         warnings.warn(f"compiled programs are not kept: {error}; set {VARIABLE} to a folder, or to 'off'", stacklevel=2)
         return None
+    _drop_broken(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -62,6 +67,39 @@ def _told() -> str | None:
     import jax
 
     return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+
+
+def _drop_broken(folder: pathlib.Path) -> None:
+    """Removes what a process that was killed left half written: JAX would complain of it, and never write it anew."""
+    stamp = folder / ".checked"
+    with contextlib.suppress(OSError):  # another process may do the same at the same time
+        checked = stamp.stat().st_mtime if stamp.exists() else 0.0
+        began = time.time()
+        for entry in folder.glob("*-cache"):
+            if entry.stat().st_mtime >= checked and not _is_whole(entry.read_bytes()):
+                entry.unlink()
+        stamp.touch()
+        os.utime(stamp, (began, began - _CLOCKS_DIFFER))
+
+
+_CLOCKS_DIFFER = 60.0  # seconds, between this machine and one that keeps its files
+
+
+def _is_whole(entry: bytes) -> bool:
+    """Whether a compressed entry has an end; JAX compresses with zlib, or with zstd, which not every Python reads."""
+    if entry.startswith(b"\x28\xb5\x2f\xfd"):
+        try:
+            import zstandard
+        except ImportError:
+            return True
+        stream: Any = zstandard.ZstdDecompressor().decompressobj()
+    else:
+        stream = zlib.decompressobj()
+    try:
+        stream.decompress(entry)
+    except Exception:  # each library has an error of its own for what it cannot read
+        return False
+    return stream.eof
 
 
 @functools.cache

@@ -28,8 +28,11 @@ from diffulex_jax.bench import aot, decode
 from diffulex_jax.bench.shapes import SHAPES, shape_model
 from diffulex_jax.cli import options
 from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models.base import leaves
 from diffulex_jax.strategies import STRATEGIES
+from diffulex_jax.weights import checkpoint
+from diffulex_jax.weights.checkpoint import EMBEDDED
 
 
 MODEL = str(pathlib.Path(__file__).parent / "golden" / "tiny-llada2-trained")
@@ -65,14 +68,7 @@ def asked(monkeypatch):
     """Replaces the engine by one that notes what it was asked and answers ``ANSWER``."""
     seen = {}
 
-    class Tokenizer:
-        def apply_chat_template(self, messages):
-            seen.update(messages=messages)
-            return [3, 4]
-
     class Engine:
-        tokenizer = Tokenizer()
-
         @classmethod
         def from_pretrained(cls, model, **settings):
             seen.update(model=model, engine=settings)
@@ -155,8 +151,7 @@ def test_an_argument_that_is_no_utf_8_is_one_line():
 
 def test_chat_goes_through_the_chat_template(asked):
     assert run("generate", "--chat", "--prompt", "hi").exit_code == 0
-    assert asked["messages"] == [{"role": "user", "content": "hi"}]
-    assert asked["prompts"] == [[3, 4]]
+    assert asked["prompts"] == [Tokenizer(EMBEDDED).apply_chat_template([{"role": "user", "content": "hi"}])]
 
 
 def test_json_is_one_object_with_the_fields_of_the_output(asked):
@@ -180,10 +175,12 @@ def test_readable_output_names_tokens_forwards_and_edits(asked):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", MODEL], "standard input is empty"),
+        (["--model", MODEL], "no prompt: give it as an argument"),
         (["--model", MODEL, "--prompt", "a", "--prompt-ids", "1"], "as text or as --prompt-ids, not both"),
         (["--model", MODEL, "--prompt-ids", "1", "--chat"], "--chat takes prompts as text"),
         (["--model", MODEL, "--prompt", ""], "--prompt is empty"),
+        (["--model", MODEL, "--prompt", "a"], "holds none; give --prompt-ids"),
+        (["--model", MODEL, "--prompt", "a", "--chat"], "--chat needs a tokenizer"),
         (["--model", MODEL, "--prompt-file", "/no/such/file"], "/no/such/file"),
         (["caf\udce9"], "not UTF-8: byte 0xe9"),
         (["--prompt", "caf\udce9"], "not UTF-8: byte 0xe9"),
@@ -193,12 +190,13 @@ def test_readable_output_names_tokens_forwards_and_edits(asked):
         (["--model", MODEL, "--prompt-ids", "1", "--top-p", "nan"], "top_p=nan"),
         (["--model", MODEL, "--prompt-ids", "1", "--strategy", "nope"], "unknown strategy 'nope'"),
         (["--model", MODEL, "--prompt-ids", "1", "--dtype", "int8"], "dtype='int8'"),
-        (["--model", MODEL, "--prompt-ids", "1", "--max-model-len", "99999"], "max_model_len=99999"),
         (["--model", "/no/such/model", "--prompt-ids", "1"], "'/no/such/model'"),
         (["--model", str(pathlib.Path(MODEL).parent), "--prompt-ids", "1"], "no config.json"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(args, message):
+def test_wrong_input_is_one_line_and_exit_code_2(args, message, monkeypatch):
+    """And is known before a weight is read."""
+    monkeypatch.setattr(checkpoint, "load", lambda *args, **settings: pytest.fail("loads"))
     result = run("generate", *args)
     assert result.exit_code == 2
     assert result.stdout == ""

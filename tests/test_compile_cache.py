@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import zlib
 
 import pytest
 
@@ -83,3 +84,16 @@ print(json.dumps(seen))
     second, _ = look(code, DIFFULEX_JAX_CACHE=str(tmp_path))
     assert first["misses"] > 3
     assert second["misses"] == 0 and second["hits"] >= first["misses"]
+
+
+def test_an_entry_that_was_half_written_is_written_anew(tmp_path):
+    """A process was killed while it wrote: the next one is neither told of it for ever, nor compiles for ever."""
+    code = "import json, jax; from diffulex_jax import compile_cache; compile_cache.enable(); jax.jit(lambda x: x * 3 + 1)(2); print(0)"
+    look(code, DIFFULEX_JAX_CACHE=str(tmp_path))
+    (entry,) = tmp_path.glob("*/jit__lambda*-cache")
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:-20])
+    _, noise = look(code, DIFFULEX_JAX_CACHE=str(tmp_path))
+    assert "cache" not in noise
+    assert len(entry.read_bytes()) > len(whole) - 20
+    assert zlib.decompress(entry.read_bytes())

@@ -17,12 +17,13 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "path/to/LLaDA2.0-mini").symlink_to(EMBEDDED)
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     namespace: dict = {}
     for snippet in snippets:
         exec(snippet, namespace)
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].endswith("the answer is 42.") and shown[-1].endswith("the answer is 42.")
+    assert shown[0].endswith("the answer is 42.") and shown[-2].endswith("the answer is 42.")
+    assert shown[-1] == f"True {shown[-2]}"
 
 
 def test_the_picture_exists():

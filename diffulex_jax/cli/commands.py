@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffulex_jax.async_serving.settings import ServerSettings
-from diffulex_jax.cli import interrupt, progress, prompts, surroundings
+from diffulex_jax.cli import interrupt, preflight, progress, prompts, surroundings
 from diffulex_jax.cli.bench import bench
 from diffulex_jax.cli.options import SHAPE_NAMES, STRATEGY_NAMES, PlainCommand, one_line_errors, settings_as_options, split
 from diffulex_jax.engine.config import EngineConfig
@@ -95,12 +95,11 @@ def generate(
         with progress.shown():
             from diffulex_jax.engine.engine import Engine  # late, as all that takes JAX
 
+            if chat:
+                asked = list(preflight.through_template(model, [text for text in asked if isinstance(text, str)]))
+            preflight.check(model, asked)
             engine = Engine.from_pretrained(model, strategy=strategy, max_slots=slots, **engine_settings)
         start_seconds = time.perf_counter() - began
-        if chat:
-            if engine.tokenizer is None:
-                raise ValueError("--chat needs a model with a tokenizer")
-            asked = [engine.tokenizer.apply_chat_template([{"role": "user", "content": str(text)}]) for text in asked]
         outputs = engine.generate(asked, sampling)
     if not as_json:
         typer.echo("\n\n".join(_readable(output, start_seconds) for output in outputs))

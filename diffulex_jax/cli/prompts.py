@@ -28,9 +28,10 @@ def collect(arguments: Sequence[str], *, texts: Sequence[str], files: Sequence[p
     if ids:
         return [_ids(text) for text in ids]
     if not (arguments or texts or files):
-        if sys.stdin is None or sys.stdin.isatty():
+        text = "" if sys.stdin is None or sys.stdin.isatty() else _standard_input()[1]
+        if not text:
             raise ValueError("no prompt: give it as an argument, by --prompt, --prompt-file or --prompt-ids, or on standard input")
-        arguments = [STANDARD_INPUT]
+        return [text]
     named = [("the prompt", text) if text != STANDARD_INPUT else _standard_input() for text in arguments]
     named += [("--prompt", text) for text in texts]
     named += [_standard_input() if str(file) == STANDARD_INPUT else (str(file), _text(str(file), file.read_bytes())) for file in files]
