@@ -362,3 +362,14 @@ def test_a_tokenizer_that_has_been_used_is_still_cheap_to_send(embedded):
     embedded.apply_chat_template([USER])
     assert len(pickle.dumps(embedded)) < 500
     assert pickle.loads(pickle.dumps(copy.copy(embedded))).encode("hi") == embedded.encode("hi")
+
+
+def test_tokens_that_the_config_names_are_control_tokens(tmp_path):
+    """Also where the tokenizer does not call them special."""
+    made = byte_level()
+    made.add_tokens([AddedToken(text, normalized=False, special=False) for text in ("[MASK]", "[END]", "[NOTE]")])
+    mask, end, note = (made.token_to_id(text) for text in ("[MASK]", "[END]", "[NOTE]"))
+    (tmp_path / "config.json").write_text(json.dumps({"mask_token_id": mask, "eos_token_id": [end, 999_999]}))
+    ids = save(tmp_path, made).apply_chat_template([{"role": "user", "content": "[MASK] [END] [NOTE]"}])
+    assert mask not in ids and end not in ids
+    assert note in ids  # an ordinary entry of the vocabulary

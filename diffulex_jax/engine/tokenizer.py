@@ -164,7 +164,8 @@ class Tokenizer:
 
         config = self._path / "config.json"
         settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        named = {value for key, value in settings.items() if key.endswith("_token_id") and isinstance(value, int)}
+        values = [value for key, value in settings.items() if key.endswith("_token_id")]
+        named = {id_ for value in values for id_ in (value if isinstance(value, list) else [value]) if isinstance(id_, int)}
         template = self.chat_template or ""
         return Shield(
             self._backend,
@@ -191,13 +192,12 @@ class Tokenizer:
 
         The decoder itself makes U+FFFD of all neighbours of a byte that fits nowhere: text that was there would be taken back.
         """
-        ids_of_bytes = {byte: id_ for id_, byte in self._bytes_of_ids.items()}
-        special = {id_ for id_, token in self._added.items() if token.special}
+        shown = (id_ for id_ in ids if id_ not in self._added or not self._added[id_].special)
         valid: list[int] = []
-        for is_bytes, run in itertools.groupby((id_ for id_ in ids if id_ not in special), self._bytes_of_ids.__contains__):
+        for is_bytes, run in itertools.groupby(shown, self._bytes_of_ids.__contains__):
             if is_bytes:
                 text = bytes(self._bytes_of_ids[id_] for id_ in run).decode(errors="replace")
-                valid += [ids_of_bytes[byte] for byte in text.encode()]
+                valid += [self._ids_of_bytes[byte] for byte in text.encode()]
             else:
                 valid += run
         return valid
@@ -209,6 +209,10 @@ class Tokenizer:
             return {}
         found = {self._backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
         return {} if None in found else found
+
+    @functools.cached_property
+    def _ids_of_bytes(self) -> dict[int, int]:
+        return {byte: id_ for id_, byte in self._bytes_of_ids.items()}
 
     @functools.cached_property
     def _added(self) -> dict[int, Any]:
