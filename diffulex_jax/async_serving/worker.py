@@ -37,6 +37,7 @@ Factory = Callable[[], Engine | Engines]
 Deliver = Callable[[list[protocol.Event]], None]
 
 BEAT_SECONDS = 0.25
+ENGINE_THREAD = "engine"  # name of the thread that cannot be ended
 
 
 class Worker(Protocol):
@@ -116,7 +117,7 @@ class ThreadWorker:
     def __post_init__(self) -> None:
         self._commands: queue.SimpleQueue[protocol.Command] = queue.SimpleQueue()
         self._abandoned = False
-        self._thread = threading.Thread(target=own, args=(self.factory, self._receive, self._emit), name="engine", daemon=True)
+        self._thread = threading.Thread(target=own, args=(self.factory, self._receive, self._emit), name=ENGINE_THREAD, daemon=True)
         self._thread.start()
 
     def send(self, command: protocol.Command) -> None:

@@ -10,6 +10,7 @@ import enum
 import functools
 import json
 import pathlib
+import threading
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,6 +143,7 @@ def serve(
     with one_line_errors():
         from diffulex_jax.async_serving import http  # late: its packages come with the extra "serve"
         from diffulex_jax.async_serving.async_engine import AsyncEngine
+        from diffulex_jax.async_serving.worker import ENGINE_THREAD
 
         mine = {field.name for field in dataclasses.fields(ServerSettings)}
         chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in mine}
@@ -155,7 +157,10 @@ def serve(
             tick_seconds=tick_seconds,
         )
         interrupt.leave_to_loop()
-        interrupt.leave(http.serve(engine, model=model, host=host, port=port, settings=ServerSettings(**chosen)))
+        code = http.serve(engine, model=model, host=host, port=port, settings=ServerSettings(**chosen))
+        if any(thread.name == ENGINE_THREAD for thread in threading.enumerate()):
+            interrupt.leave(code)  # it is in the compiler, perhaps for minutes
+        raise typer.Exit(code)
 
 
 _SLICE = "The slice"

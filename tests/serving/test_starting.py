@@ -52,6 +52,7 @@ def test_a_signal_while_it_starts_ends_it_promptly(model, isolation, sig, code, 
 def test_ctrl_c_ends_a_server_with_130(model, compiled):
     with serving(model, *SMALL, cache=compiled) as server:
         assert server.stop(signal.SIGINT, seconds=10) == 130
+        assert server.noise == []  # nothing but the log
 
 
 def test_profiles_are_taken_where_that_was_asked_for(server_of, tmp_path_factory):
