@@ -23,6 +23,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
 import jax
+from tqdm import tqdm
 
 from diffulex_jax import compile_cache
 from diffulex_jax.async_serving import loop, protocol
@@ -191,6 +192,7 @@ class ProcessWorker:
 def _process_main(factory: Factory, pipe: multiprocessing.connection.Connection, cache: pathlib.Path | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the system's, which outlives a process that is killed
     compile_cache.enable(cache)  # so that a restart only reads
     lock, ticking_since = threading.Lock(), collections.deque([0.0], maxlen=1)
 
