@@ -19,6 +19,10 @@ def _turn(**message) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": "x"}, message], "max_tokens": 4}).encode()
 
 
+def _many_turns(count: int) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": ""}] * count}).encode()
+
+
 COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -87,6 +91,17 @@ CORPUS: list[tuple[str, str, bytes, int, str]] = [
     ("offsets without end", COMPLETIONS, _form(pinned={str(i): -1 for i in range(200_000)}), 400, "at most 65536 offsets"),
     ("more prompts than there is room", COMPLETIONS, _form(prompt=["x"] * 1000), 400, "1000 outputs"),
     ("a text no prompt can hold", COMPLETIONS, _form(prompt="x" * 3_900_000), 400, "has 3900000 characters, which max_model_len=128"),
+    ("a prompt in a list in a list", COMPLETIONS, _form(prompt=[["x"]]), 400, "a prompt is a text or a list of token ids"),
+    ("several prompts for a route of one", GENERATE, _form(prompt=["x"]), 400, "a prompt is a text or a list of token ids"),
+    (
+        "more messages than tokens",
+        CHAT,
+        json.dumps({"messages": [{"role": "user", "content": ""}] * 90_000}).encode(),
+        400,
+        "90000 messages",
+    ),
+    ("more ids than an output has", "/detokenize", json.dumps({"tokens": [5] * 1_000_000}).encode(), 400, "tokens has 1000000 ids"),
+    ("reasoning by another name", CHAT, _chat(enable_thinking=True), 400, "enable_thinking: these models do not reason"),
     ("ids no prompt can hold", COMPLETIONS, _form(prompt=[5] * 1_000_000), 400, "prompt has 1000000 tokens"),
     ("a text no prompt can hold to tokenise", "/tokenize", json.dumps({"prompt": "x" * 3_900_000}).encode(), 400, "3900000 characters"),
     ("a chat no prompt can hold", CHAT, _chat("x" * 3_900_000), 400, "messages has 3900000 characters"),

@@ -27,6 +27,7 @@ BOTH: list[dict[str, Any]] = [
     {"top_k": -1, "seed": -1},
     {"stream_options": {}},
     {"stream_options": {"include_usage": False, "include_obfuscation": False}},
+    {"stream_options": {"continuous_usage_stats": False}},
     {"stream_options": None, "never_heard_of": None},
     {"echo": False},
 ]
@@ -40,6 +41,7 @@ CHATS: list[dict[str, Any]] = [
     {"modalities": ["text"], "audio": None, "prediction": None, "web_search_options": None},
     {"logprobs": False, "top_logprobs": 0},
     {"reasoning_effort": "none", "verbosity": "medium"},
+    {"thinking": {"type": "disabled"}, "enable_thinking": False},
     {"chat_template_kwargs": {}, "add_generation_prompt": True, "continue_final_message": False},
 ]
 COMPLETIONS: list[dict[str, Any]] = [{"suffix": ""}, {"suffix": None}, {"best_of": 1}, {"logprobs": False}, {"logprobs": None}]

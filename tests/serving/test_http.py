@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -84,6 +85,20 @@ def test_a_slash_at_the_end_means_nothing(server, model):
     for path, form in (forms | {"/generate/": {"prompt": "x"}}).items():
         assert server.post(path, **form, max_tokens=2).status_code == 200
     assert server.client.head("/v1/completions/").status_code == 405
+    assert server.post("/v1//completions", prompt="x", max_tokens=2).status_code == 200
+
+
+def test_refusing_texts_that_are_too_long_holds_nobody_up(server):
+    form = json.dumps({"prompt": "x" * 3_900_000}).encode()
+
+    def post(path):
+        return httpx.post(server.url + path, content=form, headers={"content-type": "application/json"}, timeout=60)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        refusals = [pool.submit(post, path) for path in ("/v1/completions", "/tokenize", "/generate") * 3]
+        beside = [server.client.get("/health").elapsed.total_seconds() for _ in range(20)]
+        assert {refusal.result().status_code for refusal in refusals} == {400}
+    assert max(refusal.result().elapsed.total_seconds() for refusal in refusals) < 5 and sorted(beside)[10] < 0.5
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,16 @@ Ids = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Given = Annotated[dict[str, TokenId], BeforeValidator(_few), Field(description='token ids by offset: {"0": 17}')]
-Prompt = Annotated[Annotated[Text, Tag("as-text")] | Annotated[Ids, Tag("as-ids")], Discriminator(kind_of)]
+
+
+def _told_apart(says: str) -> Discriminator:
+    return Discriminator(kind_of, custom_error_type="kind", custom_error_message=says)
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("as-text")] | Annotated[Ids, Tag("as-ids")], _told_apart("a prompt is a text or a list of token ids")
+]
 Prompts = Annotated[
     Annotated[Text, Tag("as-text")] | Annotated[Ids, Tag("as-ids")] | Annotated[list[Prompt], Field(fail_fast=True), Tag("as-list")],
-    Discriminator(kind_of),
+    _told_apart("prompts are a text, a list of token ids, or a list of these"),
 ]

@@ -62,8 +62,10 @@ class RequestLog:
         id_ = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         facts: dict[str, Any] = {}
         # A copy, whose method and path are as the routes have them: a HEAD is a GET without its body (proxies ask so whether we
-        # live), and a slash at the end means nothing.
+        # live), and slashes that are doubled or at the end mean nothing, save in the name of a model.
         head, path = scope["method"] == "HEAD", scope["path"].rstrip("/") or "/"
+        if not path.startswith("/v1/models/"):
+            path = re.sub("/{2,}", "/", path)
         state = scope.get("state", {}) | {"request_id": id_, "facts": facts}
         inner: dict[str, Any] = {**scope, "state": state, "path": path, "method": "GET" if head else scope["method"]}
         inner.pop("raw_path", None)

@@ -94,6 +94,9 @@ async def detokenize(service: Service, form: Detokenize) -> dict[str, Any]:
     size, tokenizer = service.facts["vocab_size"], service.engine.tokenizer
     if tokenizer is None:
         raise ApiError(400, "this model has no tokenizer", param="tokens")
+    if len(form.tokens) > service.facts["max_model_len"]:
+        message = f"tokens has {len(form.tokens)} ids; no output has more than max_model_len={service.facts['max_model_len']}"
+        raise ApiError(400, message, param="tokens")
     if outside := [token for token in form.tokens if token >= size]:
         raise ApiError(400, f"token id {outside[0]} is outside the vocabulary [0, {size})", param="tokens")
     return {"prompt": await asyncio.to_thread(tokenizer.decode, form.tokens)}

@@ -21,6 +21,7 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     include_obfuscation: bool = False
+    continuous_usage_stats: Annotated[Any, Lacking("usage comes once, with include_usage", (False,))] = None
 
 
 class Diffusion(Strict):
@@ -119,6 +120,8 @@ class Chat(OpenAI):
     function_call: Annotated[Any, Lacking("function calls are not supported", ("none", "auto"))] = None
     modalities: Annotated[Any, Lacking("answers are text only", (["text"],))] = None
     reasoning_effort: Annotated[Any, Lacking("these models do not reason before they answer", ("none",))] = None
+    thinking: Annotated[Any, Lacking("these models do not reason before they answer", ({"type": "disabled"},))] = None
+    enable_thinking: Annotated[Any, Lacking("these models do not reason before they answer", (False,))] = None
     verbosity: Annotated[Any, Lacking("the length of answers is not steered", ("medium",))] = None
     chat_template_kwargs: Annotated[Any, Lacking("arguments of the chat template are not supported", ({},))] = None
     add_generation_prompt: Annotated[Any, Lacking("a conversation is always answered in a new turn", (True,))] = None

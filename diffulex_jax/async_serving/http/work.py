@@ -153,6 +153,9 @@ async def conversation_of(service: Service, messages: Sequence[Message]) -> list
     tokenizer = service.engine.tokenizer
     if tokenizer is None:
         raise ApiError(400, "this model has no tokenizer; use /generate with token ids", param="messages")
+    longest = service.facts["max_model_len"]
+    if len(messages) > longest:  # each is a token at the least
+        raise ApiError(400, f"{len(messages)} messages do not fit within max_model_len={longest}", param="messages")
     service.engine.check_length("messages", sum(message.characters for message in messages))
     try:
         return await asyncio.to_thread(tokenizer.apply_chat_template, [message.plain() for message in messages])
