@@ -15,7 +15,7 @@ from diffulex_jax.errors import SettingError
 from diffulex_jax.rules import (
     Rule,
     chain,
-    edit,
+    decide,
     entropy_bounded,
     levenshtein,
     remask,
@@ -83,12 +83,12 @@ def resolve(strategy: str | Rule | Strategy) -> Strategy:
 
 def llada2() -> Rule:
     """LLaDA2.0: fill masks above a threshold."""
-    return chain(threshold(), remask())
+    return decide(edit=False)
 
 
 def llada2_edit() -> Rule:
     """LLaDA2.1: fill masks and revise filled tokens in the same step."""
-    return chain(threshold(), edit(), remask())
+    return decide()
 
 
 def dmax(*, mode: str = "reference", top_k: int = 1) -> Rule:
@@ -116,7 +116,7 @@ def llada2_levenshtein() -> Rule:
 
 def sdar() -> Rule:
     """SDAR: fill masks above a threshold, at least the step's share of the most confident ones."""
-    return chain(threshold(), remask())
+    return decide(edit=False)
 
 
 def sdar_leftmost() -> Rule:

@@ -14,7 +14,7 @@ from diffulex_jax.decode.program import Program
 from diffulex_jax.decode.window import advance, count_step, finish, seen, settled_positions, write_window
 from diffulex_jax.models.base import Params
 from diffulex_jax.state import DecodeState, KVPool, Merge, Prediction, StepReport, Trace
-from pallas_kernels import token_merge
+from pallas_kernels import remask, token_merge
 from pallas_kernels.block_attention import Keys
 from pallas_kernels.target import anywhere
 
@@ -99,7 +99,8 @@ def step(
     with jax.named_scope("rules"):
         before = state
         state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
-        state, rule_state = program.rule.update(prediction, state, state.rule)
+        with remask.decided_by(program.kernels.remask):
+            state, rule_state = program.rule.update(prediction, state, state.rule)
         state = _end_overdue_blocks(program, prediction, state.replace(rule=rule_state))
         # Rules say what is masked; that masked positions read as the mask id is kept here, for every rule.
         state = state.replace(tokens=jnp.where(state.masked, program.dims.mask_id, state.tokens))

@@ -1,6 +1,7 @@
 """Decoding rules: pure transforms of the state, composed with :func:`chain`."""
 
 from diffulex_jax.rules.base import Rule, chain, dims_for, stateless
+from diffulex_jax.rules.decide import decide
 from diffulex_jax.rules.edit import edit
 from diffulex_jax.rules.entropy_bounded import entropy_bounded
 from diffulex_jax.rules.levenshtein import levenshtein
@@ -14,6 +15,7 @@ from diffulex_jax.rules.token_merge import token_merge
 __all__ = [
     "Rule",
     "chain",
+    "decide",
     "dims_for",
     "edit",
     "entropy_bounded",

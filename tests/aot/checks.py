@@ -11,7 +11,7 @@ GIB = 2**30
 
 # 20 layers: one dense, the others in a scan whose body counts once. The step stands there twice, with a block to be written before the
 # window and without; with one, attention runs for either. Experts are multiplied twice, after one look at how many rows each has.
-KERNELS = {"block_attention": 6, "write_blocks": 2, "prediction": 1, "ragged-dot-metadata": 2, "ragged-dot-none": 4}
+KERNELS = {"block_attention": 6, "write_blocks": 2, "prediction": 1, "remask_decide": 1, "ragged-dot-metadata": 2, "ragged-dot-none": 4}
 
 
 def check(compiled: Compiled, *, kernels: dict[str, int] = KERNELS, temporaries: float = 0.5) -> None:

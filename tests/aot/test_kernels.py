@@ -57,9 +57,8 @@ def test_decision(topology):
     shape = 9, 3, 32
     kinds = {"tokens": jnp.int32, "masked": jnp.bool_, "confidence": jnp.float32, "editable": jnp.bool_, "times": jnp.int32}
     kinds |= {"token": jnp.int32, "prob": jnp.float32, "current_prob": jnp.float32}
-    named = {name: (shape, kind) for name, kind in kinds.items()} | {"may_force": (shape[:2], jnp.bool_)}
+    named = {name: (shape, kind) for name, kind in kinds.items()} | {"least": (shape[:2], jnp.int32)}
     named |= dict.fromkeys(("accept_threshold", "edit_threshold", "remask_threshold"), (shape[:1], jnp.float32))
-    named |= {"num_to_transfer": (shape[:1], jnp.int32)}
     compiled = compile_for(topology, lambda *a: remask.decide(**dict(zip(named, a, strict=True)), max_per_position=2), *named.values())
     assert kernels(compiled) == 1
 

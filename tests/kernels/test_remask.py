@@ -1,4 +1,7 @@
-"""The decision: position by position, the TPU kernel, simulated, against plain jnp, and both against the rules they stand for."""
+"""The decision: plain jnp position by position, and the TPU kernel, simulated, against plain jnp.
+
+That the rules make the same of it one after the other is in ``tests/test_decide.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffulex_jax.request_state import empty_state
-from diffulex_jax.rules.blocks import may_force
-from diffulex_jax.state import Dims, Prediction
-from diffulex_jax.strategies import llada2_edit
 from pallas_kernels import remask
-from pallas_kernels.remask import tpu
-
-
-MASK = 332
+from pallas_kernels.remask import decision, tpu
+from pallas_kernels.target import current_target
 
 
 def window(seed, slots=5, blocks=3, block=8):
@@ -36,7 +33,7 @@ def window(seed, slots=5, blocks=3, block=8):
     windows = {"tokens": integers(5, *shape), "masked": bits(*shape), "confidence": tenths(*shape), "editable": bits(*shape)}
     windows |= {"times": integers(3, *shape), "token": integers(5, *shape), "prob": tenths(*shape), "current_prob": tenths(*shape)}
     bounds = {name: tenths(slots) for name in ("accept_threshold", "edit_threshold", "remask_threshold")}
-    return windows | bounds | {"num_to_transfer": integers(4, slots), "may_force": bits(slots, blocks)}
+    return windows | bounds | {"least": integers(4, slots, blocks) * bits(slots, blocks)}
 
 
 def decided(arrays, at_most=2):
@@ -47,7 +44,7 @@ def decided(arrays, at_most=2):
     for s, k in np.ndindex(tokens.shape[:2]):
         at = s, k
         masks = [b for b in range(tokens.shape[2]) if a["editable"][*at, b] and a["masked"][*at, b]]
-        least = min(a["num_to_transfer"][s] if a["may_force"][at] else 0, len(masks))
+        least = min(a["least"][at], len(masks))
         take = [b for b in masks if a["prob"][*at, b] > a["accept_threshold"][s]]
         if len(take) < least:
             take = sorted(masks, key=lambda b: (-a["prob"][*at, b], b))[:least]
@@ -80,31 +77,6 @@ def test_decision_position_by_position(shape):
     assert shape[0] < 5 or all(int(count.sum()) > 0 for count in got[3:])
 
 
-def test_decision_is_what_the_rules_make_of_it_in_a_chain():
-    arrays = window(1)
-    slots, blocks, block = arrays["tokens"].shape
-    dims, rule = Dims(slots=slots, window=blocks, block=block, pages_per_slot=4), llada2_edit()
-    state = empty_state(dims, rule, mask_id=MASK)
-    given = {name: arrays[name] for name in ("accept_threshold", "edit_threshold", "remask_threshold", "num_to_transfer")}
-    state = state.replace(
-        tokens=arrays["tokens"],
-        masked=arrays["masked"],
-        confidence=arrays["confidence"],
-        frozen=~arrays["editable"],
-        active=jnp.ones((slots, blocks), bool),
-        live=jnp.ones(slots, bool),
-        settings=state.settings.replace(**given, semi_complete_threshold=jnp.full(slots, 0.5, jnp.float32)),
-    )
-    none = jnp.zeros((slots, blocks, block, 0))
-    prediction = Prediction(arrays["token"], arrays["prob"], arrays["current_prob"], none.astype(jnp.int32), none, arrays["masked"])
-    after, rule_state = rule.update(prediction, state, (*rule.init(dims)[:2], arrays["times"]))
-    got = remask.decide(**arrays | {"may_force": may_force(state)}, max_per_position=2, backend="reference")
-    assert 0 < int(may_force(state).sum()) < slots * blocks
-    for name in ("tokens", "masked", "confidence"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(after, name), err_msg=name)
-    np.testing.assert_array_equal(rule_state[2] - arrays["times"], got.masked & ~arrays["masked"])
-
-
 @pytest.mark.parametrize("shape", [(5, 3, 8), (1, 1, 32), (3, 2, 5)])
 def test_decision_kernel(interpret, shape, monkeypatch):
     arrays = window(sum(shape), *shape)
@@ -117,5 +89,19 @@ def test_decision_kernel(interpret, shape, monkeypatch):
 
 def test_decision_names_an_array_of_the_wrong_shape():
     arrays = window(2)
-    with pytest.raises(ValueError, match=r"may_force has shape \(5,\), expected \(5, 3\)"):
-        remask.decide(**arrays | {"may_force": jnp.ones(5, bool)}, max_per_position=2)
+    with pytest.raises(ValueError, match=r"least has shape \(5,\), expected \(5, 3\)"):
+        remask.decide(**arrays | {"least": jnp.ones(5, jnp.int32)}, max_per_position=2)
+
+
+def test_whoever_traces_a_step_says_how_it_is_decided(monkeypatch):
+    arrays, asked = window(3), []
+    for name in ("reference", "tpu"):
+        decide = functools.partial(lambda name, *a, **k: asked.append(name) or decision.decide(*a, **k), name)
+        monkeypatch.setitem(remask._BACKENDS, name, decide)
+    with remask.decided_by("tpu"):
+        remask.decide(**arrays, max_per_position=2)
+        remask.decide(**arrays, max_per_position=2, backend="reference")
+    remask.decide(**arrays, max_per_position=2)
+    assert asked == ["tpu", "reference", remask.choose_backend(current_target())]
+    with pytest.raises(ValueError, match="unknown remask backend 'gpu'; valid: reference, tpu"), remask.decided_by("gpu"):
+        remask.decide(**arrays, max_per_position=2)
