@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from diffulex_jax.bench.aot import Compiled
-from diffulex_jax.bench.shapes import SHAPES
+from diffulex_jax.bench.shapes import shape_model
 
 
-MINI = SHAPES["llada2-mini"]
+MINI = shape_model("llada2-mini")
 GIB = 2**30
 
 # 20 layers: one dense, the others in a scan whose body counts once. The step stands there twice, with a block to be written before the

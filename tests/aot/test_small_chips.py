@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import pytest
 from checks import GIB, KERNELS, MINI, check
 from typer.testing import CliRunner
 
 from diffulex_jax.bench import aot
+from diffulex_jax.bench.shapes import SHAPES
 from diffulex_jax.cli import app
+from diffulex_jax.models.registry import model_of
 
 
 def test_four_chips_share_a_model_that_fits_none_of_them():
@@ -35,7 +35,7 @@ def test_soft_tokens_and_experts_apart_from_heads():
 
 
 def test_a_model_that_is_too_large_for_a_chip():
-    large = dataclasses.replace(MINI, num_hidden_layers=1, intermediate_size=2_000_000)
+    large = model_of(SHAPES["llada2-mini"] | {"num_hidden_layers": 1, "intermediate_size": 2_000_000})
     with pytest.raises(jax.errors.JaxRuntimeError, match="Ran out of memory on HBM.*exceeds available HBM"):
         aot.compile_denoise("v5e:2x2", large, tensor=1, data=1)
 
