@@ -52,7 +52,7 @@ def _client(url: str, began: float, seconds: float, rng: random.Random) -> dict[
             form = {
                 "prompt": prompt,
                 "max_tokens": rng.choice([4, 16, 60]),
-                "seed": rng.randrange(100),
+                "seed": rng.choice([-1, rng.randrange(2**64)]),
                 "temperature": rng.choice([0.0, 1.0]),
             }
             sent = time.monotonic()

@@ -17,7 +17,8 @@ FORM = {"max_tokens": 100, "ignore_eos": True, "stream": True}
 
 
 def storm(server: Server, *, clients: int, streams: int, seed: int) -> dict[str, Any]:
-    """Opens ``streams`` streams, ``clients`` at a time, and cuts each after a share of its tokens that is drawn from U(0, 1).
+    """Opens ``streams`` streams, ``clients`` at a time, and cuts each after a share of its tokens that is drawn from U(0, 1). Half of
+    them sample, without a seed.
 
     Returns:
       ``cut`` and ``whole``: streams by how they ended; ``refused``; ``seconds``; ``idle_after``: seconds until no page was held and
@@ -37,19 +38,23 @@ def storm(server: Server, *, clients: int, streams: int, seed: int) -> dict[str,
 
 def resident(server: Server) -> int:
     """Bytes of memory of the server's process and the engine's."""
-    pids = (server.process.pid, server.client.get("/server_info").json()["engine"]["pid"])
+    pids = {server.process.pid, server.client.get("/server_info").json()["engine"]["pid"]}  # one, where it is a thread
     return sum(psutil.Process(pid).memory_info().rss for pid in pids)
 
 
+def _ids(rng: random.Random) -> list[int]:
+    return [rng.randrange(256) for _ in range(rng.randint(1, 25))]
+
+
 async def _storm(url: str, clients: int, streams: int, rng: random.Random, ends: dict[str, int]) -> None:
-    plans = iter([([rng.randrange(256) for _ in range(rng.randint(1, 25))], rng.random()) for _ in range(streams)])
+    plans = iter([({"prompt": _ids(rng), "temperature": rng.choice([0.0, 1.0])}, rng.random()) for _ in range(streams)])
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as client:
 
         async def one() -> None:
-            for prompt, share in plans:
+            for asked, share in plans:
                 tokens = 0
-                async with client.stream("POST", "/generate", json=FORM | {"prompt": prompt, "stream_mode": "block_append"}) as response:
+                async with client.stream("POST", "/generate", json=FORM | asked | {"stream_mode": "block_append"}) as response:
                     if response.status_code != 200:
                         ends["refused"] += 1
                         continue

@@ -29,13 +29,14 @@ def show(name: str, figures: object) -> None:
     sys.__stdout__.flush()
 
 
-def test_abort_storm(model, compiled):
-    with serving(model, *SMALL, "--max-queue", "1000", cache=compiled) as server:
+@pytest.mark.parametrize(("isolation", "seeds"), [("process", (1, 2, 3)), ("thread", (4,))])
+def test_abort_storm(model, compiled, isolation, seeds):
+    with serving(model, *SMALL, "--max-queue", "1000", "--isolation", isolation, cache=compiled) as server:
         right = server.post("/generate", **GOOD).json()["token_ids"]
         storm.storm(server, clients=200, streams=400, seed=0)  # to its working size
-        for seed in (1, 2, 3):
+        for seed in seeds:
             seen = storm.storm(server, clients=200, streams=2000, seed=seed)
-            show(f"abort storm {seed}", seen)
+            show(f"abort storm {seed}, {isolation}", seen)
             assert seen["refused"] == 0 and seen["idle_after"] < 2
             assert seen["rss"][1] < 1.02 * seen["rss"][0]
             assert server.post("/generate", **GOOD).json()["token_ids"] == right
