@@ -86,12 +86,18 @@ def embedded() -> Tokenizer:
         (["h", "i"], "hi"),
         ([], ""),
         (None, ""),
+        ([{"type": "text", "text": "h"}, {"type": "refusal", "refusal": "i"}], "hi"),
     ],
 )
 def test_content_is_text_however_it_is_sent(content, text):
     assert messages.normalize([{"role": "user", "content": content, "tool_calls": None, "name": "a"}]) == [
         {"role": "user", "content": text, "name": "a"}
     ]
+
+
+def test_an_answer_that_is_sent_back_is_what_was_said():
+    said = {"role": "assistant", "content": None, "refusal": "I will not.", "tool_calls": None}
+    assert messages.normalize([said]) == [{"role": "assistant", "content": "I will not."}]
 
 
 @pytest.mark.parametrize(

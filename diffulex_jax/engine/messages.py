@@ -9,8 +9,9 @@ from typing import Any
 def normalize(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns messages whose content is text. The one reading of messages, offline and over HTTP.
 
-    Content may be text, None (no text: an assistant's turn that only called tools), or a list of text parts, ``"..."`` or
-    ``{"type": "text", "text": "..."}``, which are joined. Other keys that hold None are absent. Roles are the template's to judge.
+    Content may be text, None (no text: an assistant's turn that only called tools, or refused), or a list of text parts, which are
+    joined: ``"..."``, ``{"type": "text", "text": "..."}`` or ``{"type": "refusal", "refusal": "..."}``. Other keys that hold None are
+    absent. Roles are the template's to judge.
 
     Raises:
       ValueError: naming the message and what is wrong with it.
@@ -30,8 +31,9 @@ def _message(name: str, message: Any) -> dict[str, Any]:
         raise ValueError(f"{name} has role {role!r:.100}; it must be text, such as 'user'")
     if "content" not in message:
         raise ValueError(f"{name} has no content")
-    others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
-    return {"role": role, "content": _content(f"{name}.content", message["content"])} | others
+    content = _content(f"{name}.content", message["content"]) or _content(f"{name}.refusal", message.get("refusal"))
+    others = {key: value for key, value in message.items() if key not in ("role", "content", "refusal") and value is not None}
+    return {"role": role, "content": content} | others
 
 
 def _content(name: str, content: Any) -> str:
@@ -47,9 +49,9 @@ def _content(name: str, content: Any) -> str:
 
 def _part(name: str, part: Any) -> str:
     if isinstance(part, Mapping):
-        if (kind := part.get("type", "text")) != "text":
+        if (kind := part.get("type", "text")) not in ("text", "refusal"):
             raise ValueError(f"{name} is of type {kind!r:.100}; only text is supported")
-        part = part.get("text")
+        part = part.get(kind)
     if not isinstance(part, str):
         raise ValueError(f'{name} must be {{"type": "text", "text": "..."}}, got text {part!r:.100}')
     check_text(name, part)

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from diffulex_jax.async_serving.http.fields import Lacking, Strict, kind_of, unsupported
+from diffulex_jax.engine.messages import normalize
 
 
 _PARTS = {
@@ -81,13 +82,10 @@ class Message(Strict):
             raise PydanticCustomError("missing", "a message of role {role} needs content", {"role": repr(self.role)})
         return self
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """As a chat template takes it. The name of who speaks goes along; most templates do not look at it."""
-        content = self.content
-        if isinstance(content, list):
-            content = "".join((part.text if part.type == "text" else part.refusal) or "" for part in content)
-        plain = {"role": self.role, "content": content or self.refusal or ""}
-        return plain if self.name is None else plain | {"name": self.name}
+        said = self.model_dump(include={"role", "content", "refusal", "name"}, exclude_none=True)
+        return normalize([{"content": None} | said])[0]
 
     @property
     def characters(self) -> int:
