@@ -10,13 +10,15 @@ from transformers import AutoTokenizer
 
 from diffulex_jax import Engine, Output, SamplingParams
 from diffulex_jax.models.registry import model_of
-from diffulex_jax.training import data, evaluate, export, losses, tasks, tokenizer, train
+from diffulex_jax.training import objective, trainer
+from diffulex_jax.training.arithmetic import data, evaluate, export, tasks, tokenizer
+from diffulex_jax.training.recipes import embedded as recipe
 from diffulex_jax.weights import checkpoint
 from pallas_kernels import expert_choice, grouped_matmul
 
 
 TINY = model_of(
-    train.MODEL.config.to_hf()
+    recipe.MODEL.config.to_hf()
     | {
         "hidden_size": 32,
         "intermediate_size": 32,
@@ -106,7 +108,7 @@ def test_canvases_hold_prompt_answer_and_end_of_sequence():
     tokens, start, end = (x[0] for x in examples)
     assert (start, end) == (8, 16)
     assert tokenizer.build().decode(tokens[:end].tolist()) == "What is 1 + 2?So the answer is 3."
-    assert (tokens[end:] == train.MODEL.spec.eos_ids[0]).all()
+    assert (tokens[end:] == recipe.MODEL.spec.eos_ids[0]).all()
     assert len(data.encode(["What is 1 + 2?"], ["So the answer is 3."], canvas=16).tokens) == 0
 
 
@@ -116,12 +118,12 @@ def test_canvases_hold_prompt_answer_and_end_of_sequence():
 def test_attention_mask_of_two_blocks_of_one_token():
     # Layout: noisy 0, noisy 1, clean 0, clean 1.
     expected = [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    np.testing.assert_array_equal(losses.attention_mask(2, block=1), np.array(expected, bool))
+    np.testing.assert_array_equal(objective.attention_mask(2, block=1), np.array(expected, bool))
 
 
 def test_the_response_is_scored_up_to_32_end_of_sequence_tokens():
-    batch = losses.Batch(jnp.zeros((1, 64), jnp.int32), jnp.array([5]), jnp.array([9]))
-    assert np.flatnonzero(losses.scored(batch)[0]).tolist() == list(range(5, 9 + 32))
+    batch = objective.Batch(jnp.zeros((1, 64), jnp.int32), jnp.array([5]), jnp.array([9]))
+    assert np.flatnonzero(objective.scored(batch)[0]).tolist() == list(range(5, 9 + 32))
 
 
 def test_the_noisy_half_sees_what_the_engine_sees(embedded):
@@ -132,7 +134,7 @@ def test_the_noisy_half_sees_what_the_engine_sees(embedded):
         fill_all = SamplingParams(max_tokens=data.CANVAS - length, accept_threshold=0.0, max_nfe=1, ignore_eos=True)
         (output,) = embedded.generate([clean[:length].tolist()], fill_all)
         noisy = np.where(np.arange(data.CANVAS) < length, clean, model.spec.mask_id)
-        expected = losses.predict(params, model, noisy[None], clean[None])[0].argmax(-1)
+        expected = objective.predict(params, model, noisy[None], clean[None])[0].argmax(-1)
         assert output.token_ids == expected[length : (length // 32 + 1) * 32].tolist()
 
 
@@ -146,9 +148,9 @@ def test_dense_experts_agree_with_the_kernel_and_balance_changes_only_gradients(
     reference = grouped_matmul.expert_mlp(x, ids, weights, *stack, layer=0, backend="dense")
 
     def total(weights, balance):
-        return losses.dense_experts(x, ids, weights, *layer, balance=balance).sum()
+        return objective.dense_experts(x, ids, weights, *layer, balance=balance).sum()
 
-    np.testing.assert_allclose(losses.dense_experts(x, ids, weights, *layer, balance=1.0), reference, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(objective.dense_experts(x, ids, weights, *layer, balance=1.0), reference, rtol=1e-4, atol=1e-5)
     added = jax.grad(total)(weights, 1.0) - jax.grad(total)(weights, 0.0)
     load = np.bincount(np.ravel(ids), minlength=4) / ids.size
     np.testing.assert_allclose(added, 4 * (load[np.asarray(ids)] - 1 / 4) / 6, rtol=1e-3, atol=1e-6)
@@ -184,13 +186,13 @@ def test_figures_by_hand():
 
 
 def test_a_small_run_lowers_both_losses_and_is_exported_and_evaluated(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "MODEL", TINY)
-    monkeypatch.setattr(train, "CHUNK", 5)
+    monkeypatch.setattr(recipe, "MODEL", TINY)
+    monkeypatch.setattr(trainer, "CHUNK", 5)
     monkeypatch.setattr(data, "SHARD", 64)
     monkeypatch.setattr(evaluate, "SETTINGS", {"dmax": {"short": SamplingParams(accept_threshold=0.0, max_nfe=2)}})
     options = "--steps 15 --warmup 1 --learning-rate 1e-2 --rows 4 --examples 64 --workers 1 --problems 2"
     monkeypatch.setattr("sys.argv", ["train", *options.split(), "--out", str(tmp_path)])
-    train.main()
+    recipe.main()
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     history, held_out = metrics["training"]["history"], metrics["held_out"]
     assert metrics["training"]["recipe"]["warmup"] == 1

@@ -1,1 +1,1 @@
-"""Training of the embedded model: generated tasks, block-diffusion and on-policy uniform losses, an optax trainer."""
+"""Training of diffusion language models: objectives, an optax trainer, and recipes."""

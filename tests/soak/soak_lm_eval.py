@@ -13,7 +13,7 @@ import pytest
 from running import serving
 from soak_serving import show
 
-from diffulex_jax.training.evaluate import held_out
+from diffulex_jax.training.arithmetic.evaluate import held_out
 
 
 TASK = pathlib.Path(__file__).parent / "lm_eval" / "arithmetic.yaml"

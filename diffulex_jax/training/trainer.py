@@ -1,16 +1,11 @@
-"""Trains the embedded model: half of every batch learns block diffusion, half the repair of its own drafts.
+"""An optax trainer: half of every batch learns block diffusion, half the repair of its own drafts.
 
-    python -m diffulex_jax.training.train --out DIR --steps 10500 --seed 0
-
-writes a Hugging Face directory with metrics and a model card. Everything random follows from the seed: examples, initial
-weights, noise.
+Everything random follows from the seed: the order of examples, initial weights, noise.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +16,7 @@ from tqdm import tqdm
 
 from diffulex_jax.models import base
 from diffulex_jax.models.base import Model, Params
-from diffulex_jax.models.registry import model_of
-from diffulex_jax.training import data, evaluate, export, losses, tokenizer
+from diffulex_jax.training import objective
 
 
 class Recipe(NamedTuple):
@@ -46,26 +40,6 @@ class Recipe(NamedTuple):
     balance: float = 0.01
 
 
-MODEL = model_of(
-    {
-        "model_type": "llada2_moe",
-        "vocab_size": tokenizer.VOCAB_SIZE,
-        "mask_token_id": tokenizer.VOCAB_SIZE - 1,
-        "eos_token_id": tokenizer.VOCAB_SIZE - 2,
-        "hidden_size": 192,
-        "intermediate_size": 512,
-        "num_hidden_layers": 9,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 32,
-        "n_group": 4,
-        "topk_group": 2,
-        "max_position_embeddings": 4096,
-    }
-)
 CHUNK = 50  # steps per dispatch
 Metrics = dict[str, jax.Array]
 
@@ -96,25 +70,25 @@ def init(model: Model, recipe: Recipe) -> State:
     return State(params, optimizer(model, recipe).init(params), noise, jnp.int32(0))
 
 
-def objective(params: Params, model: Model, batch: losses.Batch, key: jax.Array, *, balance: float) -> tuple[jax.Array, Metrics]:
+def loss(params: Params, model: Model, batch: objective.Batch, key: jax.Array, *, balance: float) -> tuple[jax.Array, Metrics]:
     """Mean of the two losses, each on its half of the batch, in bfloat16 compute."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     first, second = (jax.tree.map(lambda x, part=part: jnp.split(x, 2)[part], batch) for part in (0, 1))
     masked_key, policy_key = jax.random.split(key)
-    masked, masked_accuracy = losses.masked(half, model, first, masked_key, balance=balance)
-    policy, policy_accuracy = losses.on_policy(half, model, second, policy_key, balance=balance)
+    masked, masked_accuracy = objective.masked(half, model, first, masked_key, balance=balance)
+    policy, policy_accuracy = objective.on_policy(half, model, second, policy_key, balance=balance)
     metrics = {"masked": masked, "masked_accuracy": masked_accuracy, "on_policy": policy, "on_policy_accuracy": policy_accuracy}
     return (masked + policy) / 2, metrics
 
 
 @functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnums=0)
-def run_steps(state: State, examples: losses.Batch, index: jax.Array, *, model: Model, recipe: Recipe) -> tuple[State, Metrics]:
+def run_steps(state: State, examples: objective.Batch, index: jax.Array, *, model: Model, recipe: Recipe) -> tuple[State, Metrics]:
     """One optimiser step per row of ``index`` (``[S, R]``, into ``examples``); metrics are means over the steps."""
 
     def step(state: State, index: jax.Array) -> tuple[State, Metrics]:
         batch = jax.tree.map(lambda x: x[index].astype(jnp.int32), examples)
         key = jax.random.fold_in(state.key, state.step)
-        gradient, metrics = jax.grad(objective, has_aux=True)(state.params, model, batch, key, balance=recipe.balance)
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.params, model, batch, key, balance=recipe.balance)
         updates, optimizer_state = optimizer(model, recipe).update(gradient, state.optimizer, state.params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         return State(optax.apply_updates(state.params, updates), optimizer_state, state.key, state.step + 1), metrics
@@ -131,20 +105,17 @@ def order(recipe: Recipe, examples: int) -> np.ndarray:
     return np.concatenate(passes)[:need].reshape(recipe.steps, recipe.rows)
 
 
-def train(model: Model, recipe: Recipe, *, workers: int) -> tuple[Params, list[dict[str, float]]]:
+def train(model: Model, recipe: Recipe, examples: objective.Batch) -> tuple[Params, list[dict[str, float]]]:
     """Runs a recipe.
 
     Args:
       model: the network.
       recipe: what to do.
-      workers: processes that generate examples.
+      examples: the training set, on the device.
 
     Returns:
       ``(parameters in float32, history)``; the history holds the metrics of every chunk of steps.
     """
-    began = time.perf_counter()
-    examples = losses.Batch(*jax.device_put(data.training_set(recipe.examples, seed=recipe.seed, workers=workers)))
-    tqdm.write(f"{len(examples.start)} examples in {time.perf_counter() - began:.0f} s")
     indices, state, history = order(recipe, len(examples.start)), init(model, recipe), []
     with tqdm(total=recipe.steps, unit="step", mininterval=5) as bar:
         for at in range(0, recipe.steps, CHUNK):
@@ -153,28 +124,3 @@ def train(model: Model, recipe: Recipe, *, workers: int) -> tuple[Params, list[d
             bar.update(len(indices[at : at + CHUNK]))
             bar.set_postfix({k: f"{history[-1][k]:.3f}" for k in ("masked", "on_policy")})
     return state.params, history
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True, help="directory of the trained model")
-    for name in ("steps", "rows", "examples", "seed", "warmup"):
-        parser.add_argument(f"--{name}", type=int, default=Recipe._field_defaults[name])
-    parser.add_argument("--learning-rate", type=float, default=Recipe._field_defaults["learning_rate"])
-    parser.add_argument("--workers", type=int, default=8, help="processes that generate examples")
-    parser.add_argument("--problems", type=int, default=evaluate.PROBLEMS, help="held-out problems of the evaluation at the end")
-    args = vars(parser.parse_args())
-    recipe = Recipe(**{name: args[name] for name in Recipe._fields if name in args})
-    began = time.perf_counter()
-    params, history = train(MODEL, recipe, workers=args["workers"])
-    training = {
-        "recipe": recipe._asdict(),
-        "device": jax.devices()[0].device_kind,
-        "seconds": round(time.perf_counter() - began),
-        "history": history[:: max(1, len(history) // 100)],
-    }
-    export.export(args["out"], MODEL, params, training=training, problems=args["problems"])
-
-
-if __name__ == "__main__":
-    main()

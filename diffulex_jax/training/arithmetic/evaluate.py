@@ -21,7 +21,7 @@ import jax
 from tqdm import tqdm
 
 from diffulex_jax import Engine, SamplingParams
-from diffulex_jax.training import data, tasks, tokenizer
+from diffulex_jax.training.arithmetic import data, tasks, tokenizer
 
 
 PROBLEMS, SEED = 1000, 1  # how many held-out problems, and which

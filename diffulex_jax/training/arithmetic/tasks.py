@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from diffulex_jax.training.families import FAMILIES, ITEMS, NAMES, Family
+from diffulex_jax.training.arithmetic.families import FAMILIES, ITEMS, NAMES, Family
 
 
 Split = Literal["train", "test"]

@@ -7,7 +7,8 @@ import pathlib
 from typing import Any
 
 from diffulex_jax.models.base import Model, Params
-from diffulex_jax.training import data, evaluate, losses, tasks, tokenizer
+from diffulex_jax.training import objective
+from diffulex_jax.training.arithmetic import data, evaluate, tasks, tokenizer
 from diffulex_jax.weights import checkpoint
 
 
@@ -65,20 +66,20 @@ knows nothing else. A test problem and its reference answer:
 In a checkout of the repository, on a GPU:
 
     pip install ".[cuda,train]"
-    python -m diffulex_jax.training.train --out model {arguments}
+    python -m diffulex_jax.training.recipes.embedded --out model {arguments}
 
 AdamW with a peak learning rate of {recipe["learning_rate"]:g}, {recipe["warmup"]} warm-up steps and a cosine to zero, in bfloat16 over
-float32 masters. Half of every batch learns block diffusion (each block of {losses.BLOCK} masked with its own ratio), half DMax's
+float32 masters. Half of every batch learns block diffusion (each block of {objective.BLOCK} masked with its own ratio), half DMax's
 on-policy uniform training (repair the model's own drafts). It took {training["seconds"]} seconds on one {training["device"]},
 generating the examples included. `training` in `metrics.json` holds the recipe and the curve of that run.
 
-Data: `diffulex_jax/training/families.py`, {len(tasks.FAMILIES)} kinds of problems. A checksum of kind and operands decides between
-training and test, so no test problem was trained on in any phrasing. Filler words of the answers are random on purpose: no
+Data: `diffulex_jax/training/arithmetic/families.py`, {len(tasks.FAMILIES)} kinds of problems. A checksum of kind and operands decides
+between training and test, so no test problem was trained on in any phrasing. Filler words of the answers are random on purpose: no
 decoder can know them, and one that waits until it is sure spends a forward on each.
 
 ## Metrics
 
-    python -m diffulex_jax.training.evaluate --model embedded
+    python -m diffulex_jax.training.arithmetic.evaluate --model embedded
 
 decodes the held-out problems with the library's engine, {evaluate.SLOTS} at a time. *exact*: the last "the answer is N" states the right
 number. *worked*: all equations are the reference's, too. *tokens/forward*: all tokens before the end of sequence over all forwards,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffulex_jax.training import tasks, tokenizer
+from diffulex_jax.training.arithmetic import tasks, tokenizer
 
 
 CANVAS = 128  # tokens; four blocks

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from diffulex_jax.training import tasks
+from diffulex_jax.training.arithmetic import tasks
 
 
 VOCAB_SIZE = 512

@@ -1,0 +1,1 @@
+"""Recipes: a model, its data and its settings, each a page."""
