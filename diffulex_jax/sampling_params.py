@@ -63,6 +63,8 @@ class SamplingParams:
       cache_salt: cached prefixes are shared only among requests of the same salt (tenants that must not learn of each other).
       n: outputs for the prompt, each of a seed of its own that follows from ``seed`` (see :func:`seeds`).
       max_nfe: most forwards to spend; the contiguous decoded prefix is returned then. None: no limit.
+      min_tokens_per_forward: give up on a request, as at ``max_nfe``, that has filled fewer tokens than this for each of its forwards;
+        judged at every forward, from the one whose number is four times the block size on. 0 never gives up.
       accept_threshold: a mask is filled when its prediction is more probable than this; 1 or more never accepts by threshold, so
         ``num_to_transfer`` masks are filled a step. Default: 0.9.
       num_to_transfer: masks filled per block and step at the least (``llada2``, ``llada2_edit``, ``sdar``). Default: 1.
@@ -102,6 +104,7 @@ class SamplingParams:
     cache_salt: str = ""
     n: int = 1
     max_nfe: int | None = None
+    min_tokens_per_forward: float = 0.0
     accept_threshold: float | None = None
     num_to_transfer: int | None = None
     denoising_steps: int | None = None

@@ -68,6 +68,7 @@ class Settings(struct.PyTreeNode):
     entropy_bound: jax.Array
     max_post_edit_steps: jax.Array
     max_nfe: jax.Array
+    min_tokens_per_forward: jax.Array
     min_tokens: jax.Array
     stop_ids: jax.Array
     add_block_threshold: jax.Array

@@ -52,7 +52,11 @@ class Strategy(NamedTuple):
     confidence: Literal["model", "tempered"] = "model"
 
 
-def resolve(strategy: str | Rule | Strategy) -> Strategy:
+AnyStrategy = str | Rule | Strategy
+"""What callers may give for a strategy: see :func:`resolve`."""
+
+
+def resolve(strategy: AnyStrategy) -> Strategy:
     """Finds the strategy that a caller means.
 
     Args:

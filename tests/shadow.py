@@ -13,7 +13,8 @@ import random
 import numpy as np
 
 from diffulex_jax.cache.pages import PagePool
-from diffulex_jax.engine.scheduler import Ended, Scheduler, Tracked
+from diffulex_jax.engine.request import Ended, Tracked
+from diffulex_jax.engine.scheduler import Scheduler
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import LENGTH, RUNNING, Canvas, StepReport
 

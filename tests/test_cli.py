@@ -46,6 +46,9 @@ ANSWER = Output(
     remasked_tokens=3,
     prompt_token_ids=[1, 2],
     seconds=0.5,
+    queue_seconds=0.0,
+    first_block_seconds=0.25,
+    seed=7,
 )
 
 

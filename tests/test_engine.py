@@ -106,6 +106,19 @@ def test_max_nfe_returns_the_contiguous_prefix(engine):
     assert engine().generate([prompt(5)], full(30, **settings, max_nfe=whole.nfe))[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("beside", [0, 3])
+def test_a_slow_request_is_given_up_after_a_warm_up(engine, beside):
+    """One token a forward: fewer than 1.01 are too few, and known to be from the first forward that counts on, in any batch."""
+    others = [(prompt(20 + n), full(50 + n)) for n in range(beside)]
+    slow = {"accept_threshold": 1.0}
+    cases = [full(64, **slow, min_tokens_per_forward=least) for least in (0.0, 1.0, 1.01)]
+    whole, fast_enough, given_up = (engine().generate(*zip((prompt(8), case), *others, strict=True))[0] for case in cases)
+    assert (whole.finish_reason, whole.nfe) == ("length", 64)
+    assert (fast_enough.finish_reason, fast_enough.token_ids) == ("length", whole.token_ids)
+    assert (given_up.finish_reason, given_up.nfe) == ("max_nfe", 4 * BLOCK)
+    assert given_up.token_ids == whole.token_ids[: 4 * BLOCK]
+
+
 # What every setting does
 
 
@@ -117,6 +130,7 @@ LIVE = {
     "seed": ("llada2", {"temperature": 1.0, "seed": 0}, 1),
     "ignore_eos": ("llada2", {"accept_threshold": 0.3}, True),
     "max_nfe": ("llada2", {}, 3),
+    "min_tokens_per_forward": ("llada2", {"accept_threshold": 1.0}, 1.5),
     "accept_threshold": ("llada2", {}, 0.3),
     "num_to_transfer": ("llada2", {"accept_threshold": 1.0}, 3),
     "denoising_steps": ("llada2", {"accept_threshold": 1.0}, 2),

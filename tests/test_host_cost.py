@@ -9,7 +9,8 @@ import numpy as np
 
 from diffulex_jax import SamplingParams
 from diffulex_jax.cache.pages import PagePool
-from diffulex_jax.engine.scheduler import Scheduler, Tracked
+from diffulex_jax.engine.request import Tracked
+from diffulex_jax.engine.scheduler import Scheduler
 from diffulex_jax.engine.stops import find_cut
 from diffulex_jax.state import LENGTH, RUNNING, StepReport
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scripted import EOS, Script, play
 
 from diffulex_jax import SamplingParams
-from diffulex_jax.engine.scheduler import Tracked
+from diffulex_jax.engine.request import Tracked
 from diffulex_jax.engine.stops import find_cut
 from diffulex_jax.strategies import dmax, llada2, llada2_edit
 

@@ -10,7 +10,7 @@ from hypothesis.strategies import integers, sampled_from
 from shadow import BLOCK, ShadowDevice, StaleRead, World
 
 from diffulex_jax.cache.pages import PagePool
-from diffulex_jax.engine.scheduler import Tracked
+from diffulex_jax.engine.request import Tracked
 from diffulex_jax.sampling_params import SamplingParams
 
 

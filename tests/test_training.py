@@ -174,7 +174,7 @@ def test_figures_by_hand():
     problems = [tasks.Problem("What is 12 + 30?", "We find 12 + 30 = 42. So the answer is 42.", 42, "add 12 30")] * 3
     answers = ("I see 12 + 30 = 42. Thus the answer is 42.", "I see 12 + 31 = 42. Thus the answer is 42.", "the answer is 41.")
     spent, revised = (4, 5, 1), (3, 0, 2)
-    engine = Canned(*(Output(a, [0] * 20, "stop", n, r, 0, [], 1.0) for a, n, r in zip(answers, spent, revised, strict=True)))
+    engine = Canned(*(Output(a, [0] * 20, "stop", n, r, 0, [], 1.0, 0.0, 0.1, 0) for a, n, r in zip(answers, spent, revised, strict=True)))
     figures = evaluate.measure(engine, problems, [p.question for p in problems], SamplingParams.speed())
     speed = figures.pop("tokens_per_second")
     expected = {"exact": 2 / 3, "worked": 1 / 3, "tokens": 60, "forwards": 10, "revised": 5, "tokens_per_forward": 6}

@@ -51,6 +51,9 @@ def output(steps=STEPS, *, tokens="acef$", finish_reason="length") -> Output:
         remasked_tokens=1,
         prompt_token_ids=[1] * 6,
         seconds=1.0,
+        queue_seconds=0.0,
+        first_block_seconds=0.5,
+        seed=0,
         trace=steps,
     )
 

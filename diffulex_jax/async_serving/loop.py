@@ -199,6 +199,9 @@ def _finish(request: ServingRequestState, output: Output) -> list[protocol.Event
             revised_tokens=output.revised_tokens,
             remasked_tokens=output.remasked_tokens,
             seconds=output.seconds,
+            queue_seconds=output.queue_seconds,
+            first_block_seconds=output.first_block_seconds,
+            seed=output.seed,
             logprobs=None if output.logprobs is None else tuple(output.logprobs),
             step_map=None if output.step_map is None else tuple(output.step_map),
         )

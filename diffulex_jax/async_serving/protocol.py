@@ -144,6 +144,9 @@ class Reply:
     revised_tokens: int
     remasked_tokens: int
     seconds: float
+    queue_seconds: float
+    first_block_seconds: float | None
+    seed: int
     logprobs: tuple[float, ...] | None
     step_map: tuple[tuple[int, int], ...] | None
 

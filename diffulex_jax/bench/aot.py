@@ -22,7 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
 from diffulex_jax import decode
-from diffulex_jax.engine.device import PLAN_COLUMNS, empty, jit_denoise
+from diffulex_jax.engine.device import empty
+from diffulex_jax.engine.dispatch import Plan, jit_denoise
 from diffulex_jax.engine.programs import param_specs, pool_placement
 from diffulex_jax.models.base import Model, init, leaves
 from diffulex_jax.parallel.mesh import check_split, make_mesh, sharding
@@ -146,7 +147,7 @@ def compile_denoise(
     where = (pool, pool_placement(mesh, program.kernels)), (state, sharding(mesh, STATE_AXES))
     pool, state = (placed(tree, jax.tree.map(lambda _, at=at: at, tree)) for tree, at in where)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    plan = jax.ShapeDtypeStruct((slots, pages + PLAN_COLUMNS), jnp.int32, sharding=everywhere)
+    plan = jax.ShapeDtypeStruct(Plan.packed_shape(slots, pages), jnp.int32, sharding=everywhere)
 
     began = time.perf_counter()
     with jax.set_mesh(mesh):

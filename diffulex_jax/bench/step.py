@@ -18,7 +18,7 @@ from diffulex_jax.bench import forward, traffic
 from diffulex_jax.bench import kernels as kernel_times
 from diffulex_jax.bench.shapes import random_params, shape_model
 from diffulex_jax.engine.config import EngineConfig
-from diffulex_jax.engine.device import exact, make_plan, packed_denoise
+from diffulex_jax.engine.dispatch import Plan, exact, packed_denoise
 from diffulex_jax.models.base import Model, Params
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.rules import Rule, dims_for
@@ -143,7 +143,7 @@ def measure(
     """
     pool, state = _mid_request(program, params, context=context)
     batch, pages = program.dims.slots, _page_tables(program)
-    plan = make_plan(pages, max_steps=STEPS)
+    plan = Plan(pages, known=0, max_steps=STEPS, stop_on_finish=False).pack()
     counts.clear()
     jax.block_until_ready(counter(params, pool, forward.window_of(state), pages))
 
@@ -194,7 +194,7 @@ def _program(
     program = decode.Program(model, dims, rule, kernels, greedy=True)
     pool = jax.eval_shape(lambda: KVPool(*[jnp.zeros(_pool_shape(program), params["embed"].dtype)] * 2))
     state = jax.eval_shape(lambda: request_state.empty_state(dims, rule))
-    return program, (params, pool, state, make_plan(_page_tables(program), max_steps=STEPS))
+    return program, (params, pool, state, Plan(_page_tables(program), known=0, max_steps=STEPS, stop_on_finish=False).pack())
 
 
 def _page_tables(program: decode.Program) -> np.ndarray:

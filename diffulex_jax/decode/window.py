@@ -13,6 +13,9 @@ from diffulex_jax.rules.blocks import activate, stability
 from diffulex_jax.state import ERROR, LENGTH, MAX_NFE, RUNNING, STOP, Canvas, DecodeState, Dims, Pending, Trace
 
 
+WARM_UP_BLOCKS = 4  # the pace of a row is not judged before as many forwards as these blocks have tokens
+
+
 def count_step(before: DecodeState, after: DecodeState) -> DecodeState:
     """Counts the forward, and what the rules did to tokens that were filled before it."""
     did = seen(before, after)
@@ -52,7 +55,7 @@ def settled_positions(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def finish(state: DecodeState, broken: jax.Array) -> DecodeState:
-    """Ends rows whose output can no longer change, or whose NFE is spent; marks settled first blocks as ready to move.
+    """Ends rows whose output can no longer change, whose NFE is spent, or which are too slow; marks settled first blocks as ready to move.
 
     A row ends at a stop token with everything before it settled, or with all its tokens settled; or because it is ``broken``
     (``[S]`` bool), and then with what was settled before this window.
@@ -71,9 +74,11 @@ def finish(state: DecodeState, broken: jax.Array) -> DecodeState:
     first_open, first_stop = first(wanted & ~settled), first(stops)
     stop = stops.any(1) & (first_stop < first_open)
     length = first_open >= state.limit
-    spent = state.nfe >= state.settings.max_nfe
+    filled = jnp.maximum(state.start - state.prompt_len, 0) + (wanted & ~masked).sum(1)
+    slow = filled < state.settings.min_tokens_per_forward * state.nfe
+    spent = (state.nfe >= state.settings.max_nfe) | (slow & (state.nfe >= WARM_UP_BLOCKS * state.tokens.shape[-1]))
     status = jnp.select([broken, stop, length, spent], [ERROR, STOP, LENGTH, MAX_NFE], RUNNING)
-    # A row cut off by its NFE budget returns the contiguous filled prefix, itself cut before a stop token.
+    # A row cut off by its NFE budget or its pace returns the contiguous filled prefix, itself cut before a stop token.
     cut = jnp.minimum(first(wanted & masked), first_stop)
     upto = jnp.select([broken, stop, length], [jnp.clip(state.start, state.prompt_len, state.limit), first_stop, state.limit], cut)
     return state.replace(

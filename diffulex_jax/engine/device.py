@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +12,9 @@ from jax.sharding import Mesh
 
 from diffulex_jax import decode, request_state
 from diffulex_jax.engine import programs
+from diffulex_jax.engine.dispatch import Plan, exact, jit_denoise, unpack_report
+from diffulex_jax.engine.request import Tracked
 from diffulex_jax.engine.results import TraceStep
-from diffulex_jax.engine.scheduler import Tracked
 from diffulex_jax.models.base import Params
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.sampling_params import SamplingParams
@@ -22,7 +22,6 @@ from diffulex_jax.state import STATE_AXES, Canvas, DecodeState, KVPool, StepRepo
 
 
 _PREFILL_TOKENS = (256, 32)  # compiled prefill sizes, largest first
-PLAN_COLUMNS = 3  # columns of a plan behind the pages of a slot
 _CACHED_PAGES = 8  # pages at the most, in times of what the slots need
 
 
@@ -127,7 +126,7 @@ class JaxDevice:
             self._pages[slot, placed : len(request.pages)] = request.pages[placed:]
             self._placed[slot] = request.pages, len(request.pages)
             self._known[slot] = request.known
-        plan = make_plan(self._pages, known=self._known, max_steps=max_steps, stop_on_finish=stop_on_finish)
+        plan = Plan(self._pages, self._known, max_steps, stop_on_finish)
         report, trace = self._dispatch(plan, greedy=all(request.params.temperature == 0 for request in running.values()))
         traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
         report.copy_to_host_async()
@@ -138,12 +137,12 @@ class JaxDevice:
             seen = jax.device_get(launched.trace)
             for slot, steps in launched.traced:
                 steps += _trace_steps(seen, slot)
-        return _unpack(np.asarray(launched.report))
+        return unpack_report(np.asarray(launched.report))
 
-    def _dispatch(self, plan: np.ndarray, *, greedy: bool) -> tuple[jax.Array, Trace]:
+    def _dispatch(self, plan: Plan, *, greedy: bool) -> tuple[jax.Array, Trace]:
         denoise = self._jit_denoise[greedy and True in self._jit_denoise]
         with jax.set_mesh(self.mesh):
-            self.pool, self.state, report, trace = denoise(self._params, self.pool, self.state, plan)
+            self.pool, self.state, report, trace = denoise(self._params, self.pool, self.state, plan.pack())
         return report, trace
 
     def _table(self, pages: list[int]) -> np.ndarray:
@@ -163,31 +162,14 @@ class JaxDevice:
         """Compiles every shape there will be, by running each once on nothing."""
         for size in self._prefill_sizes:
             self._prefill(np.zeros(0, np.int32), size, 0, 0, 0, self._table([]))
-        probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(), slot=0)
+        probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(seed=0).resolve(), slot=0)
         self.admit(probe)
         probe.saved = self.saved_structure = self.save(probe)
         self.restore(probe)
         self.read(probe)
         self.release(0)
         for greedy in self._jit_denoise:
-            jax.block_until_ready(self._dispatch(make_plan(self._pages, max_steps=1), greedy=greedy))
-
-
-_SCALARS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
-
-
-def jit_denoise(program: decode.Program, mesh: Mesh, *, dtype: Any, steps: int) -> Any:
-    """The compiled denoise loop of an engine.
-
-    ``(params, pool, state, plan) -> (pool, state, report, trace)``; pool and state are donated; ``plan`` is as in :func:`make_plan`,
-    the report ``[S, ...]`` int32 is packed.
-    """
-    on_pool, on_slots, everywhere = programs.pool_placement(mesh, program.kernels), sharding(mesh, STATE_AXES), sharding(mesh, ())
-    return jax.jit(
-        exact(functools.partial(packed_denoise, program, steps), dtype),
-        donate_argnums=(1, 2),
-        out_shardings=(on_pool, on_slots, everywhere, everywhere),
-    )
+            jax.block_until_ready(self._dispatch(Plan(self._pages, self._known, max_steps=1, stop_on_finish=False), greedy=greedy))
 
 
 def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, DecodeState]:
@@ -196,39 +178,6 @@ def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, 
     shape = (layers.count, num_pages, dims.page, layers.kv_heads, layers.head_dim)
     state = request_state.empty_state(dims, program.rule)
     return KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), state
-
-
-def make_plan(pages: np.ndarray, *, known: Any = 0, max_steps: int, stop_on_finish: bool = False) -> np.ndarray:
-    """What a dispatch gets from the host, as one array ``[S, P + 3]`` int32; the last two columns are the same for all slots.
-
-    Args:
-      pages: ``[S, P]``, the pages of each slot.
-      known: ``[S]`` or one number, up to where the host knows the tokens.
-      max_steps, stop_on_finish: see ``decode.denoise``.
-    """
-    columns = (np.broadcast_to(np.int32(value), len(pages))[:, None] for value in (known, max_steps, stop_on_finish))
-    return np.concatenate([pages.astype(np.int32), *columns], 1)
-
-
-def packed_denoise(
-    program: decode.Program,
-    steps: int,
-    params: Params,
-    pool: KVPool,
-    state: DecodeState,
-    plan: jax.Array,
-) -> tuple[KVPool, DecodeState, jax.Array, Trace]:
-    """``decode.denoise`` with all that comes from the host, and the report, as one array each: one transfer each way."""
-    pages, (known, max_steps, stop) = plan[:, :-PLAN_COLUMNS], plan[:, -PLAN_COLUMNS:].T
-    pool, state, report, trace = programs.denoise(
-        program, params, pool, state, pages, known=known, steps=steps, max_steps=max_steps[0], stop_on_finish=stop[0] != 0
-    )
-    return pool, state, jnp.concatenate([*(getattr(report, name)[:, None] for name in _SCALARS), report.tokens], 1), trace
-
-
-def _unpack(packed: np.ndarray) -> StepReport:
-    fields: dict[str, Any] = {name: packed[:, i] for i, name in enumerate(_SCALARS)} | {"tokens": packed[:, len(_SCALARS) :]}
-    return StepReport(**fields)
 
 
 def default_num_pages(device: jax.Device, page_bytes: int, *, needed: int, share: float) -> int:
@@ -254,16 +203,6 @@ def default_num_pages(device: jax.Device, page_bytes: int, *, needed: int, share
 def _slot(request: Tracked) -> np.int32:
     assert request.slot is not None
     return np.int32(request.slot)
-
-
-def exact(function: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
-    """``function`` with matmuls as precise as ``dtype`` says: accelerators round float32 operands down unless told not to."""
-
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
-            return function(*args, **kwargs)
-
-    return traced
 
 
 def _read_pages(pool: KVPool, pages: jax.Array) -> KVPool:

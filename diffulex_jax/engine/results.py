@@ -34,7 +34,7 @@ class Progress(NamedTuple):
 
     Attributes:
       tokens: generated tokens that can no longer change; the list grows, nothing in it is taken back. Stop texts may yet cut it.
-      nfe, revised_tokens, remasked_tokens: see :class:`Output`.
+      nfe, revised_tokens, remasked_tokens, seed: see :class:`Output`.
       trace: the window after every step so far, where asked for.
     """
 
@@ -43,6 +43,7 @@ class Progress(NamedTuple):
     revised_tokens: int
     remasked_tokens: int
     trace: list[TraceStep] | None
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +53,20 @@ class Output:
     Attributes:
       text: the tokens as text; None where the model has no tokenizer.
       token_ids: generated tokens, without the EOS that ended them; never a mask.
-      finish_reason: ``"stop"`` (EOS, a stop token or a stop text), ``"length"`` (max_tokens), ``"max_nfe"``, ``"repetition"``,
-        ``"abort"``, or ``"error"`` (the model gave something that is not a number; the tokens are those settled before).
+      finish_reason: ``"stop"`` (EOS, a stop token or a stop text), ``"length"`` (max_tokens), ``"max_nfe"`` (or fewer than
+        min_tokens_per_forward), ``"repetition"``, ``"abort"``, or ``"error"`` (the model gave something that is not a number; the
+        tokens are those settled before).
       nfe: forwards this request took part in, prompt prefill not counted.
       revised_tokens: how often a filled token was changed.
       remasked_tokens: how often a filled token was masked again.
       prompt_token_ids: the prompt as the model saw it.
+      seconds: from when the request first entered a slot until it left, waiting after a preemption included; 0 where it never did.
+      queue_seconds: from when it was queued until it first entered a slot, or left without.
+      first_block_seconds: from when it first entered a slot until its first tokens were final; None where none ever were.
+      seed: of its random key: the one given, or the one drawn. Asked for again (with ``n=1``) it gives this output again.
       logprobs: log probability of each token when it was accepted (or last revised), where asked for.
       step_map: for each token, the forward (from 1) that first accepted it and the one that last wrote it, where asked for;
         ``(0, 0)`` for pinned tokens.
-      seconds: from when the request entered a slot until it left.
       trace: the window after every step, where asked for.
     """
 
@@ -73,6 +78,9 @@ class Output:
     remasked_tokens: int
     prompt_token_ids: list[int]
     seconds: float
+    queue_seconds: float
+    first_block_seconds: float | None
+    seed: int
     logprobs: list[float] | None = None
     step_map: list[tuple[int, int]] | None = None
     trace: list[TraceStep] | None = None

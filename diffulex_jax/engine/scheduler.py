@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import time
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
 from diffulex_jax.cache.pages import PagePool, chain_digest
-from diffulex_jax.engine.results import TraceStep
-from diffulex_jax.sampling_params import SamplingParams
+from diffulex_jax.engine.request import Ended, Tracked
 from diffulex_jax.state import ERROR, RUNNING, Canvas, StepReport
 
 
@@ -19,71 +15,6 @@ _STEPS_BETWEEN_PREFILLS = 2
 _MOST_PREFILL_BLOCKS = 16  # of one request in a row
 _COUNTS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
 _MOST_PASSED_OVER = 64  # so often may later requests overtake one that waits for pages
-
-
-@dataclasses.dataclass(eq=False)
-class Tracked:
-    """A request the scheduler knows.
-
-    Attributes:
-      id: the engine's number of the request.
-      prompt: ``[n]`` int32.
-      params: its settings.
-      trace: steps recorded so far; None where not asked for.
-      slot: where it runs or is being prefilled; None while it waits.
-      pages: the pages it holds, in order of position.
-      written: blocks whose KV is in those pages.
-      digests: digests of the blocks published or matched so far.
-      start: absolute position of its window.
-      tokens: generated tokens that can no longer change.
-      nfe, revised, remasked: its counters, as last reported.
-      saved: its row and KV while preempted.
-      checked, run: how far stops were looked for, and the length of the run of equal tokens there.
-    """
-
-    id: int
-    prompt: np.ndarray
-    params: SamplingParams
-    trace: list[TraceStep] | None = None
-    slot: int | None = None
-    pages: list[int] = dataclasses.field(default_factory=list)
-    written: int = 0
-    digests: list[bytes] = dataclasses.field(default_factory=list)
-    start: int = 0
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    nfe: int = 0
-    revised: int = 0
-    remasked: int = 0
-    saved: Any = None
-    checked: int = 0
-    run: int = 0
-    passed_over: int = 0
-    order: int = 0
-    began: float = 0.0
-
-    @property
-    def known(self) -> int:
-        """Absolute position up to which its tokens are known to the host."""
-        return len(self.prompt) + len(self.tokens)
-
-    @property
-    def wants_sequence(self) -> bool:
-        """Whether its output needs what only the device knows of each position."""
-        return self.params.logprobs or self.params.return_step_map
-
-    def block(self, index: int, size: int) -> np.ndarray:
-        """``[size]`` int32: the known tokens of block ``index``."""
-        first, n = index * size, len(self.prompt)
-        return np.array([*self.prompt[first : first + size], *self.tokens[max(0, first - n) : first + size - n]], np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """A request that left its slot by itself: why, and what is known of its positions (``[T]`` each) where that is wanted."""
-
-    request: Tracked
-    status: int
-    sequence: Canvas | None
 
 
 class Device(Protocol):
@@ -153,6 +84,20 @@ class Scheduler:
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.prefilling) + len(self.running) + len(self._ended)
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters and gauges: requests, pages, prefix cache lookups in blocks, preemptions."""
+        return {
+            "waiting": len(self.waiting),
+            "prefilling": len(self.prefilling),
+            "running": len(self.running),
+            "pages": self.pages.num_pages,
+            "pages_held": self.pages.num_held,
+            "prefix_cache_queries": self.pages.queries,
+            "prefix_cache_hits": self.pages.hits,
+            "preemptions": self.preemptions,
+        }
 
     def add(self, request: Tracked) -> None:
         self.waiting.append(request)
@@ -299,7 +244,7 @@ class Scheduler:
             request.pages += self.pages.allocate(missing)
 
     def _collect(self, report: StepReport, launched: dict[int, Tracked]) -> list[Ended]:
-        ended = []
+        ended, now = [], time.perf_counter()
         for slot, request in launched.items():
             if self.running.get(slot) is not request:
                 continue  # dropped while the device was busy with it
@@ -308,6 +253,8 @@ class Scheduler:
             request.start, request.nfe, request.revised, request.remasked = (row[n] for n in ("start", "nfe", "revised", "remasked"))
             settled = row["settled_upto"] if status == RUNNING else row["length"]
             request.tokens += report.tokens[slot, : max(0, settled - known)].tolist()
+            if request.tokens:
+                request.settled = request.settled or now
             if status != ERROR:
                 self._publish(request, row["written_upto"] // self.block)
             if status != RUNNING:

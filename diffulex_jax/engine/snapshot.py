@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,11 +13,12 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from diffulex_jax.engine.request import Tracked
 from diffulex_jax.request_state import Saved
 from diffulex_jax.sampling_params import SamplingParams
 
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Snapshot:
     """What ``Engine.restore`` needs to continue a request to the identical output.
 
     Attributes:
-      fingerprint: model, dtype and geometry of the engine that took it.
+      fingerprint: what must agree with the engine that continues it: model, strategy, dtype and geometry.
       prompt: ``[n]`` int32.
       params: the request's settings.
       tokens: generated tokens that were final.
@@ -32,12 +34,21 @@ class Snapshot:
       saved: its row and KV; None where it had not begun to decode.
     """
 
-    fingerprint: str
+    fingerprint: Mapping[str, str]
     prompt: np.ndarray
     params: SamplingParams
     tokens: list[int]
     start: int
     saved: Saved | None
+
+    def request(self, id_: int) -> Tracked:
+        """The request, for the scheduler that is to continue it under the number ``id_``."""
+        request = Tracked(id=id_, prompt=self.prompt, params=self.params, tokens=list(self.tokens), start=self.start)
+        if self.saved is not None:
+            row = self.saved.row
+            request.saved, request.written = self.saved, self.saved.k.shape[1]
+            request.nfe, request.revised, request.remasked = int(row.nfe), int(row.revised), int(row.remasked)
+        return request
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; everything that is not an array is JSON in its metadata."""
@@ -47,7 +58,7 @@ class Snapshot:
             params[name] = None if chosen is None else sorted(chosen.items())
         meta = {
             "version": VERSION,
-            "fingerprint": self.fingerprint,
+            "fingerprint": dict(self.fingerprint),
             "params": params,
             "tokens": self.tokens,
             "start": self.start,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from diffulex_jax.engine.scheduler import Tracked
+from diffulex_jax.engine.request import Tracked
 from diffulex_jax.engine.tokenizer import Tokenizer
 
 

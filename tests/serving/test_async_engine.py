@@ -246,7 +246,7 @@ def test_a_failing_step_fails_all_at_once_and_the_engine_comes_back(engine, engi
             return failed, reply, served.supervisor.restarts
 
     failed, reply, restarts = asyncio.run(main())
-    for id_ in list(engine._requests):
+    for id_ in list(engine._desk.requests):
         engine.abort(id_)
     assert [(e.code, "device lost" in e.message) for e in failed] == [(503, True)] * 3
     assert reply.token_ids and restarts == 1

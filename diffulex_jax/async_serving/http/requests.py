@@ -44,6 +44,7 @@ class Sampling(Strict):
     pinned: Given | None = None
     init_tokens: Given | None = None
     max_nfe: int | None = None
+    min_tokens_per_forward: float | None = None
     accept_threshold: float | None = None
     num_to_transfer: int | None = None
     denoising_steps: int | None = None

@@ -1,0 +1,128 @@
+"""What an engine takes: a prompt and its settings are checked before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.request import Tracked
+from diffulex_jax.engine.tokenizer import Tokenizer
+from diffulex_jax.errors import SettingError
+from diffulex_jax.request_state import MAX_STOP_IDS
+from diffulex_jax.sampling_params import SamplingParams, seeds
+from diffulex_jax.state import Dims
+
+
+Prompt = str | Sequence[int]
+
+
+class Limits(NamedTuple):
+    """What an engine can take.
+
+    Attributes:
+      settings: the engine's, ``attention`` filled in.
+      dims: sizes of its state.
+      tokenizer: None where the model has none.
+      vocab_size, eos_ids: of the model.
+      num_pages: in the pool.
+    """
+
+    settings: EngineConfig
+    dims: Dims
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    num_pages: int
+
+
+def admit(limits: Limits, prompt: Prompt, params: SamplingParams, *, name: str, trace: bool, new_id: Callable[[], int]) -> list[Tracked]:
+    """Makes the ``params.n`` requests of a prompt, each with a seed of its own.
+
+    Args:
+      limits: what the engine can take.
+      prompt: text, or token ids.
+      params: the settings, none left to the strategy.
+      name: what error messages call the prompt.
+      trace: whether the requests record their steps.
+      new_id: gives the number of a request.
+
+    Raises:
+      SettingError: naming what will not do and why.
+    """
+    ids = check(limits, prompt, params, name=name)
+    each = [dataclasses.replace(params, n=1, seed=seed) for seed in seeds(params)]
+    return [Tracked(id=new_id(), prompt=ids, params=one, trace=[] if trace else None) for one in each]
+
+
+def check(limits: Limits, prompt: Prompt, params: SamplingParams, *, name: str) -> np.ndarray:
+    """The prompt as ``[n]`` int32 token ids, n >= 1. Args and errors are those of :func:`admit`."""
+    ids = _token_ids(limits, prompt, name)
+    _check_lengths(limits, len(ids), params, name)
+    _check_stops(limits, params, name)
+    steps, block = params.denoising_steps or 0, limits.dims.block
+    if steps > block:
+        raise SettingError("denoising_steps", f"{name}: denoising_steps={steps} is more than the tokens of a block, {block}")
+    for field in ("pinned", "init_tokens"):
+        for offset, token in (getattr(params, field) or {}).items():
+            if token >= limits.vocab_size or token == limits.dims.mask_id:
+                raise SettingError(field, f"{name}: {field}[{offset}]={token} is not a token that can be given")
+    return ids
+
+
+def _token_ids(limits: Limits, prompt: Prompt, name: str) -> np.ndarray:
+    def refuse(why: str) -> SettingError:
+        return SettingError("prompt", f"{name} {why}")
+
+    if isinstance(prompt, str):
+        if limits.tokenizer is None:
+            raise refuse("is text, and this model has no tokenizer; pass token ids")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise refuse(f"is not Unicode text: the character at {error.start} is half a surrogate pair") from None
+        prompt = limits.tokenizer.encode(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of several lengths
+        ids = np.zeros((1, 1))
+    if ids.size == 0:
+        raise refuse("is empty")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise refuse(f"must be text or a list of token ids, got {reprlib.repr(prompt)}")
+    outside = ids[(ids < 0) | (ids >= limits.vocab_size)]
+    if outside.size:
+        raise refuse(f"holds token id {outside[0]}, outside the vocabulary [0, {limits.vocab_size})")
+    masks = np.flatnonzero(ids == limits.dims.mask_id)
+    if masks.size:
+        raise refuse(f"holds the mask token (id {limits.dims.mask_id}) at position {masks[0]}")
+    return ids.astype(np.int32)
+
+
+def _check_lengths(limits: Limits, length: int, params: SamplingParams, name: str) -> None:
+    settings, most = limits.settings, params.max_tokens
+    if length + most > settings.max_model_len:
+        field = "max_tokens" if length < settings.max_model_len else "prompt"
+        raise SettingError(field, f"{name} has {length} tokens; with max_tokens={most} that exceeds max_model_len={settings.max_model_len}")
+    if settings.attention == "prefix_full" and length > settings.max_batched_tokens:
+        limit = settings.max_batched_tokens
+        raise SettingError(
+            "prompt", f"{name} has {length} tokens; with attention='prefix_full' at most max_batched_tokens={limit} go through"
+        )
+    needed = -(-(length + most) // limits.dims.page)
+    if needed > limits.num_pages:
+        field = "max_tokens" if length < limits.num_pages * limits.dims.page else "prompt"
+        raise SettingError(field, f"{name} needs {needed} pages with max_tokens={most}; the pool has {limits.num_pages}")
+
+
+def _check_stops(limits: Limits, params: SamplingParams, name: str) -> None:
+    if params.stop and limits.tokenizer is None:
+        raise SettingError("stop", f"{name}: stop={params.stop!r} needs a tokenizer, and this model has none")
+    eos = 0 if params.ignore_eos else len(limits.eos_ids)
+    if eos + len(params.stop_token_ids) > MAX_STOP_IDS:
+        most, given = MAX_STOP_IDS - eos, len(params.stop_token_ids)
+        raise SettingError("stop_token_ids", f"{name}: at most {most} stop_token_ids beside {eos} EOS ids, got {given}")

@@ -1,0 +1,155 @@
+"""How an engine is put together: settings and a strategy become buffers, compiled programs and a scheduler."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from diffulex_jax import decode
+from diffulex_jax.cache.pages import PagePool, chain_digest
+from diffulex_jax.engine.admission import Limits
+from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.device import JaxDevice, default_num_pages
+from diffulex_jax.engine.fingerprint import strategy_id
+from diffulex_jax.engine.scheduler import Scheduler
+from diffulex_jax.engine.startup import announce
+from diffulex_jax.engine.tokenizer import Tokenizer
+from diffulex_jax.errors import SettingError
+from diffulex_jax.models.attention import AttentionPolicy
+from diffulex_jax.models.base import Model, Params
+from diffulex_jax.parallel.mesh import MESH_AXES, make_mesh
+from diffulex_jax.rules.base import dims_for
+from diffulex_jax.state import Dims
+from diffulex_jax.strategies import AnyStrategy, Strategy, resolve
+from diffulex_jax.weights import checkpoint
+from pallas_kernels import REFERENCE, choose
+
+
+class Network(NamedTuple):
+    """A model that is ready to run.
+
+    Attributes:
+      model: the network.
+      params: its parameters, on the mesh.
+      tokenizer: None where it has none.
+      eos_ids: tokens that end an output.
+      model_id: keeps cached prefixes and snapshots of different models apart.
+      mesh: where it is.
+    """
+
+    model: Model
+    params: Params
+    tokenizer: Tokenizer | None
+    eos_ids: tuple[int, ...]
+    model_id: str
+    mesh: Mesh
+
+
+class Parts(NamedTuple):
+    """What an engine consists of.
+
+    Attributes:
+      settings: ``buffer_size`` and ``attention`` filled in.
+      dims: sizes of the state.
+      limits: what it can take.
+      pages, device, scheduler: the pool's bookkeeping, the device's side, and who runs where.
+      fingerprint: what must agree for a snapshot to be continued.
+    """
+
+    settings: EngineConfig
+    dims: Dims
+    limits: Limits
+    pages: PagePool
+    device: JaxDevice
+    scheduler: Scheduler
+    fingerprint: Mapping[str, str]
+
+
+def load(model: str, strategies: Sequence[AnyStrategy], mesh: Mesh | None, settings: EngineConfig) -> tuple[Network, list[Strategy]]:
+    """Reads a model, and finds the strategies that are to decode it; see ``Engine.for_strategies``.
+
+    Raises:
+      ValueError: for a model or a strategy that will not do.
+    """
+    found = [resolve(strategy) for strategy in strategies]  # an unknown one should not cost a load
+    names = [strategy.name for strategy in found]
+    if not names or len(set(names)) < len(names):
+        hint = "; give a rule of your own one with Strategy(name=..., rule=...)" if "custom" in names else ""
+        raise SettingError("strategy", f"strategies must be one or more, each with a name of its own; got {names}{hint}")
+    announce("loading", str(model))
+    path = checkpoint.resolve(str(model))
+    mesh = make_mesh() if mesh is None else mesh
+    network, params = checkpoint.load(path, mesh, dtype=settings.jax_dtype)
+    return Network(network, params, Tokenizer.load(path), checkpoint.load_end_ids(path), str(model), mesh), found
+
+
+def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memory_share: float) -> Parts:
+    """Compiles everything an engine will run.
+
+    Raises:
+      ValueError: for a mesh or a setting that will not do, naming it.
+    """
+    spec, mesh, rule = network.model.spec, network.mesh, strategy.rule
+    if mesh.axis_names != MESH_AXES or mesh.shape["data"] > 1:
+        raise ValueError(f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {mesh.shape}")
+    window, attention = settings.buffer_size or strategy.window, settings.attention or strategy.attention or "block_causal"
+    s = dataclasses.replace(settings, buffer_size=window, attention=attention)
+    if s.max_model_len > spec.max_positions:
+        raise SettingError(
+            "max_model_len", f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={spec.max_positions}"
+        )
+    policy = AttentionPolicy("whole" if attention == "prefix_full" else "block_causal")
+    dims = dims_for(
+        rule,
+        slots=s.max_slots,
+        window=window,
+        block=s.block_size,
+        page=s.block_size,
+        pages_per_slot=s.pages_per_slot,
+        mask_id=spec.mask_id,
+    )
+    page_bytes = 2 * spec.layers.count * dims.page * spec.layers.kv_heads * spec.layers.head_dim * s.jax_dtype.itemsize
+    num_pages = s.num_pages or default_num_pages(
+        mesh.devices.flat[0], page_bytes, needed=s.max_slots * s.pages_per_slot, share=memory_share
+    )
+    # Soft inputs leave other KV than a prompt of the same tokens would, and where a prompt sees all of itself its KV depends on
+    # what follows: such pages must not be found by their tokens.
+    shareable = policy.shareable and (rule.merge is None or not rule.merge.commit_soft)
+    pages = PagePool(num_pages, prefix_cache=s.prefix_cache and shareable)
+    announce("compiling", strategy.name)
+    kernels = choose(mesh.devices.flat[0]) if s.kernels == "auto" else REFERENCE
+    device = JaxDevice(
+        decode.Program(network.model, dims, rule, kernels, policy, draws=strategy.draws, confidence=strategy.confidence),
+        network.params,
+        mesh=mesh,
+        dtype=s.jax_dtype,
+        num_pages=num_pages,
+        steps_per_dispatch=s.steps_per_dispatch,
+        eos_ids=network.eos_ids,
+    )
+    # The KV of a block depends on these; on the strategy it does not.
+    same_kv = {
+        "model": network.model_id,
+        "config": str(network.model.config),
+        "dtype": s.dtype,
+        "block_size": str(dims.block),
+        "attention": attention,
+    }
+    scheduler = Scheduler(
+        device,
+        pages,
+        slots=s.max_slots,
+        block=dims.block,
+        window=window,
+        max_batched_tokens=s.max_batched_tokens,
+        steps_per_dispatch=s.steps_per_dispatch,
+        whole_prompts=not policy.chunkable,
+        root=chain_digest(repr(same_kv).encode(), np.zeros(0, np.int32)),
+    )
+    same_state = {"strategy": strategy_id(strategy), "buffer_size": str(window), "page": str(dims.page), "positions": str(dims.positions)}
+    limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, num_pages)
+    return Parts(s, dims, limits, pages, device, scheduler, same_kv | same_state)

@@ -1,0 +1,116 @@
+"""One dispatch: what goes to the device and what comes back, as one array each way, around the compiled denoise loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffulex_jax import decode
+from diffulex_jax.engine import programs
+from diffulex_jax.models.base import Params
+from diffulex_jax.parallel.mesh import sharding
+from diffulex_jax.state import STATE_AXES, DecodeState, KVPool, StepReport, Trace
+
+
+class Plan(NamedTuple):
+    """What the host decides for a dispatch.
+
+    Attributes:
+      pages: ``[S, P]`` int32, the pages of each slot; N (one past the pool) where it has none.
+      known: ``[S]`` int32, up to where the host knows the tokens of each slot.
+      max_steps, stop_on_finish: scalars; see ``decode.denoise``.
+    """
+
+    pages: Any
+    known: Any
+    max_steps: Any
+    stop_on_finish: Any
+
+    def pack(self) -> np.ndarray:
+        """The plan as one new array :meth:`packed_shape` int32; what concerns all slots stands in every row."""
+        packed = np.empty(self.packed_shape(*self.pages.shape), np.int32)
+        packed[:, :-_COLUMNS] = self.pages
+        for column, name in enumerate(self._fields[1:], -_COLUMNS):
+            packed[:, column] = getattr(self, name)
+        return packed
+
+    @classmethod
+    def unpack(cls, packed: jax.Array) -> Plan:
+        """What :meth:`pack` packed."""
+        known, max_steps, stop_on_finish = packed[:, -_COLUMNS:].T
+        return cls(packed[:, :-_COLUMNS], known, max_steps[0], stop_on_finish[0] != 0)
+
+    @staticmethod
+    def packed_shape(slots: int, pages_per_slot: int) -> tuple[int, int]:
+        """The shape of a packed plan."""
+        return slots, pages_per_slot + _COLUMNS
+
+
+_COLUMNS = len(Plan._fields) - 1  # behind the pages of a slot
+
+
+def jit_denoise(program: decode.Program, mesh: Mesh, *, dtype: Any, steps: int) -> Any:
+    """The compiled denoise loop of an engine.
+
+    ``(params, pool, state, packed plan) -> (pool, state, packed report, trace)``; pool and state are donated.
+    """
+    on_pool, on_slots, everywhere = programs.pool_placement(mesh, program.kernels), sharding(mesh, STATE_AXES), sharding(mesh, ())
+    return jax.jit(
+        exact(functools.partial(packed_denoise, program, steps), dtype),
+        donate_argnums=(1, 2),
+        out_shardings=(on_pool, on_slots, everywhere, everywhere),
+    )
+
+
+def packed_denoise(
+    program: decode.Program,
+    steps: int,
+    params: Params,
+    pool: KVPool,
+    state: DecodeState,
+    packed: jax.Array,
+) -> tuple[KVPool, DecodeState, jax.Array, Trace]:
+    """``decode.denoise`` with all that comes from the host, and the report, as one array each: one transfer each way."""
+    plan = Plan.unpack(packed)
+    pool, state, report, trace = programs.denoise(
+        program,
+        params,
+        pool,
+        state,
+        plan.pages,
+        known=plan.known,
+        steps=steps,
+        max_steps=plan.max_steps,
+        stop_on_finish=plan.stop_on_finish,
+    )
+    return pool, state, pack_report(report), trace
+
+
+def pack_report(report: StepReport) -> jax.Array:
+    """The report as one array ``[S, n]`` int32."""
+    return jnp.concatenate([*(getattr(report, name)[:, None] for name in _SCALARS), report.tokens], 1)
+
+
+def unpack_report(packed: np.ndarray) -> StepReport:
+    """What :func:`pack_report` packed."""
+    fields: dict[str, Any] = {name: packed[:, i] for i, name in enumerate(_SCALARS)} | {"tokens": packed[:, len(_SCALARS) :]}
+    return StepReport(**fields)
+
+
+_SCALARS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
+
+
+def exact(function: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+    """``function`` with matmuls as precise as ``dtype`` says: accelerators round float32 operands down unless told not to."""
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
+            return function(*args, **kwargs)
+
+    return traced
