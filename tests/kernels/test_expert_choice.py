@@ -183,6 +183,6 @@ def test_what_is_not_a_number_is_counted_among_real_experts_in_the_simulator(mon
     monkeypatch.setattr(experts, "COMPARED_PAIRS", 0)
     x, matrix = jnp.ones((64, 1)).at[5].set(jnp.nan), jnp.linspace(-1, 1, 256)[None]
     with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
-        ids, _, counted = choose(x, matrix, None, Router(top_k=8), backend="gpu")
+        ids, _, counted = choose(x, matrix, None, Router(top_k=8, groups=8, kept=8), backend="gpu")
     assert bool(((ids >= 0) & (ids < 256)).all())
     assert int(counted[1].sum()) == 64 * 8
