@@ -49,7 +49,6 @@ def test_a_prompt_becomes_int32_ids_of_a_request_for_each_output():
         ([[1], [2, 3]], {}, "prompt", r"must be text or a list of token ids, got \[\[1\], \[2, 3\]\]"),
         ({"a": 1}, {}, "prompt", "must be text or a list of token ids"),
         ([1.5] * 1000, {}, "prompt", r"got \[1.5, 1.5, 1.5, 1.5, 1.5, 1.5, ...\]$"),
-        ([1, MASK], {}, "prompt", r"holds the mask token \(id 99\) at position 1"),
         ("caf\udce9", {}, "prompt", "is not Unicode text: the character at 3 is half a surrogate pair"),
         ([1] * 32, {"max_tokens": 1}, "prompt", "has 32 tokens; with max_tokens=1 that exceeds max_model_len=32"),
         ([1] * 3, {"max_tokens": 30}, "max_tokens", "has 3 tokens; with max_tokens=30 that exceeds max_model_len=32"),

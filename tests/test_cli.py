@@ -82,6 +82,7 @@ def asked(monkeypatch):
             return [ANSWER] * (params.n * len(prompts))
 
     monkeypatch.setattr("diffulex_jax.engine.engine.Engine", Engine)
+    monkeypatch.setattr("diffulex_jax.engine.admission.check", lambda *args, **named: None)  # settings need not fit each other
     return seen
 
 
@@ -183,7 +184,13 @@ def test_readable_output_names_tokens_forwards_and_edits(asked):
         (["--model", MODEL, "--prompt-ids", "1", "--chat"], "--chat takes prompts as text"),
         (["--model", MODEL, "--prompt", ""], "--prompt is empty"),
         (["--model", MODEL, "--prompt", "a"], "holds none; give --prompt-ids"),
-        (["--model", MODEL, "--prompt", "a", "--chat"], "--chat needs a tokenizer"),
+        (["--model", MODEL, "--prompt", "a", "--chat"], "holds none; give --prompt-ids"),
+        (["--model", MODEL, "--prompt-ids", "1", "--max-model-len", "99999"], "max_model_len=99999"),
+        (["--model", MODEL, "--prompt-ids", "1", "--max-tokens", "4000"], "exceeds max_model_len=2048"),
+        (["--model", MODEL, "--prompt-ids", "1", "--num-pages", "1", "--max-tokens", "99"], "needs 4 pages"),
+        (["--model", MODEL, "--prompt-ids", "1", "--prompt-ids", "5000"], "prompt 1 holds token id 5000"),
+        (["--model", MODEL, "--prompt-ids", "1", "--stop", "x"], "needs a tokenizer"),
+        (["--model", MODEL, "--prompt-ids", "1", "--pinned", "0:1021"], "pinned[0]=1021"),
         (["--model", MODEL, "--prompt-file", "/no/such/file"], "/no/such/file"),
         (["caf\udce9"], "not UTF-8: byte 0xe9"),
         (["--prompt", "caf\udce9"], "not UTF-8: byte 0xe9"),
@@ -219,9 +226,6 @@ def test_generate_decodes(engine_of):
     assert (printed["token_ids"], printed["nfe"]) == (expected.token_ids, expected.nfe)
     assert len(printed["token_ids"]) == 12
     assert printed["prompt_token_ids"] == [216, 206, 72]
-
-    masked = run("generate", "--model", MODEL, "--prompt-ids", "1,1021", "--max-tokens", "8", *SMALL)
-    assert (masked.exit_code, masked.stderr) == (2, "error: prompt 0 holds the mask token (id 1021) at position 1\n")
 
 
 def test_the_embedded_model_answers_a_chat():

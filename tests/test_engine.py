@@ -179,7 +179,6 @@ def test_every_setting_changes_something(engine, look_ahead, name):
     ("bad", "message"),
     [
         ([], "prompt 1 is empty"),
-        ([3, MASK, 4], r"prompt 1 holds the mask token \(id 1021\) at position 1"),
         ([3, VOCAB], r"prompt 1 holds token id 1024, outside the vocabulary \[0, 1024\)"),
         ([-1], "prompt 1 holds token id -1, outside"),
         ([2**40], "prompt 1 holds token id 1099511627776, outside"),
@@ -438,9 +437,19 @@ def test_chat(talking, engine):
         engine().chat([{"role": "user", "content": "w5"}])
 
 
-def test_text_that_holds_the_mask_is_refused(talking):
-    with pytest.raises(ValueError, match=r"prompt 0 holds the mask token \(id 1021\) at position 1"):
-        talking.generate([f"w5 w{MASK}"])
+@pytest.mark.parametrize("strategy", ["llada2", "dmax"])
+def test_the_mask_in_a_prompt_is_a_token_like_any_other(engine, strategy):
+    """What is still to be decoded is told by position: nothing in a prompt is filled in, whatever it holds."""
+    prompts = [[216, MASK, 72], [MASK], [5] * 8 + [MASK] * 3, [7, 8, 9, *[MASK] * 5, 3]]
+    one = engine(strategy=strategy)
+    together = one.generate(prompts, full(20))
+    for prompt, output in zip(prompts, together, strict=True):
+        assert output.prompt_token_ids == prompt
+        assert len(output.token_ids) == 20 and MASK not in output.token_ids
+        (alone,) = one.generate([prompt], full(20))
+        assert (alone.token_ids, alone.nfe) == (output.token_ids, output.nfe)
+    other = one.generate([[216, 5, 72]], full(20))[0]
+    assert other.token_ids != together[0].token_ids
 
 
 def test_bfloat16():

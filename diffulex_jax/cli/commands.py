@@ -96,9 +96,8 @@ def generate(
         with progress.shown():
             from diffulex_jax.engine.engine import Engine  # late, as all that takes JAX
 
-            if chat:
-                asked = list(preflight.through_template(model, [text for text in asked if isinstance(text, str)]))
-            preflight.check(model, asked)
+            configured = EngineConfig(max_slots=slots, **engine_settings)
+            asked = preflight.prepare(model, strategy, asked, chat=chat, sampling=sampling, settings=configured)
             engine = Engine.from_pretrained(model, strategy=strategy, max_slots=slots, **engine_settings)
         start_seconds = time.perf_counter() - began
         outputs = engine.generate(asked, sampling)

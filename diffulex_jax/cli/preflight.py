@@ -4,32 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.sampling_params import SamplingParams
 
-def through_template(model: str, prompts: Sequence[str]) -> list[list[int]]:
-    """Puts each text through a model's chat template, as a user's message, and returns the token ids.
+
+Prompt = str | list[int]
+
+
+def prepare(
+    model: str, strategy: str, prompts: Sequence[Prompt], *, chat: bool, sampling: SamplingParams, settings: EngineConfig
+) -> list[Prompt]:
+    """Returns the prompts as the engine is to take them, each checked by the small files of the model.
+
+    Args:
+      model: as for ``Engine.from_pretrained``.
+      strategy: likewise.
+      prompts: texts or token ids.
+      chat: put texts through the chat template, each as a user's message.
+      sampling: settings of every prompt.
+      settings: the engine's.
 
     Raises:
-      ValueError: where there is no such model, or it has no tokenizer or no chat template.
+      ValueError: for a model, a strategy, a setting or a prompt that will not do, naming it.
     """
-    from diffulex_jax.engine.tokenizer import Tokenizer
-    from diffulex_jax.weights import checkpoint
+    from diffulex_jax.engine.admission import check
+    from diffulex_jax.engine.build import limits_of
+    from diffulex_jax.strategies import resolve
 
-    path = checkpoint.resolve(model)
-    tokenizer = Tokenizer.load(path)
-    if tokenizer is None:
-        raise ValueError(f"--chat needs a tokenizer, and {path} holds none; give the prompt as --prompt-ids")
-    return [tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
-
-
-def check(model: str, prompts: Sequence[str | list[int]]) -> None:
-    """Refuses prompts that the model cannot take, by its small files alone.
-
-    Raises:
-      ValueError: naming the prompt, or the model, and what is wrong with it.
-    """
-    from diffulex_jax.engine.tokenizer import Tokenizer
-    from diffulex_jax.weights import checkpoint
-
-    path = checkpoint.resolve(model)
-    if Tokenizer.load(path) is None and any(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"prompts as text need a tokenizer, and {path} holds none; give --prompt-ids")
+    chosen = resolve(strategy)
+    limits = limits_of(model, chosen, settings)
+    if limits.tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts as text need a tokenizer, and model {model!r} holds none; give --prompt-ids")
+    if chat and limits.tokenizer is not None:
+        prompts = [limits.tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
+    for i, prompt in enumerate(prompts):
+        check(limits, prompt, sampling.resolve(chosen.defaults), name=f"prompt {i}")
+    return list(prompts)

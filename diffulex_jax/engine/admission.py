@@ -97,9 +97,6 @@ def _token_ids(limits: Limits, prompt: Prompt, name: str) -> np.ndarray:
     outside = ids[(ids < 0) | (ids >= limits.vocab_size)]
     if outside.size:
         raise refuse(f"holds token id {outside[0]}, outside the vocabulary [0, {limits.vocab_size})")
-    masks = np.flatnonzero(ids == limits.dims.mask_id)
-    if masks.size:
-        raise refuse(f"holds the mask token (id {limits.dims.mask_id}) at position {masks[0]}")
     return ids.astype(np.int32)
 
 

@@ -20,7 +20,7 @@ from diffulex_jax.engine.startup import announce
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models.attention import AttentionPolicy
-from diffulex_jax.models.base import Model, Params
+from diffulex_jax.models.base import Model, ModelSpec, Params
 from diffulex_jax.parallel.mesh import MESH_AXES, make_mesh
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import Dims
@@ -82,9 +82,52 @@ def load(model: str, strategies: Sequence[AnyStrategy], mesh: Mesh | None, setti
         raise SettingError("strategy", f"strategies must be one or more, each with a name of its own; got {names}{hint}")
     announce("loading", str(model))
     path = checkpoint.resolve(str(model))
+    tokenizer, eos_ids = Tokenizer.load(path), checkpoint.load_end_ids(path)
+    for strategy in found:
+        plan(checkpoint.load_model(path).spec, strategy, settings)  # a setting that will not do should not cost a load either
     mesh = make_mesh() if mesh is None else mesh
     network, params = checkpoint.load(path, mesh, dtype=settings.jax_dtype)
-    return Network(network, params, Tokenizer.load(path), checkpoint.load_end_ids(path), str(model), mesh), found
+    return Network(network, params, tokenizer, eos_ids, str(model), mesh), found
+
+
+def limits_of(model: str, strategy: Strategy, settings: EngineConfig) -> Limits:
+    """What an engine could take that is not built, by the small files of its model alone; its pool is as large as it must be.
+
+    Raises:
+      ValueError: for a model or a setting that will not do, naming it.
+    """
+    path = checkpoint.resolve(model)
+    spec, tokenizer, eos_ids = checkpoint.load_model(path).spec, Tokenizer.load(path), checkpoint.load_end_ids(path)
+    s, _, dims = plan(spec, strategy, settings)
+    return Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, s.num_pages or s.max_slots * dims.pages_per_slot)
+
+
+def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[EngineConfig, AttentionPolicy, Dims]:
+    """Fills in what the settings leave to the strategy and the model.
+
+    Returns:
+      The settings with ``buffer_size`` and ``attention`` filled in, the attention they mean, and the sizes of the state.
+
+    Raises:
+      SettingError: for a setting that will not do.
+    """
+    window, attention = settings.buffer_size or strategy.window, settings.attention or strategy.attention or "block_causal"
+    s = dataclasses.replace(settings, buffer_size=window, attention=attention)
+    if s.max_model_len > spec.max_positions:
+        raise SettingError(
+            "max_model_len", f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={spec.max_positions}"
+        )
+    policy = AttentionPolicy("whole" if attention == "prefix_full" else "block_causal")
+    dims = dims_for(
+        strategy.rule,
+        slots=s.max_slots,
+        window=window,
+        block=s.block_size,
+        page=s.block_size,
+        pages_per_slot=s.pages_per_slot,
+        mask_id=spec.mask_id,
+    )
+    return s, policy, dims
 
 
 def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memory_share: float) -> Parts:
@@ -96,22 +139,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     spec, mesh, rule = network.model.spec, network.mesh, strategy.rule
     if mesh.axis_names != MESH_AXES or mesh.shape["data"] > 1:
         raise ValueError(f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {mesh.shape}")
-    window, attention = settings.buffer_size or strategy.window, settings.attention or strategy.attention or "block_causal"
-    s = dataclasses.replace(settings, buffer_size=window, attention=attention)
-    if s.max_model_len > spec.max_positions:
-        raise SettingError(
-            "max_model_len", f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={spec.max_positions}"
-        )
-    policy = AttentionPolicy("whole" if attention == "prefix_full" else "block_causal")
-    dims = dims_for(
-        rule,
-        slots=s.max_slots,
-        window=window,
-        block=s.block_size,
-        page=s.block_size,
-        pages_per_slot=s.pages_per_slot,
-        mask_id=spec.mask_id,
-    )
+    s, policy, dims = plan(spec, strategy, settings)
     page_bytes = 2 * spec.layers.count * dims.page * spec.layers.kv_heads * spec.layers.head_dim * s.jax_dtype.itemsize
     num_pages = s.num_pages or default_num_pages(
         mesh.devices.flat[0], page_bytes, needed=s.max_slots * s.pages_per_slot, share=memory_share
@@ -137,19 +165,24 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         "config": str(network.model.config),
         "dtype": s.dtype,
         "block_size": str(dims.block),
-        "attention": attention,
+        "attention": str(s.attention),
     }
     scheduler = Scheduler(
         device,
         pages,
         slots=s.max_slots,
         block=dims.block,
-        window=window,
+        window=dims.window,
         max_batched_tokens=s.max_batched_tokens,
         steps_per_dispatch=s.steps_per_dispatch,
         whole_prompts=not policy.chunkable,
         root=chain_digest(repr(same_kv).encode(), np.zeros(0, np.int32)),
     )
-    same_state = {"strategy": strategy_id(strategy), "buffer_size": str(window), "page": str(dims.page), "positions": str(dims.positions)}
+    same_state = {
+        "strategy": strategy_id(strategy),
+        "buffer_size": str(dims.window),
+        "page": str(dims.page),
+        "positions": str(dims.positions),
+    }
     limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, num_pages)
     return Parts(s, dims, limits, pages, device, scheduler, same_kv | same_state)

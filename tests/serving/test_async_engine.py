@@ -7,7 +7,6 @@ import contextlib
 import pickle
 import random
 
-import byte_model
 import numpy as np
 import pytest
 from jax._src import monitoring
@@ -163,7 +162,7 @@ def test_abort_answers_the_one_who_waits(engine):
     ("prompt", "params", "message"),
     [
         ([], SamplingParams(), "prompt is empty"),
-        ([byte_model.MASK], SamplingParams(), "prompt holds the mask token"),
+        ([5000], SamplingParams(), "prompt holds token id 5000"),
         ([1], SamplingParams(max_tokens=500), "exceeds max_model_len=128"),
         ([5000], SamplingParams(), "outside the vocabulary"),
     ],
