@@ -173,6 +173,7 @@ def test_readable_output_names_tokens_forwards_and_edits(asked):
     assert figures["forwards"] == "2"
     assert figures["tokens per forward"] == "2.00"
     assert figures["edits"] == "1"
+    assert figures["seed"] == str(ANSWER.seed)
     assert figures["seconds"].startswith("0.50")
 
 

@@ -236,6 +236,7 @@ def _readable(output: Output, start_seconds: float) -> str:
         "tokens per forward": f"{output.tokens_per_forward:.2f}",
         "edits": output.revised_tokens,
         "masked again": output.remasked_tokens,
+        "seed": output.seed,
         "seconds": f"{output.seconds:.2f}, after {start_seconds:.1f} to load and compile",
     }
     return "\n".join([answer, "", *(f"{name:>18}  {value}" for name, value in figures.items())])
