@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from diffulex_jax import compile_cache
 from diffulex_jax.engine.admission import Prompt, admit
@@ -15,7 +14,7 @@ from diffulex_jax.engine.build import Network, build, load
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.desk import Desk
 from diffulex_jax.engine.fingerprint import difference
-from diffulex_jax.engine.outputs import make_progress
+from diffulex_jax.engine.outputs import make_progress, with_progress
 from diffulex_jax.engine.request import Tracked
 from diffulex_jax.engine.results import Output, Progress
 from diffulex_jax.engine.snapshot import Snapshot
@@ -128,7 +127,7 @@ class Engine:
         pairs = enumerate(zip(prompts, each, strict=True))
         requests = [request for i, (prompt, p) in pairs for request in self._admit(prompt, p, name=f"prompt {i}", trace=trace)]
         with contextlib.closing(self._desk.finish(requests)) as finished:
-            outputs = dict(_counted(finished, total=len(requests)) if progress else finished)
+            outputs = dict(with_progress(finished, total=len(requests)) if progress else finished)
         return [outputs[request.id] for request in requests]
 
     def chat(
@@ -216,14 +215,3 @@ class Engine:
     def _admit(self, prompt: Prompt, params: SamplingParams, *, name: str, trace: bool) -> list[Tracked]:
         """The requests of a prompt, checked; not queued yet."""
         return admit(self._limits, prompt, params.resolve(self._defaults), name=name, trace=trace, new_id=self._desk.new_id)
-
-
-def _counted(finished: Iterable[tuple[int, Output]], *, total: int) -> Iterator[tuple[int, Output]]:
-    """Shows a progress bar with tokens per forward."""
-    tokens = forwards = 0
-    with tqdm(total=total, unit="request") as bar:
-        for id_, output in finished:
-            tokens, forwards = tokens + len(output.token_ids), forwards + output.nfe
-            bar.update()
-            bar.set_postfix_str(f"{tokens / max(forwards, 1):.2f} tokens/forward")
-            yield id_, output

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Iterator
+
+from tqdm import tqdm
 
 from diffulex_jax.engine.request import Tracked
 from diffulex_jax.engine.results import Output, Progress
@@ -55,3 +58,14 @@ def make_progress(request: Tracked) -> Progress:
     """What is known of a request that has not finished."""
     assert request.params.seed is not None
     return Progress(request.tokens, request.nfe, request.revised, request.remasked, request.trace, request.params.seed)
+
+
+def with_progress(finished: Iterable[tuple[int, Output]], *, total: int) -> Iterator[tuple[int, Output]]:
+    """Passes outputs on as they come, and shows a bar of how many there are, with their tokens per forward."""
+    tokens = forwards = 0
+    with tqdm(total=total, unit="request") as bar:
+        for id_, output in finished:
+            tokens, forwards = tokens + len(output.token_ids), forwards + output.nfe
+            bar.update()
+            bar.set_postfix_str(f"{tokens / max(forwards, 1):.2f} tokens/forward")
+            yield id_, output
