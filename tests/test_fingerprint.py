@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 from test_engine import tiny_engine
@@ -38,13 +40,40 @@ def rule_of(most):
     return stateless(update)
 
 
+def typed(text):
+    """A rule from source that lies in no module, as a notebook or exec() has it."""
+    names = {}
+    exec(f"def update(prediction, state):\n    return state.fill(state.masked, prediction.token, {text})", names)
+    return stateless(names["update"])
+
+
+@dataclasses.dataclass
+class Taker:
+    most: int
+
+    def __call__(self, prediction, state):
+        return take_one(prediction, state, most=self.most)
+
+
+class Other(Taker):
+    def __call__(self, prediction, state):
+        return take_one(prediction, state, most=self.most + 1)
+
+
 SAME = [
+    (lambda: typed("prediction.prob"), lambda: typed("prediction.prob")),
+    (lambda: stateless(Taker(2)), lambda: stateless(Taker(2))),
+    (lambda: stateless(jax.jit(take_one)), lambda: stateless(jax.jit(take_one))),
     (lambda: threshold(), lambda: threshold()),
     (lambda: rule_of(2), lambda: rule_of(2)),
     (lambda: stateless(functools.partial(take_one, most=2)), lambda: stateless(functools.partial(take_one, most=2))),
     (lambda: dmax(top_k=2), lambda: dmax(top_k=2)),
 ]
 OTHER = [
+    (lambda: typed("prediction.prob"), lambda: typed("prediction.prob + 1")),
+    (lambda: stateless(Taker(1)), lambda: stateless(Taker(2))),
+    (lambda: stateless(Taker(2)), lambda: stateless(Other(2))),
+    (lambda: stateless(jax.jit(take_one)), lambda: stateless(jax.jit(take_limit))),
     (lambda: threshold(), lambda: edit()),
     (lambda: threshold(), lambda: chain(threshold())),
     (lambda: chain(threshold(), remask()), lambda: chain(remask(), threshold())),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -66,7 +67,9 @@ def _parts(value: Any, above: frozenset[int]) -> Iterator[str]:
         case _ if hasattr(value, "__wrapped__"):  # a jitted function
             yield from _parts(value.__wrapped__, above)
         case _:
-            yield from _parts(getattr(value, "__dict__", None), above)
+            yield type(value).__module__
+            call = inspect.getattr_static(type(value), "__call__", None)  # what it does when called is its class's
+            yield from _all(above, getattr(value, "__dict__", None), call if isinstance(call, types.FunctionType) else None)
 
 
 def _all(above: frozenset[int], *values: Any) -> Iterator[str]:
@@ -75,8 +78,8 @@ def _all(above: frozenset[int], *values: Any) -> Iterator[str]:
 
 
 def _function(function: types.FunctionType, above: frozenset[int]) -> Iterator[str]:
-    package = function.__module__.partition(".")[0]
-    yield from (function.__module__, function.__qualname__)
+    package = _package(function)
+    yield from (str(function.__module__), function.__qualname__)
     closed_over = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     yield from _all(above, function.__defaults__, function.__kwdefaults__, closed_over)
     if package in _OURS:
@@ -84,10 +87,14 @@ def _function(function: types.FunctionType, above: frozenset[int]) -> Iterator[s
     yield from _parts(function.__code__, above)
     for name in _names(function.__code__):
         value = function.__globals__.get(name)
-        theirs = isinstance(value, types.FunctionType) and value.__module__.partition(".")[0] == package
+        theirs = isinstance(value, types.FunctionType) and _package(value) == package
         if theirs or isinstance(value, (bool, int, float, str, tuple)):
             yield name
             yield from _parts(value, above)
+
+
+def _package(function: types.FunctionType) -> str:
+    return str(function.__module__).partition(".")[0]  # of code that was given to exec() the module is None
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
