@@ -7,7 +7,6 @@ computes.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -20,6 +19,7 @@ from diffulex_jax.async_serving import protocol
 from diffulex_jax.async_serving.detokenizer import Detokenizer, flush, push
 from diffulex_jax.engine.engine import Engine
 from diffulex_jax.engine.results import Output, TraceStep
+from diffulex_jax.errors import SettingError
 
 
 logger = logging.getLogger(__name__)
@@ -122,8 +122,7 @@ def drop(state: ServingState, id: str) -> bool:
     going = [request for request in state.requests.values() if request.command.id == id]
     for request in going:
         del state.requests[request.command.strategy, request.engine_id]
-        with contextlib.suppress(Exception):  # it finished in this very step, or has no text; slot and pages are free either way
-            request.engine.abort(request.engine_id)
+        request.engine.discard(request.engine_id)
     return bool(going)
 
 
@@ -153,8 +152,8 @@ def _generate(engine: Engine, state: ServingState, command: protocol.Generate) -
     traced = command.provisional or (command.commits and command.params.logprobs)
     try:
         ids = engine.add(command.prompt, command.params, trace=traced)
-    except ValueError as error:
-        return failure(400, str(error), getattr(error, "field", str(error).split()[0]))
+    except SettingError as error:
+        return failure(400, str(error), error.field)
     except Exception as error:
         logger.exception("request %s was not accepted", command.id)
         return failure(500, str(error) or type(error).__name__)

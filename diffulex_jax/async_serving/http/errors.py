@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 
@@ -42,14 +41,3 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """When to try again, where that helps."""
         return dict(_RETRY_AFTER) if self.status in (429, 503) else {}
-
-
-def bad_setting(error: ValueError) -> ApiError:
-    """A 400 from a check of ``SamplingParams`` or of the engine."""
-    return ApiError(400, str(error), param=blamed_by(error))
-
-
-def blamed_by(error: ValueError) -> str | None:
-    """The setting that an error names at its beginning."""
-    name = re.match(r"(?:prompt: )?(\w+)\b", str(error))
-    return getattr(error, "field", name[1] if name else None)

@@ -16,8 +16,11 @@ the output among the request's). ``offset`` always counts generated positions: 0
 ``append`` (``stream_mode: "block_append"``): ``token_offset``, ``token_ids`` and ``text`` that became final, ``nfe`` so far, and
   ``logprobs`` where asked for.
 ``final``: the whole output, last of its index: ``text``, ``token_ids``, ``finish_reason`` (``stop``, ``length``, ``max_nfe``,
-  ``repetition``), ``nfe``, ``tokens_per_forward``, ``revised_tokens``, ``remasked_tokens``, ``prompt_tokens``, ``seconds`` (in its
-  slot), and ``logprobs`` and ``step_map`` where asked for.
+  ``repetition``), ``nfe``, ``tokens_per_forward``, ``revised_tokens``, ``remasked_tokens``, ``prompt_tokens``, and ``logprobs`` and
+  ``step_map`` where asked for.
+  ``seed``: of this output; asked for again, with ``n`` 1, it gives the same tokens.
+  ``queue_seconds``: until it got a slot. ``seconds``: from then on. ``first_block_seconds``: of these, until its first tokens were
+  final; null where none ever were.
 
 ``final`` carries ``"finished": true``, the others false. An error is ``{"error": {...}}``, OpenAI's envelope. The stream ends with
 ``data: [DONE]``.
@@ -84,8 +87,13 @@ def buffer_snapshot(event: Provisional, id: str, *, prompt_tokens: int, committe
 def final(event: Reply, id: str, *, prompt_tokens: int) -> dict[str, Any]:
     """A Reply."""
     record = dataclasses.asdict(event) | {"id": id, "logprobs": finite(event.logprobs), "prompt_tokens": prompt_tokens}
-    record["tokens_per_forward"] = len(event.token_ids) / event.nfe if event.nfe else 0.0
+    record["tokens_per_forward"] = tokens_per_forward(event)
     for name in ("logprobs", "step_map"):
         if record[name] is None:
             del record[name]
     return {"event": "final"} | record | {"finished": True}
+
+
+def tokens_per_forward(event: Reply) -> float:
+    """Tokens of the output for each of its forwards."""
+    return len(event.token_ids) / event.nfe if event.nfe else 0.0

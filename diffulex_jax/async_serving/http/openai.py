@@ -152,10 +152,17 @@ class Shape:
         return empty | self.ending(event)
 
     def ending(self, event: Reply) -> dict[str, Any]:
-        """Why an output ended, and its step map where that was asked for."""
-        fields: dict[str, Any] = {"finish_reason": _FINISH_REASONS.get(event.finish_reason, event.finish_reason)}
+        """Why an output ended and the seed it had; its step map and times where those were asked for."""
+        fields: dict[str, Any] = {"finish_reason": _FINISH_REASONS.get(event.finish_reason, event.finish_reason), "seed": event.seed}
         if self.wants.step_map:
             fields["step_map"] = event.step_map
+        if self.wants.timings:
+            fields["timings"] = {
+                "queue_seconds": event.queue_seconds,
+                "first_block_seconds": event.first_block_seconds,
+                "seconds": event.seconds,
+                "tokens_per_forward": records.tokens_per_forward(event),
+            }
         return fields
 
     def snapshot(self, event: Provisional) -> dict[str, Any]:

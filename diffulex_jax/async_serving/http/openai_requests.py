@@ -29,11 +29,13 @@ class Diffusion(Strict):
 
     ``provisional``: (streams) ``event: diffusion`` frames with the window after every step. ``step_map``: for every token the forwards that
     first and last wrote it. ``usage``: forwards, tokens per forward, revised tokens in ``usage.completion_tokens_details``.
+    ``timings``: for every choice the engine's seconds in the queue, to the first block and in all, and tokens per forward.
     """
 
     provisional: bool = False
     step_map: bool = False
     usage: bool = False
+    timings: bool = False
 
 
 class OpenAI(Sampling):
@@ -135,6 +137,10 @@ class Chat(OpenAI):
             return form
         unused = [of for of, choice in (("tools", "tool_choice"), ("functions", "function_call")) if form.get(choice) == "none"]
         return {name: value for name, value in form.items() if name not in unused}
+
+    def blamed(self, field: str | None) -> str | None:
+        newer = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {"prompt": "messages", "max_tokens": newer}.get(field or "", field)
 
     def check(self) -> None:
         super().check()

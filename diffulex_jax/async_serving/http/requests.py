@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from diffulex_jax.async_serving.http.errors import ApiError, bad_setting
+from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.fields import Given, Prompt, StopText, Strict, Text, TokenId
 from diffulex_jax.async_serving.http.messages import Messages
+from diffulex_jax.errors import SettingError
 from diffulex_jax.sampling_params import SamplingParams
 
 
@@ -75,8 +76,12 @@ class Sampling(Strict):
             given["top_k"] = None
         try:
             return SamplingParams(**{name: value for name, value in given.items() if value is not None})
-        except ValueError as error:
-            raise bad_setting(error) from error
+        except SettingError as error:
+            raise ApiError(400, str(error), param=self.blamed(error.field)) from error
+
+    def blamed(self, field: str | None) -> str | None:
+        """The field of this form that fills a setting of the engine's."""
+        return field
 
 
 def _offsets(name: str, tokens: dict[str, int]) -> dict[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from diffulex_jax.async_serving.async_engine import RequestError
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.messages import Message
 from diffulex_jax.async_serving.http.metrics import Watch
@@ -26,19 +27,23 @@ class Job:
 
     Attributes:
       id: of the answer; the server's own, like no other's.
+      form: what was asked.
       client_id: the ``X-Request-Id``, which other requests may have, too.
       prompts: token ids.
       params: for each prompt.
       strategy: the one that decodes them.
+      facts: what the log will say of the request: its ``id``, and ``seeds`` by output, null where it got none done.
       arrival: holds the place that was kept for the request since it arrived.
       commits, provisional: which events are wanted beside Replies.
     """
 
     id: str
+    form: Sampling
     client_id: str
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
     strategy: str
+    facts: dict[str, Any]
     arrival: contextlib.ExitStack
     commits: bool = False
     provisional: bool = False
@@ -46,10 +51,10 @@ class Job:
     @classmethod
     def of(cls, request: Request, service: Service, *, form: Sampling, **fields: Any) -> Job:
         """The job of a request that has arrived; ``fields`` are the rest."""
-        id_ = uuid.uuid4().hex
-        request.state.facts["id"] = id_
+        state, id_ = request.state, uuid.uuid4().hex
+        state.facts["id"] = id_
         strategy = service.engine.strategy_named(form.strategy)
-        return cls(id=id_, client_id=request.state.request_id, arrival=request.state.arrival, strategy=strategy, **fields)
+        return cls(id=id_, form=form, client_id=state.request_id, facts=state.facts, arrival=state.arrival, strategy=strategy, **fields)
 
     @property
     def num_outputs(self) -> int:
@@ -89,16 +94,21 @@ async def events(service: Service, job: Job) -> AsyncGenerator[RequestEvent, Non
             watch = Watch(service.metrics, job.strategy)
             accepted = await asyncio.gather(*(anext(stream) for stream in streams), return_exceptions=True)
             for outcome in accepted:
+                if isinstance(outcome, RequestError):
+                    raise RequestError(outcome.code, outcome.message, field=job.form.blamed(outcome.field)) from outcome
                 if isinstance(outcome, BaseException):
                     raise outcome
                 yield outcome
             service.metrics.prompt_tokens.inc(job.prompt_tokens)
+            seeds: list[int | None] = [None] * job.num_outputs
+            job.facts["seeds"] = seeds
             async for event in _merge(streams, job.params.n) if len(streams) > 1 else streams[0]:
                 match event:
                     case Commit():
                         watch.commit(event)
                     case Reply():
                         watch.reply(event)
+                        seeds[event.index] = event.seed
                 yield event
 
 
