@@ -66,6 +66,21 @@ def test_a_form_that_is_not_json_is_told_what_is_wanted(server):
     assert "content-type: application/json" in check_error(response, 400)["message"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-le"])
+def test_json_in_every_encoding_that_json_may_have(server, encoding):
+    body = json.dumps({"prompt": "héllo", "max_tokens": None, "stop": [], "n": None}, ensure_ascii=False).encode(encoding)
+    answer = server.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.json()["usage"]["prompt_tokens"] == 6
+
+
+def test_usage_of_a_stream_of_several_prompts_and_outputs_is_counted_once(server):
+    form = {"prompt": ["a", "bc"], "n": 2, "max_tokens": 4, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    with server.client.stream("POST", "/v1/completions", json=form) as response:
+        chunks = [data for _, data in frames(response)]
+    (usage,) = [chunk["usage"] for chunk in chunks if chunk.get("usage")]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 16)
+
+
 def test_a_wrong_method_is_an_error_too(server):
     assert check_error(server.client.get("/generate"), 405)["message"] == "/generate takes POST, not GET"
 
