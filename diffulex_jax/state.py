@@ -44,6 +44,15 @@ class Dims:
     def positions(self) -> int:
         return self.pages_per_slot * self.page
 
+    @property
+    def unit(self) -> int:
+        """Tokens of what the host hands out at once: a page, or the pages of a block."""
+        return max(self.block, self.page)
+
+    @property
+    def units_per_slot(self) -> int:
+        return self.positions // self.unit
+
 
 class Settings(struct.PyTreeNode):
     """Per-request settings, one row a slot, so that requests with different settings share a batch.

@@ -21,6 +21,9 @@ from diffulex_jax.state import LENGTH, RUNNING, Canvas, StepReport
 
 BLOCK, POSITIONS = 4, 64
 
+Place = tuple[int, int]
+"""A page, and the number of a block in it."""
+
 
 class StaleRead(AssertionError):
     pass
@@ -40,26 +43,30 @@ class Row:
 class ShadowDevice:
     """See the module; blocks finish by the roll of a die."""
 
-    def __init__(self, *, slots: int, seed: int):
-        self.slots, self.random = slots, random.Random(seed)
-        self.content: dict[int, tuple[int, ...]] = {}
+    def __init__(self, *, slots: int, seed: int, page: int):
+        self.slots, self.random, self.per_page = slots, random.Random(seed), page // BLOCK
+        self.content: dict[Place, tuple[int, ...]] = {}
         self.rows: dict[int, Row] = {}
         self.reads = 0
 
     def check(self, pages: list[int], tokens: list[int], blocks: int) -> None:
         for i in range(blocks):
             self.reads += 1
-            if self.content.get(pages[i]) != tuple(tokens[: (i + 1) * BLOCK]):
-                raise StaleRead(f"block {i} in page {pages[i]}: {self.content.get(pages[i])}, wanted {tokens[: (i + 1) * BLOCK]}")
+            found = self.content.get(self.place(pages, i))
+            if found != tuple(tokens[: (i + 1) * BLOCK]):
+                raise StaleRead(f"block {i} at {self.place(pages, i)}: {found}, wanted {tokens[: (i + 1) * BLOCK]}")
 
-    def write(self, page: int, tokens: list[int], block: int) -> None:
-        self.content[page] = tuple(tokens[: (block + 1) * BLOCK])
+    def place(self, pages: list[int], block: int) -> Place:
+        return pages[block // self.per_page], block % self.per_page
+
+    def write(self, pages: list[int], tokens: list[int], block: int) -> None:
+        self.content[self.place(pages, block)] = tuple(tokens[: (block + 1) * BLOCK])
 
     def prefill(self, request: Tracked, first: int, count: int) -> None:
         prompt = request.prompt.tolist()
         self.check(request.pages, prompt, first)
         for i in range(first, first + count):
-            self.write(request.pages[i], prompt, i)
+            self.write(request.pages, prompt, i)
 
     def admit(self, request: Tracked) -> None:
         start, prompt = len(request.prompt) // BLOCK * BLOCK, request.prompt.tolist()
@@ -69,12 +76,12 @@ class ShadowDevice:
         self.rows[request.slot] = Row(tokens, limit, start, start)
 
     def save(self, request: Tracked):
-        return copy.copy(self.rows[request.slot]), [self.content.get(page) for page in request.pages[: request.written]]
+        return copy.copy(self.rows[request.slot]), [self.content.get(self.place(request.pages, i)) for i in range(request.written)]
 
     def restore(self, request: Tracked) -> None:
         row, kv = request.saved
         self.rows[request.slot] = copy.copy(row)
-        self.content.update(zip(request.pages, kv, strict=False))
+        self.content |= {self.place(request.pages, i): content for i, content in enumerate(kv)}
 
     def release(self, slot: int) -> None:
         self.rows.pop(slot, None)  # it may have ended in the dispatch under way
@@ -90,7 +97,7 @@ class ShadowDevice:
         assert running.keys() == self.rows.keys()
         live = set(running)
         for _ in range(max_steps):
-            starved = any(self.rows[s].ready and len(running[s].pages) <= self.rows[s].start // BLOCK for s in live)
+            starved = any(self.rows[s].ready and len(running[s].pages) * self.per_page <= self.rows[s].start // BLOCK for s in live)
             if not live or starved or (stop_on_finish and len(live) < len(running)):
                 break
             for slot in sorted(live):
@@ -116,7 +123,7 @@ class ShadowDevice:
             row.start, row.pending, row.ready = row.start + BLOCK, True, False
         self.check(pages, row.tokens, row.written // BLOCK)
         if row.pending:
-            self.write(pages[row.start // BLOCK - 1], row.tokens, row.start // BLOCK - 1)
+            self.write(pages, row.tokens, row.start // BLOCK - 1)
             row.written, row.pending = row.start, False
         row.nfe += 1
         row.ready = self.random.random() < 0.4
@@ -126,12 +133,12 @@ class ShadowDevice:
 class World:
     """A scheduler over a shadow device, and what a random user does to it."""
 
-    def __init__(self, *, pool: float, seed: int, device: type[ShadowDevice] = ShadowDevice):
+    def __init__(self, *, pool: float, seed: int, page: int = BLOCK, device: type[ShadowDevice] = ShadowDevice):
         self.random = random.Random(seed)
-        slots, longest = 4, POSITIONS // BLOCK
+        slots, longest = 4, POSITIONS // page
         self.pages = PagePool(max(longest, int(pool * longest)))
-        self.device = device(slots=slots, seed=seed)
-        sizes = {"slots": slots, "block": BLOCK, "window": 1, "max_batched_tokens": 24, "steps_per_dispatch": 4}
+        self.device = device(slots=slots, seed=seed, page=page)
+        sizes = {"slots": slots, "block": BLOCK, "page": page, "window": 1, "max_batched_tokens": 24, "steps_per_dispatch": 4}
         self.scheduler = Scheduler(self.device, self.pages, **sizes, root=b"")
         self.requests: dict[int, Tracked] = {}
         self.ended: list[Ended] = []

@@ -58,6 +58,7 @@ def test_the_host_needs_no_longer_for_a_step_of_a_long_output():
         PagePool(SLOTS * LONGEST // BLOCK),
         slots=SLOTS,
         block=BLOCK,
+        page=BLOCK,
         window=1,
         max_batched_tokens=2048,
         steps_per_dispatch=1,

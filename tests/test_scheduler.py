@@ -18,19 +18,20 @@ ACTIONS = ["add", "add", "step", "step", "step", "step", "abort", "preempt"]
 POOLS = [4.0, 1.2, 1.0]  # times what one longest request needs
 
 
-def episode(*, pool: float, seed: int, device: type[ShadowDevice] = ShadowDevice) -> World:
-    world = World(pool=pool, seed=seed, device=device)
+def episode(*, pool: float, seed: int, page: int = BLOCK, device: type[ShadowDevice] = ShadowDevice) -> World:
+    world = World(pool=pool, seed=seed, page=page, device=device)
     for _ in range(40):
         getattr(world, world.random.choice(ACTIONS))()
     world.finish()
     return world
 
 
+@pytest.mark.parametrize("blocks_of_a_page", [1, 2, 4])
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_thousand_episodes_read_nothing_stale(pool):
-    worlds = [episode(pool=pool, seed=seed) for seed in range(1000)]
+def test_a_thousand_episodes_read_nothing_stale(pool, blocks_of_a_page):
+    worlds = [episode(pool=pool, seed=seed, page=blocks_of_a_page * BLOCK) for seed in range(1000)]
     assert sum(world.device.reads for world in worlds) > 50_000
-    assert sum(world.pages.hits for world in worlds) > 1000
+    assert sum(world.pages.hits for world in worlds) > 1000 / blocks_of_a_page**2
     if pool < 2:
         assert sum(world.scheduler.preemptions for world in worlds) > 1000
 

@@ -28,7 +28,7 @@ from diffulex_jax.strategies import resolve
 from pallas_kernels import REFERENCE, Kernels, choose
 
 
-BLOCK, STEPS = EngineConfig().block_size, EngineConfig().steps_per_dispatch
+BLOCK, STEPS = 32, EngineConfig().steps_per_dispatch
 
 
 def run(

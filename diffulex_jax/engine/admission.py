@@ -110,9 +110,10 @@ def _check_lengths(limits: Limits, length: int, params: SamplingParams, name: st
         raise SettingError(
             "prompt", f"{name} has {length} tokens; with attention='prefix_full' at most max_batched_tokens={limit} go through"
         )
-    needed = -(-(length + most) // limits.dims.page)
+    page = limits.dims.unit
+    needed = -(-(length + most) // page)
     if needed > limits.num_pages:
-        field = "max_tokens" if length < limits.num_pages * limits.dims.page else "prompt"
+        field = "max_tokens" if length < limits.num_pages * page else "prompt"
         raise SettingError(field, f"{name} needs {needed} pages with max_tokens={most}; the pool has {limits.num_pages}")
 
 

@@ -29,6 +29,9 @@ from diffulex_jax.weights import checkpoint
 from pallas_kernels import REFERENCE, choose
 
 
+_LEAST_PAGE = 8  # tokens; with fewer, page tables are long and kernels' tiles empty
+
+
 class Network(NamedTuple):
     """A model that is ready to run.
 
@@ -53,7 +56,7 @@ class Parts(NamedTuple):
     """What an engine consists of.
 
     Attributes:
-      settings: ``buffer_size`` and ``attention`` filled in.
+      settings: ``buffer_size``, ``attention``, ``block_size`` and ``page_size`` filled in.
       dims: sizes of the state.
       limits: what it can take.
       pages, device, scheduler: the pool's bookkeeping, the device's side, and who runs where.
@@ -99,14 +102,15 @@ def limits_of(model: str, strategy: Strategy, settings: EngineConfig) -> Limits:
     path = checkpoint.resolve(model)
     spec, tokenizer, eos_ids = checkpoint.load_model(path).spec, Tokenizer.load(path), checkpoint.load_end_ids(path)
     s, _, dims = plan(spec, strategy, settings)
-    return Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, s.num_pages or s.max_slots * dims.pages_per_slot)
+    return Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, s.num_pages or s.max_slots * dims.units_per_slot)
 
 
 def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[EngineConfig, AttentionPolicy, Dims]:
     """Fills in what the settings leave to the strategy and the model.
 
     Returns:
-      The settings with ``buffer_size`` and ``attention`` filled in, the attention they mean, and the sizes of the state.
+      The settings with ``buffer_size``, ``attention``, ``block_size`` and ``page_size`` filled in, the attention they mean, and the
+      sizes of the state.
 
     Raises:
       SettingError: for a setting that will not do.
@@ -118,16 +122,19 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
             "max_model_len", f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={spec.max_positions}"
         )
     policy = AttentionPolicy("whole" if attention == "prefix_full" else "block_causal")
+    block = block_size(spec, s)
+    page = page_size(block, s)
+    unit = max(block, page)
     dims = dims_for(
         strategy.rule,
         slots=s.max_slots,
         window=window,
-        block=s.block_size,
-        page=s.block_size,
-        pages_per_slot=s.pages_per_slot,
+        block=block,
+        page=page,
+        pages_per_slot=-(-s.max_model_len // unit) * (unit // page),
         mask_id=spec.mask_id,
     )
-    return s, policy, dims
+    return dataclasses.replace(s, block_size=block, page_size=page), policy, dims
 
 
 def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memory_share: float) -> Parts:
@@ -140,10 +147,9 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     if mesh.axis_names != MESH_AXES or mesh.shape["data"] > 1:
         raise ValueError(f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {mesh.shape}")
     s, policy, dims = plan(spec, strategy, settings)
-    page_bytes = 2 * spec.layers.count * dims.page * spec.layers.kv_heads * spec.layers.head_dim * s.jax_dtype.itemsize
-    num_pages = s.num_pages or default_num_pages(
-        mesh.devices.flat[0], page_bytes, needed=s.max_slots * s.pages_per_slot, share=memory_share
-    )
+    unit_bytes = 2 * spec.layers.count * dims.unit * spec.layers.kv_heads * spec.layers.head_dim * s.jax_dtype.itemsize
+    needed = s.max_slots * dims.units_per_slot
+    num_pages = s.num_pages or default_num_pages(mesh.devices.flat[0], unit_bytes, needed=needed, share=memory_share)
     # Soft inputs leave other KV than a prompt of the same tokens would, and where a prompt sees all of itself its KV depends on
     # what follows: such pages must not be found by their tokens.
     shareable = policy.shareable and (rule.merge is None or not rule.merge.commit_soft)
@@ -155,7 +161,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         network.params,
         mesh=mesh,
         dtype=s.jax_dtype,
-        num_pages=num_pages,
+        num_pages=num_pages * (dims.unit // dims.page),
         steps_per_dispatch=s.steps_per_dispatch,
         eos_ids=network.eos_ids,
     )
@@ -172,6 +178,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         pages,
         slots=s.max_slots,
         block=dims.block,
+        page=dims.unit,
         window=dims.window,
         max_batched_tokens=s.max_batched_tokens,
         steps_per_dispatch=s.steps_per_dispatch,
@@ -186,3 +193,31 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     }
     limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, num_pages)
     return Parts(s, dims, limits, pages, device, scheduler, same_kv | same_state)
+
+
+def block_size(spec: ModelSpec, settings: EngineConfig) -> int:
+    """Tokens in a block: the settings', else the model's.
+
+    Raises:
+      SettingError: where the checkpoint says that it was trained with another.
+    """
+    asked = settings.block_size
+    if asked is not None and asked != spec.block_size and spec.block_stated and not settings.force_block_size:
+        raise SettingError(
+            "block_size",
+            f"block_size={asked}, but the checkpoint was trained with blocks of {spec.block_size}; leave it out, or set "
+            "force_block_size=True and expect worse text",
+        )
+    return asked or spec.block_size
+
+
+def page_size(block: int, settings: EngineConfig) -> int:
+    """Tokens in a page of the pool.
+
+    Raises:
+      SettingError: where neither of a page and a block divides the other.
+    """
+    page = settings.page_size or block * -(-_LEAST_PAGE // block)
+    if page % block and block % page:
+        raise SettingError("page_size", f"page_size={page} must be a multiple of block_size={block}, or divide it")
+    return page

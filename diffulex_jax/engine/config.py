@@ -21,15 +21,18 @@ class EngineConfig:
 
     Attributes:
       dtype: of parameters, activations and the KV pool: ``"float32"`` or ``"bfloat16"``.
-      block_size: tokens in a block; what the model was trained with (32 for LLaDA2).
+      block_size: tokens in a block. Default: what the model was trained with, as its checkpoint says, or as such models usually have.
+      force_block_size: decode in blocks that the checkpoint was not trained for. The text gets worse.
+      page_size: tokens in a page of the KV pool: a multiple of a block, or a whole fraction of one. Default: a block, or as many as make
+        8 tokens or more.
       buffer_size: blocks denoised together (multi-block diffusion); 1 finishes a block before it starts the next. Default: what the
         strategy names, else 1.
       attention: what a prompt sees of itself: ``"block_causal"``, its blocks up to the position's own, or ``"prefix_full"``, all of it
         (D2F; such prompts share no prefixes and are prefilled in one piece). Default: what the strategy names, else block-causal.
       max_slots: requests decoded together.
       max_model_len: most tokens of a prompt and its output.
-      num_pages: blocks of KV in the pool; default: what memory allows, up to a few times what all slots need together. With fewer
-        than they need, requests that no longer fit are set aside and resumed.
+      num_pages: pages of the pool, or blocks where a block is several pages; default: what memory allows, up to a few times what all
+        slots need together. With fewer than they need, requests that no longer fit are set aside and resumed.
       max_batched_tokens: tokens of prompts and windows processed in one step, at the most.
       prefix_cache: reuse the KV of blocks that begin a prompt as an earlier request did.
       steps_per_dispatch: denoise steps the device runs before the host looks.
@@ -37,7 +40,9 @@ class EngineConfig:
     """
 
     dtype: str = "float32"
-    block_size: int = 32
+    block_size: int | None = None
+    force_block_size: bool = False
+    page_size: int | None = None
     buffer_size: int | None = None
     attention: str | None = None
     max_slots: int = 8
@@ -65,7 +70,3 @@ class EngineConfig:
         import jax.numpy as jnp  # late: the command line reads the settings without JAX
 
         return jnp.dtype(self.dtype)
-
-    @property
-    def pages_per_slot(self) -> int:
-        return -(-self.max_model_len // self.block_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,15 +98,17 @@ class JaxDevice:
             row = self._jit_take(self.state, _slot(request))
             kv = self._jit_read(self.pool, self._table(request.pages))
         row, kv = jax.device_get((row, kv))
-        return request_state.Saved(row, kv.k[:, : request.written].copy(), kv.v[:, : request.written].copy())
+        count = self._pages_of(request.written)
+        return request_state.Saved(row, kv.k[:, :count].copy(), kv.v[:, :count].copy())
 
     def restore(self, request: Tracked) -> None:
         saved, dims = request.saved, self.program.dims
         padding = [(0, 0)] * 5
-        padding[1] = (0, dims.pages_per_slot - request.written)
+        count = self._pages_of(request.written)
+        padding[1] = (0, dims.pages_per_slot - count)
         kv = KVPool(*(jnp.asarray(np.pad(a, padding)) for a in (saved.k, saved.v)))
         with jax.set_mesh(self.mesh):
-            self.pool = self._jit_write(self.pool, kv, self._table(request.pages[: request.written]))
+            self.pool = self._jit_write(self.pool, kv, self._table(request.pages, count))
             self.state = self._jit_put(self.state, _slot(request), saved.row)
 
     def release(self, slot: int) -> None:
@@ -123,7 +126,9 @@ class JaxDevice:
             if pages is not request.pages:
                 placed = 0
                 self._pages[slot] = self.num_pages
-            self._pages[slot, placed : len(request.pages)] = request.pages[placed:]
+            new = self._split(request.pages[placed:])
+            first = len(new) // max(1, len(request.pages) - placed) * placed
+            self._pages[slot, first : first + len(new)] = new
             self._placed[slot] = request.pages, len(request.pages)
             self._known[slot] = request.known
         plan = Plan(self._pages, self._known, max_steps, stop_on_finish)
@@ -145,10 +150,22 @@ class JaxDevice:
             self.pool, self.state, report, trace = denoise(self._params, self.pool, self.state, plan.pack())
         return report, trace
 
-    def _table(self, pages: list[int]) -> np.ndarray:
+    def _pages_of(self, blocks: int) -> int:
+        """Pages of the pool that hold so many first blocks of a request."""
+        dims = self.program.dims
+        return -(-blocks * dims.block // dims.page)
+
+    def _table(self, pages: Sequence[int], count: int | None = None) -> np.ndarray:
+        """``[P]`` int32: a request's pages as the device knows them, the first ``count`` of them; one past the pool elsewhere."""
         table = np.full(self.program.dims.pages_per_slot, self.num_pages, np.int32)
-        table[: len(pages)] = pages
+        own = self._split(pages)[:count]
+        table[: len(own)] = own
         return table
+
+    def _split(self, pages: Sequence[int]) -> np.ndarray:
+        """Pages of the pool: the scheduler's hold at least a block, and are several of the pool's where a block does not fit in one."""
+        parts = self.program.dims.unit // self.program.dims.page
+        return (np.asarray(pages, np.int32)[:, None] * parts + np.arange(parts, dtype=np.int32)).reshape(-1)
 
     def _prefill(self, tokens: np.ndarray, size: int, count: int, first: int, length: int, table: np.ndarray) -> None:
         block = self.program.dims.block

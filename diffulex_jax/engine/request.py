@@ -25,7 +25,7 @@ class Tracked:
       slot: where it runs or is being prefilled; None while it waits.
       pages: the pages it holds, in order of position.
       written: blocks whose KV is in those pages.
-      digests: digests of the blocks published or matched so far.
+      digests: digests of its first pages, as far as they were asked for.
       start: absolute position of its window.
       tokens: generated tokens that can no longer change.
       nfe, revised, remasked: its counters, as last reported.
@@ -69,9 +69,9 @@ class Tracked:
         """Whether its output needs what only the device knows of each position."""
         return self.params.logprobs or self.params.return_step_map
 
-    def block(self, index: int, size: int) -> np.ndarray:
-        """``[size]`` int32: the known tokens of block ``index``."""
-        first, n = index * size, len(self.prompt)
+    def known_tokens(self, first: int, size: int) -> np.ndarray:
+        """``[size]`` int32: the tokens of ``size`` known positions from ``first`` on."""
+        n = len(self.prompt)
         return np.array([*self.prompt[first : first + size], *self.tokens[max(0, first - n) : first + size - n]], np.int32)
 
 

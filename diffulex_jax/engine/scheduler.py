@@ -62,15 +62,17 @@ class Scheduler:
         *,
         slots: int,
         block: int,
+        page: int,
         window: int,
         max_batched_tokens: int,
         steps_per_dispatch: int,
         root: bytes,
         whole_prompts: bool = False,
     ):
-        """``whole_prompts``: a prompt is prefilled in one piece, however long."""
+        """``page``: tokens of a page, one or several blocks. ``whole_prompts``: a prompt is prefilled in one piece, however long."""
         self.device, self.pages = device, pages
-        self.block, self.window, self.max_batched_tokens = block, window, max_batched_tokens
+        self.block, self.page, self.window, self.max_batched_tokens = block, page, window, max_batched_tokens
+        self._per_page = page // block
         self.steps_per_dispatch = steps_per_dispatch
         self.waiting: collections.deque[Tracked] = collections.deque()
         self.prefilling: collections.deque[Tracked] = collections.deque()
@@ -87,7 +89,7 @@ class Scheduler:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters and gauges: requests, pages, prefix cache lookups in blocks, preemptions."""
+        """Counters and gauges: requests, pages, prefix cache lookups in pages, preemptions."""
         return {
             "waiting": len(self.waiting),
             "prefilling": len(self.prefilling),
@@ -194,21 +196,25 @@ class Scheduler:
     def _take_pages(self, request: Tracked) -> bool:
         """Pages to go on with: those of written or whole prompt blocks, and one for the first block of the window."""
         if request.saved is not None:
-            if self.pages.num_available <= request.written:
+            needed = self._pages_of(request.written + 1)
+            if self.pages.num_available < needed:
                 return False
-            request.pages = self.pages.allocate(request.written + 1)
+            request.pages = self.pages.allocate(needed)
             return True
-        whole = request.prompt[: len(request.prompt) // self.block * self.block].reshape(-1, self.block)
-        request.digests = []
-        for tokens in whole:
-            request.digests.append(chain_digest(self._parent(request), tokens))
+        whole = len(request.prompt) // self.block
+        self._digest(request, whole // self._per_page)
         shared = self.pages.match(request.digests)
-        if self.pages.num_available < len(whole) - len(shared) + 1:
+        needed = self._pages_of(whole + 1) - len(shared)
+        if self.pages.num_available < needed:
             self.pages.release(shared)
             return False
-        request.pages = shared + self.pages.allocate(len(whole) - len(shared) + 1)
-        request.written, request.start = len(shared), len(whole) * self.block
+        request.pages = shared + self.pages.allocate(needed)
+        request.written, request.start = len(shared) * self._per_page, whole * self.block
         return True
+
+    def _pages_of(self, blocks: int) -> int:
+        """Pages that hold so many first blocks."""
+        return -(-blocks // self._per_page)
 
     def _prefill(self) -> None:
         """Prompt blocks within the budget that decoding leaves, a chunk a request in turn; at least one chunk a step."""
@@ -220,9 +226,7 @@ class Scheduler:
             count = left if self._whole_prompts else min(left, max(budget // self.block, 1), _MOST_PREFILL_BLOCKS)
             if count:
                 self.device.prefill(request, request.written, count)
-                for i in range(request.written, request.written + count):
-                    self.pages.publish(request.pages[i], request.digests[i])
-                request.written += count
+                self._publish(request, request.written + count)
                 budget -= count * self.block
                 first = False
             if count < left:
@@ -234,7 +238,7 @@ class Scheduler:
 
     def _provide_page(self, request: Tracked) -> None:
         """Makes sure the window's first block can be committed; the youngest others give way when pages run out."""
-        missing = request.start // self.block + 1 - len(request.pages)
+        missing = self._pages_of(request.start // self.block + 1) - len(request.pages)
         while missing > 0 and self.pages.num_available < missing:
             youngest = max([*self.running.values(), *self.prefilling], key=lambda r: r.order)
             self.preempt(youngest)
@@ -264,12 +268,16 @@ class Scheduler:
         return ended
 
     def _publish(self, request: Tracked, written: int) -> None:
-        """Blocks whose KV a step has written become findable; only the step's own report says so."""
-        for i in range(request.written, written):
-            request.digests.append(chain_digest(self._parent(request), request.block(i, self.block)))
-            self.pages.publish(request.pages[i], request.digests[-1])
+        """Pages whose blocks all have their KV become findable; only prefill and the step's own report say that KV was written."""
+        full = written // self._per_page
+        self._digest(request, full)
+        for i in range(request.written // self._per_page, full):
+            self.pages.publish(request.pages[i], request.digests[i])
         request.written = written
 
-    def _parent(self, request: Tracked) -> bytes:
-        """What the digest of the request's next block continues: its last block's, or at first the engine's with its salt."""
-        return request.digests[-1] if request.digests else self._root + request.params.cache_salt.encode()
+    def _digest(self, request: Tracked, pages: int) -> None:
+        """Makes ``request.digests`` reach over so many first pages, each continuing the one before it, the first the engine's and the
+        request's salt."""
+        for i in range(len(request.digests), pages):
+            parent = request.digests[-1] if request.digests else self._root + request.params.cache_salt.encode()
+            request.digests.append(chain_digest(parent, request.known_tokens(i * self.page, self.page)))

@@ -46,7 +46,7 @@ class Snapshot:
         request = Tracked(id=id_, prompt=self.prompt, params=self.params, tokens=list(self.tokens), start=self.start)
         if self.saved is not None:
             row = self.saved.row
-            request.saved, request.written = self.saved, self.saved.k.shape[1]
+            request.saved, request.written = self.saved, int(row.written_upto) // row.tokens.shape[-1]
             request.nfe, request.revised, request.remasked = int(row.nfe), int(row.revised), int(row.remasked)
         return request
 
