@@ -11,11 +11,10 @@ from scripted import EOS, Script, play
 from diffulex_jax import SamplingParams
 from diffulex_jax.engine.request import Tracked
 from diffulex_jax.engine.stops import find_cut
-from diffulex_jax.strategies import dmax, llada2, llada2_edit
+from diffulex_jax.strategies import STRATEGIES
 
 
 SLOTS, BATCHES, POSITIONS, STOP = 60, 28, 48, 11
-RULES = {"llada2": llada2(), "llada2_edit": llada2_edit(), "dmax": dmax()}
 
 
 def request(rng: np.random.Generator) -> Script:
@@ -29,6 +28,8 @@ def request(rng: np.random.Generator) -> Script:
         max_tokens=int(rng.integers(1, POSITIONS - len(prompt) + 1)),
         accept_threshold=float(rng.choice([0.0, 0.5, 0.95, 2.0])),
         num_to_transfer=int(rng.integers(1, 4)),
+        denoising_steps=int(rng.integers(0, 5)),
+        entropy_bound=float(rng.choice([0.0, 0.5, 2.0])),
         ignore_eos=bool(rng.random() < 0.3),
         stop_token_ids=[STOP] if rng.random() < 0.5 else [],
         add_block_threshold=float(rng.choice([0.0, 0.3, 1.0])),
@@ -45,14 +46,17 @@ def expected(say: Script) -> tuple[list[int], str]:
 
 @pytest.mark.parametrize(
     ("name", "block", "window"),
-    [("llada2", 4, 1), ("llada2", 8, 3), ("llada2_edit", 8, 1), ("llada2_edit", 4, 2), ("dmax", 4, 3), ("dmax", 16, 1)],
+    [
+        *(("llada2", 4, 1), ("llada2", 8, 3), ("llada2_edit", 8, 1), ("llada2_edit", 4, 2), ("dmax", 4, 3), ("dmax", 16, 1)),
+        *(("sdar_leftmost", 4, 1), ("sdar_sequential", 8, 3), ("sdar_entropy", 4, 2)),
+    ],
 )
 def test_exact_length_no_masks_and_the_right_reason(name, block, window):
     rng = np.random.default_rng([len(name), block, window])
     reasons = set()
     for _ in range(BATCHES):
         say = [request(rng) for _ in range(SLOTS)]
-        played, _state = play(RULES[name], *say, block=block, pages=POSITIONS // block, window=window, steps=4 * POSITIONS)
+        played, _state = play(STRATEGIES[name].rule, *say, block=block, pages=POSITIONS // block, window=window, steps=4 * POSITIONS)
         for one, script in zip(played, say, strict=True):
             assert (one.tokens, one.reason) == expected(script)
             reasons.add(one.reason)

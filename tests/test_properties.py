@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scripted import EOS, Script, play
 
 from diffulex_jax import SamplingParams
-from diffulex_jax.rules import levenshtein
-from diffulex_jax.strategies import dmax, llada2, llada2_edit
+from diffulex_jax.rules import chain, edit, entropy_bounded, levenshtein, remask
+from diffulex_jax.strategies import dmax, llada2, llada2_edit, sdar_leftmost, sdar_sequential
 from pallas_kernels import block_attention, prediction, token_merge
 
 
@@ -32,6 +32,9 @@ RULES = {
     "llada2_levenshtein": levenshtein(delete_id=EOS - 3, split_id=EOS - 2),
     "dmax": dmax(),
     "dmax fast": dmax(mode="fast"),
+    "sdar_leftmost": sdar_leftmost(),
+    "sdar_sequential": sdar_sequential(),
+    "sdar_entropy with edit": chain(entropy_bounded(), edit(), remask()),
 }
 MOST_POST_STEPS = 3
 BUDGET = 4 * BLOCK + MOST_POST_STEPS
@@ -52,6 +55,8 @@ def requests(draw, positions: int = BLOCK * PAGES) -> Script:
         remask_threshold=draw(shares),
         settle_threshold=draw(shares),
         num_to_transfer=draw(st.integers(1, 5)),
+        denoising_steps=draw(st.integers(0, BLOCK)),
+        entropy_bound=draw(shares),
         max_post_edit_steps=draw(st.integers(0, MOST_POST_STEPS)),
         max_nfe=draw(st.sampled_from([None, None, 1, 5])),
         ignore_eos=draw(st.booleans()),
@@ -93,7 +98,7 @@ def test_rules_on_any_prediction(name, window, pair):
             assert one.remasked <= 2 * params.max_tokens + 2 * BLOCK * window
             assert one.remasked == 0 or params.remask_threshold > 0
         if params.remask_threshold == 0:
-            if name == "llada2":
+            if name in ("llada2", "sdar_leftmost", "sdar_sequential"):
                 assert one.revised == 0
 
 
