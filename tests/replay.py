@@ -254,7 +254,8 @@ def engine_of(cases: Sequence[Case], strategy: str, block: int, engine_for: Call
     """The engine for the cases of one strategy and block size."""
     longest = max(len(case.prompt) + case.settings["gen_length"] for case in cases) + block
     room = max(64, block)
-    return engine_for(strategy=strategy, block_size=block, max_slots=4, max_model_len=max(256, -(-longest // room) * room))
+    length = max(256, -(-longest // room) * room)
+    return engine_for(strategy=strategy, block_size=block, force_block_size=True, max_slots=4, max_model_len=length)
 
 
 def _jobs(cases: Sequence[Case]) -> Iterator[tuple[Case, bool, SamplingParams]]:
