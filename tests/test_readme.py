@@ -17,7 +17,7 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "path/to/LLaDA2.0-mini").symlink_to(EMBEDDED)
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 6
     namespace: dict = {}
     for snippet in snippets:
         exec(snippet, namespace)
