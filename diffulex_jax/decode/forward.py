@@ -60,7 +60,10 @@ def forward(
         return jnp.concatenate(outs, 1), split_heads(first)[1:] if keep else ()
 
     lanes = keys.lanes if pending is None else jnp.concatenate([pending[:, None], keys.lanes], 1)
-    ops = machine_ops(kernels, attend, pending=0 if pending is None else block, valid=jnp.repeat(lanes, block, 1))
+    valid = jnp.repeat(lanes, block, 1)
+    if visible is not None:
+        valid &= visible.any(1)  # what nobody sees is no token: it must not have a say in the experts of its block
+    ops = machine_ops(kernels, attend, pending=0 if pending is None else block, valid=valid)
     return program.model.layers(params, x, positions, watch(ops))
 
 

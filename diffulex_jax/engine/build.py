@@ -199,9 +199,15 @@ def block_size(spec: ModelSpec, settings: EngineConfig) -> int:
     """Tokens in a block: the settings', else the model's.
 
     Raises:
-      SettingError: where the checkpoint says that it was trained with another.
+      SettingError: where the checkpoint says that it was trained with another, or cannot do with another.
     """
     asked = settings.block_size
+    if asked is not None and spec.routing_block not in (0, asked):
+        raise SettingError(
+            "block_size",
+            f"block_size={asked} must be {spec.routing_block} for this model, whose blocks of {spec.routing_block} tokens choose their "
+            "experts together; leave it out",
+        )
     if asked is not None and asked != spec.block_size and spec.block_stated and not settings.force_block_size:
         raise SettingError(
             "block_size",

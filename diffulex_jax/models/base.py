@@ -60,6 +60,7 @@ class ModelSpec:
       block_stated: whether its checkpoint says so; otherwise ``block_size`` is what such models usually have.
       layers: its layers, all of one kind.
       experts_per_token: routed experts of a token; 0 where no layer has any.
+      routing_block: tokens that choose their experts together, which must be the block that is decoded; 0 where each chooses alone.
     """
 
     vocab_size: int
@@ -71,6 +72,7 @@ class ModelSpec:
     block_stated: bool
     layers: LayerKind
     experts_per_token: int = 0
+    routing_block: int = 0
 
     def __post_init__(self) -> None:
         for name, ids in (("mask_token_id", (self.mask_id,)), ("eos_token_id", self.eos_ids)):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -22,6 +23,11 @@ IGNORED = frozenset(
 """Keys that do not change what a forward computes: names and provenance, training, and how ``transformers`` runs it. ``pad_token_id`` and
 ``bos_token_id`` concern tokenizers, which have files of their own; ``max_window_layers`` matters with sliding windows only."""
 
+LARGEST = 2**31 - 1
+"""No number of a config is larger."""
+MOST_LAYERS, MOST_EXPERTS = 2**12, 2**17
+"""No network has more layers, or more experts in all its layers together. Their tensors are declared before any file is read."""
+
 Only = Mapping[str, tuple[Any, ...]]
 """Keys that change the computation, with the values that are implemented; the first is the one written back."""
 
@@ -31,11 +37,11 @@ def read(cls: type, raw: Mapping[str, Any], only: Only) -> dict[str, Any]:
 
     Args:
       cls: its fields are named as the keys are.
-      raw: the mapping; null means that a key is not there.
+      raw: the mapping; null means that a key is not there, and is an error where a number with a fraction is read.
       only: see :data:`Only`.
 
     Raises:
-      ValueError: naming a missing key, or a key whose value asks for something that is not implemented.
+      ValueError: naming a missing key, or a key whose value is of the wrong type or asks for something that is not implemented.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in raw.items():
@@ -43,15 +49,17 @@ def read(cls: type, raw: Mapping[str, Any], only: Only) -> dict[str, Any]:
             raise ValueError(f"config: {key} is null; it must be a number")
     raw = {key: value for key, value in raw.items() if value is not None}
     for key, value in _rope(raw.pop("rope_parameters", {})).items():
-        raw.setdefault(key, value)
-    if set(raw.get("layer_types", ())) <= {"full_attention"}:
-        raw.pop("layer_types", None)
+        if raw.setdefault(key, value) != value:
+            raise ValueError(f"config: {key}={shown(raw[key])} contradicts rope_parameters.{key}={shown(value)}")
+    if isinstance(kinds := raw.get("layer_types"), list) and all(kind == "full_attention" for kind in kinds):
+        del raw["layer_types"]
     for key, value in raw.items():
         if key in only and value not in only[key]:
-            raise ValueError(f"config: {key}={_shown(value)} is not implemented; supported: {', '.join(map(_shown, only[key]))}")
+            known = ", ".join(shown(known) for known in only[key] if known is not None)
+            raise ValueError(f"config: {key}={shown(value)} is not implemented; supported: {known}")
         if key not in fields and key not in only and key not in IGNORED and value:
-            raise ValueError(f"config: {key}={_shown(value)} is not implemented, and it may change what the model computes")
-    found = {key: value for key, value in raw.items() if key in fields}
+            raise ValueError(f"config: {key}={shown(value)} is not implemented{_CHANGES.get(key, _MAY_CHANGE)}")
+    found = {key: _typed(key, value, fields[key].type) for key, value in raw.items() if key in fields and key != "eos_token_id"}
     found["eos_token_id"] = end_ids(raw.get("eos_token_id"))
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in found]
     if missing:
@@ -82,7 +90,20 @@ def positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ValueError(f"config: {name}={_shown(value)} must be a positive integer")
+            raise ValueError(f"config: {name}={shown(value)} must be a positive integer")
+
+
+def countable(config: Any) -> None:
+    """Checks that ``num_hidden_layers`` and ``num_experts`` are of a size that networks have, so that their tensors can be listed.
+
+    Raises:
+      ValueError: naming them.
+    """
+    layers, experts = config.num_hidden_layers, config.num_experts
+    if layers > MOST_LAYERS:
+        raise ValueError(f"config: num_hidden_layers={layers} must be at most {MOST_LAYERS}")
+    if layers * experts > MOST_EXPERTS:
+        raise ValueError(f"config: num_experts={experts} in num_hidden_layers={layers} layers must be at most {MOST_EXPERTS} together")
 
 
 def divides(config: Any, small: str, large: str) -> None:
@@ -95,16 +116,44 @@ def divides(config: Any, small: str, large: str) -> None:
         raise ValueError(f"config: {small}={getattr(config, small)} must divide {large}={getattr(config, large)}")
 
 
-def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+_MAY_CHANGE = ", and it may change what the model computes"
+_CHANGES = {"quantization_config": ": quantised weights are not read; take a checkpoint in bfloat16, float16 or float32"}
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """``value`` as a field of type ``kind``, as annotations are written, holds it."""
+    holds, words = _KINDS[kind]
+    if not holds(value):
+        raise ValueError(f"config: {key}={shown(value)} must be {words}")
+    return float(value) if kind == "float" else tuple(value) if isinstance(value, list) else value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    "int": (_is_int, f"an integer of at most {LARGEST}"),
+    "float": (lambda value: _is_int(value) or (isinstance(value, float) and math.isfinite(value)), "a finite number"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "str": (lambda value: isinstance(value, str), "a string"),
+    "tuple[int, ...]": (lambda value: isinstance(value, list) and all(map(_is_int, value)), "a list of integers"),
+}
+
+
+def _rope(parameters: Any) -> dict[str, Any]:
     """The keys of ``rope_parameters`` (transformers 5) as they stood beside the others before."""
+    if not isinstance(parameters, dict):
+        raise ValueError(f"config: rope_parameters={shown(parameters)} must be an object")
     flat = {key: value for key, value in parameters.items() if value is not None}
     if flat.pop("rope_type", "default") != "default":
-        raise ValueError(f"config: rope_parameters.rope_type={parameters['rope_type']!r} is not implemented; only 'default' is")
+        raise ValueError(f"config: rope_parameters.rope_type={shown(parameters['rope_type'])} is not implemented; only 'default' is")
     if unknown := flat.keys() - {"rope_theta", "partial_rotary_factor"}:
-        raise ValueError(f"config: rope_parameters.{min(unknown)}={_shown(flat[min(unknown)])} is not implemented")
+        raise ValueError(f"config: rope_parameters.{min(unknown)}={shown(flat[min(unknown)])} is not implemented")
     return flat
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a message shows it: in one line, not too long."""
     text = json.dumps(value, default=repr) if isinstance(value, (dict, list)) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -18,7 +18,8 @@ from diffulex_jax.models.ops import Ops, gated
 from pallas_kernels.expert_choice import Router
 
 
-BLOCK = 32  # tokens of a block of every published checkpoint; no config says so
+BLOCK = 32  # tokens of a block of every published checkpoint; only LLaDA2.2's config says so
+MASK_ID = 156_895  # of every published checkpoint; few configs say so
 
 
 def model(raw: Mapping[str, Any], name: str) -> Model:
@@ -31,8 +32,9 @@ def model(raw: Mapping[str, Any], name: str) -> Model:
         max_positions=c.max_position_embeddings,
         mask_id=c.mask_token_id,
         eos_ids=c.eos_token_id,
-        block_size=BLOCK,
-        block_stated=False,
+        block_size=c.block_size or BLOCK,
+        block_stated=c.block_size > 0,
+        routing_block=(c.block_size or BLOCK) if c.expert_capacity else 0,
         layers=LayerKind(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rotary_dim),
         experts_per_token=c.num_experts_per_tok,
     )
@@ -43,9 +45,11 @@ def layers(c: LLaDA2Config, params: Params, x: jax.Array, positions: jax.Array, 
     """All layers and the final norm. See ``models.base.Model.layers``."""
     table = parts.rope_table(positions, c.rotary_dim, c.rope_theta)
     norm = functools.partial(parts.rms_norm, eps=c.rms_norm_eps)
-    router = Router(
-        top_k=c.num_experts_per_tok, groups=c.n_group, kept=c.topk_group, normalise=c.norm_topk_prob, scale=c.routed_scaling_factor
-    )
+    router = Router(top_k=c.num_experts_per_tok, normalise=c.norm_topk_prob, scale=c.routed_scaling_factor)
+    if c.expert_capacity:  # LLaDA2.2 states groups too, and does not use them
+        router = router._replace(capacity=c.expert_capacity, block=c.block_size or BLOCK)
+    else:
+        router = router._replace(groups=c.n_group, kept=c.topk_group)
 
     def layer(kind: str, i: jax.Array, at: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
         p = params[kind]
@@ -110,7 +114,10 @@ def tensors(c: LLaDA2Config) -> Iterator[Tensor]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LLaDA2Config:
-    """Shape of the network, named as in its Hugging Face ``config.json``."""
+    """Shape of the network, named as in its Hugging Face ``config.json``.
+
+    With ``expert_capacity`` (LLaDA2.2) the tokens of a block choose their experts together, and the groups mean nothing.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -124,8 +131,10 @@ class LLaDA2Config:
     moe_intermediate_size: int
     n_group: int
     topk_group: int
-    mask_token_id: int
     eos_token_id: tuple[int, ...]
+    mask_token_id: int = MASK_ID
+    block_size: int = 0
+    expert_capacity: int = 0
     num_shared_experts: int = 1
     first_k_dense_replace: int = 1
     norm_topk_prob: bool = True
@@ -137,6 +146,7 @@ class LLaDA2Config:
 
     def __post_init__(self) -> None:
         hf_config.positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        hf_config.countable(self)
         hf_config.divides(self, "num_key_value_heads", "num_attention_heads")
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             raise ValueError(
@@ -148,16 +158,27 @@ class LLaDA2Config:
                 f"need an even number up to head_dim={self.head_dim}"
             )
         if self.first_k_dense_replace < self.num_hidden_layers:
-            hf_config.positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
-            hf_config.divides(self, "n_group", "num_experts")
-            if self.topk_group > self.n_group:
-                raise ValueError(f"config: topk_group={self.topk_group} exceeds n_group={self.n_group}")
-            if self.num_experts_per_tok > self.topk_group * (self.num_experts // self.n_group):
-                raise ValueError(
-                    f"config: num_experts_per_tok={self.num_experts_per_tok} exceeds the experts in topk_group={self.topk_group} groups"
-                )
+            hf_config.positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+            self._check_routing()
         if self.first_k_dense_replace:
             hf_config.positive(self, "intermediate_size")
+
+    def _check_routing(self) -> None:
+        if self.expert_capacity:
+            if not self.num_experts_per_tok <= self.expert_capacity <= self.num_experts:
+                raise ValueError(
+                    f"config: expert_capacity={self.expert_capacity} must lie between "
+                    f"num_experts_per_tok={self.num_experts_per_tok} and num_experts={self.num_experts}"
+                )
+            return
+        hf_config.positive(self, "n_group", "topk_group")
+        hf_config.divides(self, "n_group", "num_experts")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"config: topk_group={self.topk_group} exceeds n_group={self.n_group}")
+        if self.num_experts_per_tok > self.topk_group * (self.num_experts // self.n_group):
+            raise ValueError(
+                f"config: num_experts_per_tok={self.num_experts_per_tok} exceeds the experts in topk_group={self.topk_group} groups"
+            )
 
     @property
     def rotary_dim(self) -> int:
@@ -183,19 +204,22 @@ class LLaDA2Config:
         """
         raw = dict(raw)
         rotary_dim = raw.pop("rotary_dim", None)
-        if raw.get("head_dim") is None and raw.get("hidden_size") and raw.get("num_attention_heads"):
-            raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+        width, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
+        if raw.get("head_dim") is None and isinstance(width, int) and isinstance(heads, int) and heads:
+            raw["head_dim"] = width // heads
         config = cls(**hf_config.read(cls, raw, ONLY))
         if rotary_dim not in (None, config.rotary_dim):
             raise ValueError(
-                f"config: rotary_dim={rotary_dim} contradicts partial_rotary_factor={config.partial_rotary_factor} "
+                f"config: rotary_dim={hf_config.shown(rotary_dim)} contradicts partial_rotary_factor={config.partial_rotary_factor} "
                 f"(head_dim {config.head_dim})"
             )
         return config
 
     def to_hf(self, *, dtype: str = "bfloat16") -> dict[str, Any]:
         """The ``config.json`` mapping that :meth:`from_hf` reads back; ``dtype`` names the dtype of the stored weights."""
-        return hf_config.written(self, ONLY, dtype=dtype) | {"rotary_dim": self.rotary_dim}
+        raw = hf_config.written(self, ONLY, dtype=dtype) | {"rotary_dim": self.rotary_dim}
+        # Other readers route by blocks wherever the key is there, whatever it says.
+        return {key: value for key, value in raw.items() if value or key not in ("block_size", "expert_capacity")}
 
 
 ONLY: hf_config.Only = {
@@ -213,4 +237,7 @@ ONLY: hf_config.Only = {
     "moe_router_enable_expert_bias": (True,),
     "norm_head": (False,),
     "norm_softmax": (False,),
+    "sliding_window": (None, 4096),  # what the config's class writes beside use_sliding_window=false
+    "delete_token_id": (None, 156_930),  # of LLaDA2.2, which rules.levenshtein reads
+    "split_token_id": (None, 156_931),
 }

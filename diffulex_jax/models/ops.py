@@ -50,10 +50,11 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
       valid: ``[R, T]`` bool; the experts leave False tokens out, whose output means nothing.
     """
 
-    def apart(f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    def apart(f: Callable[..., Any], *arrays: jax.Array | None) -> Any:
         if not pending or not kernels.rows_apart:
-            return f(x)
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), f(x[:, :pending]), f(x[:, pending:]))
+            return f(*arrays)
+        first, rest = (jax.tree.map(lambda a, at=at: a[:, at], arrays) for at in (slice(pending), slice(pending, None)))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), f(*first), f(*rest))
 
     def linear(x: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
         return apart(lambda x: linear_kernels.linear(x, stack, layer, backend=kernels.linear), x)
@@ -65,9 +66,13 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
         kept = None if valid is None else valid.reshape(-1)
         matrix, bias = stacks["router"][layer], stacks["router_bias"][layer] if "router_bias" in stacks else None
         choose = functools.partial(expert_choice.choose, router=router, backend=kernels.expert_choice)
+
+        def choose_rows(x: jax.Array, valid: jax.Array | None) -> Any:
+            ids, weights, _ = choose(flat(x), matrix, bias, valid=None if valid is None else valid.reshape(-1))
+            return ids.reshape(*x.shape[:2], -1), weights.reshape(*x.shape[:2], -1)
+
         if kernels.rows_apart:
-            parts = apart(lambda x: tuple(a.reshape(*x.shape[:2], -1) for a in choose(flat(x), matrix, bias)[:2]), x)
-            ids, weights, counted = *map(flat, parts), None
+            (ids, weights), counted = map(flat, apart(choose_rows, x, valid)), None
         else:
             ids, weights, counted = choose(flat(x), matrix, bias, valid=kept)
         shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None

@@ -130,6 +130,8 @@ class SDARConfig:
 
     def __post_init__(self) -> None:
         hf_config.positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        hf_config.positive(self, "decoder_sparse_step")
+        hf_config.countable(self)
         hf_config.divides(self, "num_key_value_heads", "num_attention_heads")
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim={self.head_dim} must be even")
@@ -155,8 +157,7 @@ class SDARConfig:
         Raises:
           ValueError: naming a missing key, or a key whose value asks for something this implementation does not do.
         """
-        fields = hf_config.read(cls, raw, ONLY)
-        return cls(**fields | {"mlp_only_layers": tuple(fields.get("mlp_only_layers", ()))})
+        return cls(**hf_config.read(cls, raw, ONLY))
 
     def to_hf(self, *, dtype: str = "bfloat16") -> dict[str, Any]:
         """The ``config.json`` mapping that :meth:`from_hf` reads back; ``dtype`` names the dtype of the stored weights."""

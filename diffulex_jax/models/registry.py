@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffulex_jax.models import llada2, qwen3
+from diffulex_jax.models import hf_config, llada2, qwen3
 from diffulex_jax.models.base import Model
 
 
@@ -27,6 +27,6 @@ def model_of(raw: Mapping[str, Any], *, name: str = "") -> Model:
       ValueError: for a family that is not there, or a config that its family refuses.
     """
     kind = raw.get("model_type")
-    if kind not in REGISTRY:
-        raise ValueError(f"config: model_type={kind!r} is not implemented; supported: {', '.join(map(repr, REGISTRY))}")
+    if not isinstance(kind, str) or kind not in REGISTRY:
+        raise ValueError(f"config: model_type={hf_config.shown(kind)} is not implemented; supported: {', '.join(map(repr, REGISTRY))}")
     return REGISTRY[kind](raw, name)

@@ -22,6 +22,9 @@ class Router(NamedTuple):
       kept: a token's experts come from so many groups: those with the largest sum of their two best.
       normalise: whether a token's weights are divided by their sum; to that of sigmoids 1e-20 is added, as DeepSeek-V3 does.
       scale: what weights are multiplied by.
+      capacity: so many experts are admitted for all tokens of a block together, those with the largest score that any of them gives;
+        each token's experts come from these (LLaDA2.2's block routing). 0 admits all experts.
+      block: tokens of such a block.
     """
 
     top_k: int
@@ -30,6 +33,8 @@ class Router(NamedTuple):
     kept: int = 1
     normalise: bool = True
     scale: float = 1.0
+    capacity: int = 0
+    block: int = 1
 
 
 class Choice(NamedTuple):
@@ -48,7 +53,6 @@ class Choice(NamedTuple):
 
 def choose(x: jax.Array, matrix: jax.Array, bias: jax.Array | None, router: Router, *, valid: jax.Array | None = None) -> Choice:
     """See the package's ``choose``; differentiable."""
-    del valid
     score = scores(jnp.einsum("nd,de->ne", x.astype(jnp.float32), matrix.astype(jnp.float32)), router)
     compared = score if bias is None else score + bias.astype(jnp.float32)
     if router.kept < router.groups:
@@ -56,11 +60,21 @@ def choose(x: jax.Array, matrix: jax.Array, bias: jax.Array | None, router: Rout
         best_two = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
         kept = jax.nn.one_hot(lax.top_k(best_two, router.kept)[1], router.groups, dtype=jnp.bool_).any(-2)
         compared = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(compared.shape)
+    if router.capacity:
+        compared = _admitted(compared, valid, router)
     ids = lax.top_k(compared, router.top_k)[1]
     weights = jnp.take_along_axis(score, ids, -1)
     if router.normalise:
         weights = weights / (weights.sum(-1, keepdims=True) + epsilon(router))
     return Choice(ids.astype(jnp.int32), weights * router.scale)
+
+
+def _admitted(compared: jax.Array, valid: jax.Array | None, router: Router) -> jax.Array:
+    """``compared [N, E]`` with minus infinity for the experts that a token's block does not admit; of equals the lower is admitted."""
+    blocks = compared.reshape(-1, router.block, compared.shape[-1])
+    heard = blocks if valid is None else jnp.where(valid.reshape(-1, router.block, 1), blocks, -jnp.inf)
+    pool = jax.nn.one_hot(lax.top_k(heard.max(1), router.capacity)[1], compared.shape[-1], dtype=jnp.bool_).any(-2)
+    return jnp.where(pool[:, None], blocks, -jnp.inf).reshape(compared.shape)
 
 
 def scores(logits: jax.Array, router: Router) -> jax.Array:

@@ -127,6 +127,88 @@ def test_weights_are_scaled():
     np.testing.assert_allclose(one([HALF] * 4, None, PAIRS._replace(scale=2.5))[1], [1.25, 1.25])
 
 
+# Block routing: the tokens of a block choose among the experts that the block admits.
+
+
+def chosen_by_blocks(logits, bias, valid, router):
+    """Block by block and token by token, in float32."""
+    score = 1 / (1 + np.exp(-logits.astype(np.float32)))
+    ids, weights = [], []
+    for start in range(0, len(logits), router.block):
+        tokens = range(start, start + router.block)
+        best = np.max([score[t] + bias if valid[t] else np.full(len(bias), -np.inf) for t in tokens], 0)
+        pool = sorted(np.argsort(-best, kind="stable")[: router.capacity])
+        for t in tokens:
+            mine = sorted(pool, key=lambda e: (-(score[t] + bias)[e], e))[: router.top_k]
+            ids.append(mine)
+            weights.append(score[t][mine] / (score[t][mine].sum() + 1e-20) * router.scale)
+    return np.array(ids), np.array(weights)
+
+
+@pytest.mark.parametrize("backend", ["sorted", "compared", "gpu"])
+@pytest.mark.parametrize(
+    ("block", "capacity", "top_k", "experts"), [(32, 48, 8, 256), (8, 8, 2, 16), (8, 2, 2, 16), (4, 16, 4, 16), (1, 5, 3, 100)]
+)
+def test_a_blocks_tokens_share_its_experts(backend, block, capacity, top_k, experts):
+    """The last block but one has a token that is not there, the last none that is."""
+    rng = np.random.default_rng(block)
+    tokens = 4 * block
+    logits, bias = rng.standard_normal((tokens, experts)) * 2, (rng.random(experts) / 8).astype(np.float32)
+    valid = np.arange(tokens) < 3 * block - (block > 1)
+    router = Router(top_k=top_k, capacity=capacity, block=block, scale=2.5)
+    x, matrix = jnp.eye(tokens), jnp.asarray(logits, jnp.float32)
+    ids, weights, counted = choose(x, matrix, jnp.asarray(bias), router, valid=jnp.asarray(valid), backend=backend)
+    want_ids, want_weights = chosen_by_blocks(logits, bias, valid, router)
+    np.testing.assert_array_equal(ids[valid], want_ids[valid])
+    np.testing.assert_allclose(weights[valid], want_weights[valid], rtol=1e-5)
+    assert counted is None
+    assert bool(((ids >= 0) & (ids < experts)).all())
+    for admitted in np.asarray(ids)[: 2 * block].reshape(2, -1):
+        assert len(set(admitted)) <= capacity
+
+
+BLOCKS = Router(top_k=1, capacity=2, block=2)
+
+
+def experts_of(logits, router=BLOCKS, **settings):
+    """The best expert of each token; scores are sigmoids, the wider apart the logits are."""
+    x, matrix = jnp.eye(len(logits)), jnp.array(logits, jnp.float32)
+    return choose(x, matrix, None, router, backend="sorted", **settings).ids[:, 0].tolist()
+
+
+def test_an_expert_is_admitted_for_its_best_token():
+    """Bests of the first block are 3, 5, 4, so experts 1 and 2: token 0 does not get its own best, 0. The second block is by itself."""
+    assert experts_of([[3, 2, 1], [0, 5, 4], [3, 2, 1], [0, 1, 4]]) == [1, 1, 0, 2]
+
+
+def test_tokens_that_are_not_there_admit_nobody():
+    there = jnp.array([True, False, True, True])
+    assert experts_of([[3, 2, 1], [0, 5, 4], [3, 2, 1], [0, 1, 2]], valid=there)[0] == 0
+
+
+def test_ties_at_the_door_go_to_the_lower_expert():
+    assert experts_of([[1, 1, 1], [1, 1, 1]], BLOCKS._replace(top_k=2)) == [0, 0]
+    assert experts_of([[0, 1, 1, 1], [0, 1, 1, 1]]) == [1, 1]
+    assert choose(jnp.eye(2), jnp.array([[0.0, 1, 1, 1]] * 2), None, BLOCKS._replace(top_k=2)).ids.tolist() == [[1, 2]] * 2
+
+
+def test_a_block_of_one_token_and_room_for_all_are_no_limit():
+    logits = np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)
+    free = choose(jnp.eye(8), jnp.asarray(logits), None, Router(top_k=3), backend="sorted")
+    for limited in (Router(top_k=3, capacity=3, block=1), Router(top_k=3, capacity=16, block=4)):
+        got = choose(jnp.eye(8), jnp.asarray(logits), None, limited, backend="sorted")
+        np.testing.assert_array_equal(got.ids, free.ids)
+        np.testing.assert_array_equal(got.weights, free.weights)
+
+
+def test_the_bias_admits_and_does_not_weigh():
+    """Scores 0.75, 0.5, 0.5 and a bias of 0.5 for the last: it is admitted instead of expert 1, and weighs 0.5 beside 0.75."""
+    logits, bias = jnp.array([[THREE_QUARTERS, HALF, HALF]] * 2), jnp.array([0, 0, 0.5])
+    ids, weights, _ = choose(jnp.eye(2), logits, bias, BLOCKS._replace(top_k=2), backend="sorted")
+    assert ids.tolist() == [[2, 0]] * 2
+    np.testing.assert_allclose(weights, [[0.4, 0.6]] * 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_experts_exist_even_where_scores_are_not_numbers(score):
     router = Router(top_k=2, score=score)
@@ -150,6 +232,10 @@ def test_choice_of_backend():
         (Router(top_k=2, groups=2, kept=3), "groups=2 of which kept=3"),
         (Router(top_k=3, groups=2, kept=1), "top_k=3 exceeds"),
         (Router(top_k=0), "top_k=0"),
+        (Router(top_k=2, capacity=1), "capacity=1 must lie between top_k=2 and the 4 experts"),
+        (Router(top_k=2, capacity=5), "capacity=5 must lie between top_k=2 and the 4 experts"),
+        (Router(top_k=2, capacity=4, groups=2, kept=1), "capacity=4 admits experts of all groups; kept=1 of groups=2 does not"),
+        (Router(top_k=2, capacity=4, block=2), "1 tokens do not make whole blocks of 2"),
     ],
 )
 def test_a_router_that_does_not_fit_is_named(router, message):
