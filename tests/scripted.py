@@ -193,7 +193,7 @@ def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, windo
     program = decode.Program(MODEL, dims, rule, KERNELS)
     with mock.patch.object(loop, "predict", predict), mock.patch.object(loop, "_forward", forward):
         known, options = np.zeros(len(scripts), np.int32), {"steps": steps, "max_steps": steps, "stop_on_finish": False}
-        _, state, report, trace = _denoise(program, arrays, pool, state, tables, known=known, **options)
+        _, state, report, trace = _denoise(program, arrays, pool, state, page_table=tables, known=known, **options)
     played, trace = [], jax.device_get(trace)
     for slot, s in enumerate(scripts):
         took_part = np.flatnonzero(trace.live[:, slot])

@@ -84,8 +84,8 @@ def decoded(mesh):
             settings = SamplingParams(max_tokens=10, accept_threshold=0.6, **hot)
             packed = request_state.make_request(dims, prompt=prompt, params=settings, eos_ids=MODEL.spec.eos_ids)
             state = admit(state, np.int32(slot), packed)
-        args = params, pool, state, table
-        plan = {"known": np.zeros(SLOTS, np.int32), "max_steps": np.int32(STEPS), "stop_on_finish": np.bool_(False)}
+        args = params, pool, state
+        plan = {"page_table": table, "known": np.zeros(SLOTS, np.int32), "max_steps": np.int32(STEPS), "stop_on_finish": np.bool_(False)}
         compiled = denoise.lower(*args, **plan).compile()
         pool, state, _, _ = compiled(*args, **plan)
     return *(np.asarray(a) for a in (state.sequence.tokens, state.nfe, state.sequence.confidence, pool.k)), compiled

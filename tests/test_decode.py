@@ -53,9 +53,9 @@ def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
     pending = state.pending.replace(tokens=jnp.array([[1, 2, 3, 4]]), live=jnp.array([True]))
     before = state.replace(pending=pending, written_upto=jnp.array([0]))
     apart_pool, apart, _, _ = denoise(
-        program, PARAMS, prefilled(program, pool, [1, 2, 3, 4]), state, TABLE, known=KNOWN, max_steps=1, stop_on_finish=False
+        program, PARAMS, prefilled(program, pool, [1, 2, 3, 4]), state, page_table=TABLE, known=KNOWN, max_steps=1, stop_on_finish=False
     )
-    pool, together, _, _ = denoise(program, PARAMS, pool, before, TABLE, known=KNOWN, max_steps=1, stop_on_finish=False)
+    pool, together, _, _ = denoise(program, PARAMS, pool, before, page_table=TABLE, known=KNOWN, max_steps=1, stop_on_finish=False)
     assert together.tokens.tolist() == apart.tokens.tolist()
     assert not together.masked.any()
     np.testing.assert_allclose(together.confidence, apart.confidence, rtol=1e-5)
@@ -89,7 +89,7 @@ def test_a_prefill_in_chunks_equals_one():
 def test_kv_of_a_finished_dmax_block(rule, settings, hard):
     """The authors write it from the plain tokens; Diffulex's fast path from the last step's soft ones."""
     program, pool, state = setup(rule, [1, 2], max_tokens=9, ignore_eos=True, **settings)
-    pool_after, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, known=KNOWN, max_steps=40, stop_on_finish=True)
+    pool_after, state, report, _ = denoise(program, PARAMS, pool, state, page_table=TABLE, known=KNOWN, max_steps=40, stop_on_finish=True)
     assert report.length.tolist() == [11]
     assert report.written_upto.tolist() == [8]
     plain = prefilled(program, pool, state.sequence.tokens[0, :8].tolist())
@@ -103,7 +103,7 @@ def test_written_upto_follows_the_forward_that_wrote():
     program, pool, state = setup(REFERENCE, [1, 2], max_tokens=10, accept_threshold=0.0, settle_threshold=0.0, ignore_eos=True)
     seen = []
     for _ in range(3):
-        pool, state, report, _ = denoise(program, PARAMS, pool, state, TABLE, known=KNOWN, max_steps=1, stop_on_finish=True)
+        pool, state, report, _ = denoise(program, PARAMS, pool, state, page_table=TABLE, known=KNOWN, max_steps=1, stop_on_finish=True)
         seen.append((int(report.written_upto[0]), int(report.settled_upto[0])))
     assert seen == [(0, 4), (4, 8), (8, 12)]
 
@@ -116,7 +116,9 @@ def test_steps_of_a_kind_in_loops_of_their_own_are_the_same_steps(temperature):
         program, pool, state = setup(REFERENCE, [1, 2, 3], max_tokens=9, accept_threshold=0.3, temperature=temperature, seed=3)
         program = program._replace(kernels=kernels, greedy=greedy)
         for _ in range(2):
-            pool, state, report, trace = denoise(program, PARAMS, pool, state, TABLE, known=KNOWN, max_steps=3, stop_on_finish=False)
+            pool, state, report, trace = denoise(
+                program, PARAMS, pool, state, page_table=TABLE, known=KNOWN, max_steps=3, stop_on_finish=False
+            )
             ends.append((report, trace))
     for (report, trace), (want_report, want_trace) in zip(ends[2:], ends[:2], strict=True):
         jax.tree.map(np.testing.assert_array_equal, report, want_report)

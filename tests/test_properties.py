@@ -242,7 +242,7 @@ def test_merge(seed, top_k, spec):
     ids = rng.integers(0, VOCAB, (2, 4, top_k))
     probs = rng.dirichlet(np.ones(top_k + 1), (2, 4))[..., :top_k].astype(np.float32)
     spec = token_merge.MergeSpec(top_k=top_k, **spec)
-    got = token_merge.merge(jnp.array(table), tokens, mask, ids, probs, soft, spec=spec)
+    got = token_merge.merge(jnp.array(table), tokens, mask_id=mask, ids=ids, probs=probs, soft=soft, spec=spec)
     e, p = table.astype(np.float64), probs.astype(np.float64)
     for at in np.ndindex(2, 4):
         want = e[tokens[at]]

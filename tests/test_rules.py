@@ -231,7 +231,17 @@ def test_a_finished_block_is_committed_hard_unless_asked_otherwise(commit_soft, 
 
 def embedding(ids, probs, *, token=0, soft=True, **spec):
     spec = MergeSpec(top_k=len(ids), **spec)
-    return np.asarray(merge(TABLE, jnp.array([token]), MASK_ROW, jnp.array([ids]), jnp.array([probs]), jnp.array([soft]), spec=spec)[0])
+    return np.asarray(
+        merge(
+            TABLE,
+            jnp.array([token]),
+            mask_id=MASK_ROW,
+            ids=jnp.array([ids]),
+            probs=jnp.array([probs]),
+            soft=jnp.array([soft]),
+            spec=spec,
+        )[0]
+    )
 
 
 def test_hybrid_embedding():

@@ -169,10 +169,10 @@ def measure_step(
             own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             began = time.perf_counter()
             pool, _, report, _ = jax.block_until_ready(
-                whole(params, pool, own, tables, known=known, max_steps=steps, stop_on_finish=np.bool_(False))
+                whole(params, pool, own, page_table=tables, known=known, max_steps=steps, stop_on_finish=np.bool_(False))
             )
             middle = time.perf_counter()
-            jax.block_until_ready(alone(params, pool, window_of(state), tables, steps))
+            jax.block_until_ready(alone(params, pool, window_of(state), page_table=tables, steps=steps))
             spent.append((1e3 * (middle - began) / int(report.nfe.max()), 1e3 * (time.perf_counter() - middle) / int(steps)))
     spent = spent[1:]  # the first compiled
     step_ms, model_ms = (statistics.median(times) for times in zip(*spent, strict=True))
@@ -202,7 +202,7 @@ def _page_tables(state: DecodeState, pool: KVPool) -> jax.Array:
 
 
 def _model_loop(
-    program: decode.Program, params: Params, pool: KVPool, window: Window, page_table: jax.Array, steps: jax.Array
+    program: decode.Program, params: Params, pool: KVPool, window: Window, *, page_table: jax.Array, steps: jax.Array
 ) -> jax.Array:
     """``steps`` forwards over the window, and the logits of the last."""
     tokens, positions, written_upto, active = window

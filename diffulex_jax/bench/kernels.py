@@ -68,7 +68,14 @@ def measure(
         probs = jax.nn.sigmoid(x[:, :1].astype(jnp.float32))
         soft = jnp.ones(tokens, bool)
         mixed = token_merge.merge(
-            params["embed"], ids[i], spec.mask_id, ids[i][:, None], probs, soft, spec=MergeSpec(), backend=kernels.token_merge
+            params["embed"],
+            ids[i],
+            mask_id=spec.mask_id,
+            ids=ids[i][:, None],
+            probs=probs,
+            soft=soft,
+            spec=MergeSpec(),
+            backend=kernels.token_merge,
         )
         return x + mixed
 

@@ -92,7 +92,9 @@ def run(
             compiled, counters = {}, {}
             for context, batch, name in cases:
                 program, arguments = _program(model, params, rules[name], chosen, context=context, batch=batch)
-                dispatch = jax.jit(exact(functools.partial(packed_denoise, program, STEPS), settings.jax_dtype), donate_argnums=(1, 2))
+                dispatch = jax.jit(
+                    exact(functools.partial(packed_denoise, program=program, steps=STEPS), settings.jax_dtype), donate_argnums=(1, 2)
+                )
                 compiled[context, batch, name] = program, threads.submit(dispatch.lower(*arguments).compile)
                 if (context, batch) not in counters:
                     count, counts = forward.touch_counter(program)

@@ -24,8 +24,8 @@ def denoise(
     params: Params,
     pool: KVPool,
     state: DecodeState,
-    page_table: jax.Array,
     *,
+    page_table: jax.Array,
     known: jax.Array,
     steps: int,
     max_steps: jax.Array,
@@ -58,7 +58,7 @@ def denoise(
     def body(carry: Carry, writes: bool | None = None) -> Carry:
         i, pool, state, trace = carry
         before = advance(program.dims, program.rule, state)
-        pool, after = step(program, params, pool, before, page_table, writes=writes)
+        pool, after = step(program, params, pool, before, page_table=page_table, writes=writes)
         trace = jax.tree.map(lambda buffer, row: buffer.at[i].set(row), trace, seen(before, after))
         return i + 1, pool, after, trace
 
@@ -85,15 +85,15 @@ def step(
     params: Params,
     pool: KVPool,
     state: DecodeState,
-    page_table: jax.Array,
     *,
+    page_table: jax.Array,
     writes: bool | None = None,
 ) -> tuple[KVPool, DecodeState]:
     """One forward, and what the rules and the finish test make of it. The window has not moved on yet.
 
     ``writes`` says, where it is known when the program is traced, whether some row has a pending block.
     """
-    hidden, pool, state = _forward(program, params, pool, state, page_table, writes=writes)
+    hidden, pool, state = _forward(program, params, pool, state, page_table=page_table, writes=writes)
     with jax.named_scope("prediction"):
         prediction = predict(program, params, hidden, state)
     with jax.named_scope("rules"):
@@ -110,7 +110,7 @@ def step(
 
 
 def _forward(
-    program: Program, params: Params, pool: KVPool, state: DecodeState, page_table: jax.Array, *, writes: bool | None
+    program: Program, params: Params, pool: KVPool, state: DecodeState, *, page_table: jax.Array, writes: bool | None
 ) -> tuple[jax.Array, KVPool, DecodeState]:
     """Hidden states ``[S, K B, D]`` of the window; the same forward writes the KV of the pending block where there is one.
 
@@ -124,10 +124,10 @@ def _forward(
         return token_merge.merge(
             params["embed"],
             tokens,
-            program.dims.mask_id,
-            merge.ids,
-            merge.probs,
-            merge.soft,
+            mask_id=program.dims.mask_id,
+            ids=merge.ids,
+            probs=merge.probs,
+            soft=merge.soft,
             spec=program.rule.merge,
             backend=program.kernels.token_merge,
         )

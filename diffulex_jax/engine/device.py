@@ -80,12 +80,13 @@ class JaxDevice:
         if not self.program.attention.chunkable:
             blocks = -(-len(request.prompt) // block)
             size = min(n for n in self._prefill_sizes if n >= blocks)
-            self._prefill(request.prompt, size, count, 0, len(request.prompt), table)
+            self._prefill(request.prompt, size, table, count=count, first=0, length=len(request.prompt))
             return
         while count:
             size = next((n for n in self._prefill_sizes if n <= count), self._prefill_sizes[-1])
             n = min(size, count)
-            self._prefill(request.prompt[first * block : (first + n) * block], size, n, first, len(request.prompt), table)
+            chunk = request.prompt[first * block : (first + n) * block]
+            self._prefill(chunk, size, table, count=n, first=first, length=len(request.prompt))
             first, count = first + n, count - n
 
     def admit(self, request: Tracked) -> None:
@@ -167,7 +168,7 @@ class JaxDevice:
         parts = self.program.dims.unit // self.program.dims.page
         return (np.asarray(pages, np.int32)[:, None] * parts + np.arange(parts, dtype=np.int32)).reshape(-1)
 
-    def _prefill(self, tokens: np.ndarray, size: int, count: int, first: int, length: int, table: np.ndarray) -> None:
+    def _prefill(self, tokens: np.ndarray, size: int, table: np.ndarray, *, count: int, first: int, length: int) -> None:
         block = self.program.dims.block
         padded = np.zeros(size * block, np.int32)
         padded[: len(tokens)] = tokens
@@ -178,7 +179,7 @@ class JaxDevice:
     def _warm_up(self) -> None:
         """Compiles every shape there will be, by running each once on nothing."""
         for size in self._prefill_sizes:
-            self._prefill(np.zeros(0, np.int32), size, 0, 0, 0, self._table([]))
+            self._prefill(np.zeros(0, np.int32), size, self._table([]), count=0, first=0, length=0)
         probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(seed=0).resolve(), slot=0)
         self.admit(probe)
         probe.saved = self.saved_structure = self.save(probe)

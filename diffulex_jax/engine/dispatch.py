@@ -62,19 +62,14 @@ def jit_denoise(program: decode.Program, mesh: Mesh, *, dtype: Any, steps: int) 
     """
     on_pool, on_slots, everywhere = programs.pool_placement(mesh, program.kernels), sharding(mesh, STATE_AXES), sharding(mesh, ())
     return jax.jit(
-        exact(functools.partial(packed_denoise, program, steps), dtype),
+        exact(functools.partial(packed_denoise, program=program, steps=steps), dtype),
         donate_argnums=(1, 2),
         out_shardings=(on_pool, on_slots, everywhere, everywhere),
     )
 
 
 def packed_denoise(
-    program: decode.Program,
-    steps: int,
-    params: Params,
-    pool: KVPool,
-    state: DecodeState,
-    packed: jax.Array,
+    params: Params, pool: KVPool, state: DecodeState, packed: jax.Array, *, program: decode.Program, steps: int
 ) -> tuple[KVPool, DecodeState, jax.Array, Trace]:
     """``decode.denoise`` with all that comes from the host, and the report, as one array each: one transfer each way."""
     plan = Plan.unpack(packed)
@@ -83,7 +78,7 @@ def packed_denoise(
         params,
         pool,
         state,
-        plan.pages,
+        page_table=plan.pages,
         known=plan.known,
         steps=steps,
         max_steps=plan.max_steps,

@@ -26,8 +26,8 @@ def denoise(
     params: Params,
     pool: KVPool,
     state: DecodeState,
-    page_table: jax.Array,
     *,
+    page_table: jax.Array,
     known: jax.Array,
     steps: int,
     max_steps: jax.Array,
@@ -38,7 +38,9 @@ def denoise(
     def local(params: Any, pool: KVPool, state: Any, page_table: jax.Array, known: Any, max_steps: Any, stop: Any) -> Any:
         here = program._replace(dims=dataclasses.replace(program.dims, slots=known.shape[0]))
         table = _own(page_table, pool)
-        return decode.denoise(here, params, pool, state, table, known=known, steps=steps, max_steps=max_steps, stop_on_finish=stop)
+        return decode.denoise(
+            here, params, pool, state, page_table=table, known=known, steps=steps, max_steps=max_steps, stop_on_finish=stop
+        )
 
     slots, pages, every = spec(*STATE_AXES), spec(*POOL_AXES), PartitionSpec()
     run = spread(

@@ -26,11 +26,11 @@ def choose_backend(target: Target) -> Backend:
 def merge(
     table: jax.Array,
     tokens: jax.Array,
+    *,
     mask_id: int,
     ids: jax.Array,
     probs: jax.Array,
     soft: jax.Array,
-    *,
     spec: MergeSpec,
     backend: str | None = None,
 ) -> jax.Array:
@@ -54,4 +54,6 @@ def merge(
     Raises:
       ValueError: for an unknown backend.
     """
-    return pick("token_merge", backend, choose_backend, _BACKENDS)(table, tokens, mask_id, ids, probs, soft, spec=spec)
+    return pick("token_merge", backend, choose_backend, _BACKENDS)(
+        table, tokens, mask_id=mask_id, ids=ids, probs=probs, soft=soft, spec=spec
+    )

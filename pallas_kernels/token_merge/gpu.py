@@ -39,7 +39,7 @@ def _body(table: Any, tokens: Any, ids: Any, probs: Any, soft: Any, out: Any, *,
 
 
 def merge(
-    table: jax.Array, tokens: jax.Array, mask_id: int, ids: jax.Array, probs: jax.Array, soft: jax.Array, *, spec: MergeSpec, **debug: Any
+    table: jax.Array, tokens: jax.Array, *, mask_id: int, ids: jax.Array, probs: jax.Array, soft: jax.Array, spec: MergeSpec, **debug: Any
 ) -> jax.Array:
     """See the package's ``merge``.
 
@@ -47,7 +47,7 @@ def merge(
     """
     rows, width = tokens.size, table.shape[1]
     if spec.mode != "dmax_topk" or width % 128:
-        return reference.merge(table, tokens, mask_id, ids, probs, soft, spec=spec)
+        return reference.merge(table, tokens, mask_id=mask_id, ids=ids, probs=probs, soft=soft, spec=spec)
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     kernel = plgpu.kernel(

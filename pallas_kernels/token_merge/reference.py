@@ -32,7 +32,7 @@ class MergeSpec:
 
 
 def merge(
-    table: jax.Array, tokens: jax.Array, mask_id: int, ids: jax.Array, probs: jax.Array, soft: jax.Array, *, spec: MergeSpec
+    table: jax.Array, tokens: jax.Array, *, mask_id: int, ids: jax.Array, probs: jax.Array, soft: jax.Array, spec: MergeSpec
 ) -> jax.Array:
     """See the package's ``merge``."""
     hard = table[tokens]

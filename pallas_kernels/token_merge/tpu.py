@@ -25,11 +25,11 @@ _BUFFER_BYTES = 2 << 20  # rows of a tile of positions, in VMEM; two are in flig
 def merge(
     table: jax.Array,
     tokens: jax.Array,
+    *,
     mask_id: int,
     ids: jax.Array,
     probs: jax.Array,
     soft: jax.Array,
-    *,
     spec: MergeSpec,
     positions: int = 32,
     interpret: Any = False,

@@ -119,7 +119,7 @@ def test_token_merge(topology, mode, top_k):
     spec, shape = token_merge.MergeSpec(mode=mode, top_k=top_k), (5, 29)
 
     def merge(table, tokens, ids, probs, soft):
-        return token_merge.merge(table, tokens, 7, ids, probs, soft, spec=spec)
+        return token_merge.merge(table, tokens, mask_id=7, ids=ids, probs=probs, soft=soft, spec=spec)
 
     soft = ((*shape, top_k), jnp.int32), ((*shape, top_k), jnp.float32), (shape, jnp.bool_)
     compiled = compile_for(topology, merge, ((VOCAB, EMBED), jnp.bfloat16), (shape, jnp.int32), *soft)

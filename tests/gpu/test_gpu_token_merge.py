@@ -34,7 +34,7 @@ def make(rng, vocab, width, top_k, dtype, shape=(3, 32)):
 
 @functools.partial(jax.jit, static_argnames=("mask_id", "spec", "backend"))
 def merge(table, tokens, mask_id, ids, probs, soft, spec, backend):
-    return token_merge.merge(table, tokens, mask_id, ids, probs, soft, spec=spec, backend=backend)
+    return token_merge.merge(table, tokens, mask_id=mask_id, ids=ids, probs=probs, soft=soft, spec=spec, backend=backend)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.mode}-{s.top_k}-{s.renormalize}")

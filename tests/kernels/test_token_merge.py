@@ -33,7 +33,9 @@ def make(spec, dtype=jnp.float32):
 
 
 def run(function, spec, table, tokens, *rest, **options):
-    return jax.jit(lambda *args: function(*args[:2], MASK, *args[2:], spec=spec, **options))(table, tokens, *rest)
+    return jax.jit(
+        lambda *args: function(*args[:2], mask_id=MASK, **dict(zip(("ids", "probs", "soft"), args[2:], strict=True)), spec=spec, **options)
+    )(table, tokens, *rest)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
