@@ -163,7 +163,7 @@ class Tokenizer:
         from diffulex_jax.engine.shield import Shield  # late, with the library it needs
 
         config = self._path / "config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        settings = json.loads(config.read_text(encoding="utf-8-sig")) if config.is_file() else {}
         values = [value for key, value in settings.items() if key.endswith("_token_id")]
         named = {id_ for value in values for id_ in (value if isinstance(value, list) else [value]) if isinstance(id_, int)}
         template = self.chat_template or ""

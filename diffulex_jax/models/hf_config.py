@@ -58,7 +58,7 @@ def read(cls: type, raw: Mapping[str, Any], only: Only) -> dict[str, Any]:
             known = ", ".join(shown(known) for known in only[key] if known is not None)
             raise ValueError(f"config: {key}={shown(value)} is not implemented; supported: {known}")
         if key not in fields and key not in only and key not in IGNORED and value:
-            raise ValueError(f"config: {key}={shown(value)} is not implemented{_CHANGES.get(key, _MAY_CHANGE)}")
+            raise ValueError(f"config: {readable(key)}={shown(value)} is not implemented{_CHANGES.get(key, _MAY_CHANGE)}")
     found = {key: _typed(key, value, fields[key].type) for key, value in raw.items() if key in fields and key != "eos_token_id"}
     found["eos_token_id"] = end_ids(raw.get("eos_token_id"))
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in found]
@@ -149,7 +149,7 @@ def _rope(parameters: Any) -> dict[str, Any]:
     if flat.pop("rope_type", "default") != "default":
         raise ValueError(f"config: rope_parameters.rope_type={shown(parameters['rope_type'])} is not implemented; only 'default' is")
     if unknown := flat.keys() - {"rope_theta", "partial_rotary_factor"}:
-        raise ValueError(f"config: rope_parameters.{min(unknown)}={shown(flat[min(unknown)])} is not implemented")
+        raise ValueError(f"config: rope_parameters.{readable(min(unknown))}={shown(flat[min(unknown)])} is not implemented")
     return flat
 
 
@@ -157,3 +157,9 @@ def shown(value: Any) -> str:
     """A value as a message shows it: in one line, not too long."""
     text = json.dumps(value, default=repr) if isinstance(value, (dict, list)) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def readable(name: str, most: int = 120) -> str:
+    """A name from somebody else's file as a message shows it: in one line, not too long."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,7 +1,7 @@
 """Hugging Face directories: ``config.json`` and safetensors, read and written tensor by tensor, without torch.
 
-A directory is untrusted input. No file outside it is opened, no tensor is taken from a file that does not belong to the model, and
-whatever is wrong is one line that names the file, the tensor and what would be right.
+No tensor is taken from a file that does not belong to the model, and whatever is wrong is one line that names the file, the tensor
+and what would be right. What a directory's files may be is in ``weights.folder``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import collections
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import huggingface_hub
@@ -20,15 +20,15 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from diffulex_jax.models import names
+from diffulex_jax.models import hf_config, names
 from diffulex_jax.models.base import Model, Param, Params, leaves
-from diffulex_jax.models.hf_config import end_ids
+from diffulex_jax.models.hf_config import readable
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import check_split, sharding
+from diffulex_jax.weights.folder import SMALL, check_pointer, read_json, tensors_in, tokenizer_end_ids
 
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "embedded"
@@ -40,19 +40,19 @@ SHARD_BYTES = 2 * 2**30
 _READABLE = ("F64", "F32", "F16", "BF16")
 Read = Callable[[str], np.ndarray]
 
-_BUFFERS = (".rotary_emb.inv_freq",)  # of old checkpoints: computed, not read
-
 
 def resolve(model: str) -> pathlib.Path:
     """The local directory of a model: a path, ``"embedded"``, or a hub id (fetched with ``huggingface_hub``).
 
     Raises:
-      ValueError: when it is none of these, or the directory holds no ``config.json``.
+      ValueError: when it is none of these, or the directory holds no ``config.json``, or pointers for files.
     """
     if model == "embedded":
         path = EMBEDDED
     elif pathlib.Path(model).is_dir():
         path = pathlib.Path(model)
+    elif pathlib.Path(model).is_file():
+        raise ValueError(f"model {model!r} is a file; give the directory that holds it and its config.json")
     else:
         try:
             path = pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
@@ -64,6 +64,9 @@ def resolve(model: str) -> pathlib.Path:
         found = sorted(config.parent for config in path.glob("snapshots/*/config.json"))
         hint = f"; it is a folder of the hub's cache, and the model is in {found[-1]}" if found else ""
         raise ValueError(f"model {model!r}: {path} holds no config.json{hint}")
+    for name in SMALL:
+        if (path / name).is_file():
+            check_pointer(path / name)
     return path
 
 
@@ -74,23 +77,29 @@ def load_model(path: str | pathlib.Path) -> Model:
       ValueError: naming the file and what is wrong with it.
     """
     path = pathlib.Path(path)
-    return model_of(_read_json(path / "config.json"), name=str(path.name))
+    raw = read_json(path / "config.json")
+    try:
+        return model_of(raw, name=str(path.name))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_end_ids(path: str | pathlib.Path) -> tuple[int, ...]:
     """The tokens that end an output: those that the config, ``generation_config.json`` and the tokenizer name, together.
 
     Raises:
-      ValueError: naming the file, where an id is not one of the vocabulary.
+      ValueError: naming the file, where an id is not one of the vocabulary, or the file is broken.
     """
     path = pathlib.Path(path)
     spec = load_model(path).spec
-    ids = set(spec.eos_ids) | _tokenizer_end_ids(path)
+    named: list[tuple[pathlib.Path, Any]] = list(tokenizer_end_ids(path))
     if (path / "generation_config.json").is_file():
-        for id_ in end_ids(_read_json(path / "generation_config.json").get("eos_token_id")):
-            if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < spec.vocab_size:
-                raise ValueError(f"{path / 'generation_config.json'}: eos_token_id={id_!r} is not an id of [0, {spec.vocab_size})")
-            ids.add(id_)
+        entry = read_json(path / "generation_config.json").get("eos_token_id")
+        named += [(path / "generation_config.json", id_) for id_ in hf_config.end_ids(entry)]
+    for file, id_ in named:
+        if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < spec.vocab_size:
+            raise ValueError(f"{file}: the end-of-sequence token {hf_config.shown(id_)} is not an id of [0, {spec.vocab_size})")
+    ids = {*spec.eos_ids, *(id_ for _, id_ in named)}
     return tuple(sorted(ids - {spec.mask_id}))
 
 
@@ -218,85 +227,37 @@ def _built(
 
 def _reader(path: pathlib.Path, model: Model) -> Read:
     """What reads a tensor by its name, once all of them were found to be what the model needs."""
-    files = _files(path)
+    files, opened = tensors_in(path)
     expected = {tensor.name: tensor.shape for tensor in model.tensors}
-    found = {name for name in files if not name.endswith(_BUFFERS)}
-    problems = [f"missing {name}" for name in sorted(expected.keys() - found)]
-    problems += [f"unexpected {name} in {files[name].name}" for name in sorted(found - expected.keys())]
+    there = [name for name in expected if name in files]
+    slices = {name: opened[files[name]].get_slice(name) for name in there}
+    problems = [
+        f"{name} in {files[name].name} is stored as {stored.get_dtype()}; only {', '.join(_READABLE)} are read"
+        for name, stored in slices.items()
+        if stored.get_dtype() not in _READABLE
+    ]
+    problems += [f"missing {name}" for name in sorted(expected.keys() - files)]
+    problems += [f"unexpected {readable(name)} in {files[name].name}" for name in sorted(files.keys() - expected)]
+    problems += [
+        f"{name} in {files[name].name} has shape {tuple(stored.get_shape())}, expected {expected[name]}"
+        for name, stored in slices.items()
+        if tuple(stored.get_shape()) != expected[name]
+    ]
     if problems:
-        raise ValueError(f"{path}: {_few(problems)}")
-    opened = {file: _opened(file) for file in sorted(set(files.values()))}
-    for name, shape in expected.items():
-        if name not in opened[files[name]].keys():
-            raise ValueError(
-                f"{path}: the index says that {name} is in {files[name].name}, which does not hold it; download the model anew"
-            )
-        stored = opened[files[name]].get_slice(name)
-        if tuple(stored.get_shape()) != shape:
-            problems.append(f"{name} in {files[name].name} has shape {tuple(stored.get_shape())}, expected {shape}")
-        elif stored.get_dtype() not in _READABLE:
-            problems.append(f"{name} in {files[name].name} is stored as {stored.get_dtype()}; only {', '.join(_READABLE)} are read")
-    if problems:
-        raise ValueError(f"{path}: {_few(problems)}")
-
+        raise ValueError(f"{path}: {_few(problems)}{_renamed(expected.keys() - files, files.keys() - expected)}")
     return lambda name: opened[files[name]].get_tensor(name)
 
 
-def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Weight name -> the safetensors file that holds it: what the index says, else what the files do."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        where = _read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise ValueError(f"{index}: weight_map is missing or empty; download the model anew")
-        for name, file in where.items():
-            if not isinstance(file, str) or pathlib.PurePath(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"{index}: {name} is said to be in {file!r}, which is no safetensors file of this folder")
-            if not (path / file).is_file():
-                raise ValueError(f"{index}: {name} is said to be in {file}, which is not there; download the model anew")
-        return {name: path / file for name, file in where.items()}
-    single = path / "model.safetensors"
-    files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} holds no safetensors file")
-    found: dict[str, pathlib.Path] = {}
-    for file in files:
-        for name in _opened(file).keys():
-            if name in found:
-                raise ValueError(f"{path}: {name} is in both {found[name].name} and {file.name}; remove the file that does not belong")
-            found[name] = file
-    return found
-
-
-def _opened(file: pathlib.Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        with open(file, "rb") as raw:
-            pointer = raw.read(40).startswith(b"version https://git-lfs")
-        if pointer:
-            raise ValueError(f"{file} is a git-LFS pointer, not the weights; run 'git lfs pull' in {file.parent}") from error
-        raise ValueError(f"{file} is no whole safetensors file ({error}); download it anew") from error
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return found
-
-
-def _tokenizer_end_ids(path: pathlib.Path) -> set[int]:
-    """The id of the tokenizer's ``eos_token``, where its files name one."""
-    settings, vocabulary = path / "tokenizer_config.json", path / "tokenizer.json"
-    if not settings.is_file() or not vocabulary.is_file():
-        return set()
-    token = _read_json(settings).get("eos_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    return {added["id"] for added in _read_json(vocabulary).get("added_tokens", []) if added["content"] == text}
+def _renamed(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """What to do where all names lack a prefix, or have one too many."""
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    if not missing or len(missing) != len(unexpected):
+        return ""
+    for more, less, remedy in ((unexpected, missing, "without"), (missing, unexpected, "with")):
+        prefix = more[0].removesuffix(less[0])
+        if prefix and [prefix + name for name in less] == more:
+            return f"; the names differ by a prefix: save the weights {remedy} {readable(prefix)!r} before these names"
+    return ""
 
 
 def _few(problems: list[str], most: int = 8) -> str:
