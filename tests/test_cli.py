@@ -121,7 +121,8 @@ def test_every_engine_setting_is_an_option(asked):
     arguments = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     wanted |= {name: not default for name, default in settings.items() if type(default) is bool}
     assert wanted.keys() == settings.keys()
-    arguments += [f"--no-{name.replace('_', '-')}" for name, default in settings.items() if default is True]
+    flags = {name: default for name, default in settings.items() if type(default) is bool}
+    arguments += [f"--{'no-' * default}{name.replace('_', '-')}" for name, default in flags.items()]
     assert run("generate", "--prompt-ids", "5, 6", *arguments).exit_code == 0
     assert asked["model"] == "embedded"
     assert asked["engine"] == wanted | {"max_slots": 1}

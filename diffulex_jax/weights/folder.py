@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from diffulex_jax.models.hf_config import readable, shown
+from diffulex_jax.models.hf_config import readable
 
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -150,7 +150,8 @@ def _indexed(index: pathlib.Path) -> dict[str, pathlib.Path]:
         raise ValueError(f"{index}: weight_map is missing or empty; {_AGAIN}")
     for name, file in where.items():
         if not isinstance(file, str) or pathlib.PurePath(file).name != file or not file.endswith(".safetensors") or "\0" in file:
-            raise ValueError(f"{index}: {readable(name)} is said to be in {shown(file)}, which is no safetensors file of this folder")
+            place = readable(repr(file))
+            raise ValueError(f"{index}: {readable(name)} is said to be in {place}, which is no safetensors file of this folder")
         if not (index.parent / file).is_file():
             raise ValueError(f"{index}: {readable(name)} is said to be in {readable(file)}, which is not there; {_AGAIN}")
     return {name: index.parent / file for name, file in where.items()}
