@@ -40,6 +40,11 @@ def alone(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
     return [engine.generate([prompt], params)[0].token_ids for prompt, params in requests]
 
 
+def together(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    prompts, params = zip(*requests, strict=True)
+    return [output.token_ids for output in engine.generate(prompts, params)]
+
+
 def arriving(engine: Engine, requests: Sequence[Request], *, at_once: int, seed: int = 1) -> list[list[int]]:
     """Up to ``at_once`` requests together; they come in at random moments."""
     rng, outputs, ids, left = np.random.default_rng(seed), {}, {}, list(range(len(requests)))

@@ -17,45 +17,55 @@ TRAINED = str(GOLDEN / "tiny-llada2-trained")
 REQUESTS = same_answer.requests(8, [0.0, 0.7])
 PROMPTS, PARAMS = zip(*REQUESTS, strict=True)
 OPTIONS = {"max_slots": 8, "max_model_len": 256}
-STRATEGIES = [("llada2_edit", 2), ("dmax", 1)]
+SDAR = str(GOLDEN / "families" / "tiny-sdar-trained")
+SETUPS = {
+    "llada2_edit": {"model": TRAINED, "strategy": "llada2_edit", "buffer_size": 2, **OPTIONS},
+    "dmax": {"model": TRAINED, "strategy": "dmax", **OPTIONS},
+    "sdar-4": {"model": SDAR, "strategy": "sdar", "buffer_size": 2, **OPTIONS},
+    "sdar-32": {"model": SDAR, "strategy": "sdar_leftmost", "block_size": 32, "force_block_size": True, **OPTIONS},
+}
 
 
-@pytest.fixture(scope="module", params=STRATEGIES, ids=lambda p: f"{p[0]}-{p[1]}")
+def requests_of(name: str) -> list[same_answer.Request]:
+    return same_answer.requests(8, [0.0, 0.7], vocab=500) if name.startswith("sdar") else REQUESTS
+
+
+@pytest.fixture(scope="module", params=SETUPS)
 def setup(request):
-    strategy, window = request.param
-    build = functools.partial(Engine.from_pretrained, TRAINED, strategy=strategy, buffer_size=window, **OPTIONS)
+    requests, build = requests_of(request.param), functools.partial(Engine.from_pretrained, **SETUPS[request.param])
     engine = build()
-    return build, engine, same_answer.alone(engine, REQUESTS)
+    return build, engine, requests, same_answer.alone(engine, requests)
 
 
 def test_in_a_batch_and_from_the_prefix_cache(setup):
-    _, engine, alone = setup
+    _, engine, requests, alone = setup
     before = engine.stats
-    assert [output.token_ids for output in engine.generate(PROMPTS, PARAMS)] == alone
+    assert same_answer.together(engine, requests) == alone
     assert engine.stats["prefix_cache_hits"] > before["prefix_cache_hits"]
     assert engine.stats["pages_held"] == 0
 
 
 def test_arriving_at_any_moment(setup):
-    _, engine, alone = setup
-    assert same_answer.arriving(engine, REQUESTS, at_once=8) == alone
+    _, engine, requests, alone = setup
+    assert same_answer.arriving(engine, requests, at_once=8) == alone
 
 
 def test_with_a_pool_of_thirty_per_cent_and_no_prefix_cache(setup):
-    build, _, alone = setup
-    engine = build(num_pages=19, prefix_cache=False)
-    assert [output.token_ids for output in engine.generate(PROMPTS, PARAMS)] == alone
+    build, engine, requests, alone = setup
+    engine = build(num_pages=int(0.3 * engine.dims.pages_per_slot * engine.dims.slots), prefix_cache=False)
+    assert same_answer.together(engine, requests) == alone
     assert engine.stats["preemptions"] > 0 and engine.stats["prefix_cache_hits"] == 0
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_preempted_at_every_step(setup, every):
-    _, engine, alone = setup
-    assert same_answer.preempted(engine, REQUESTS[:3], every=every) == alone[:3]
+    _, engine, requests, alone = setup
+    assert same_answer.preempted(engine, requests[:3], every=every) == alone[:3]
 
 
-def test_restored_in_another_process(tmp_path, request):
-    options, some = {"model": TRAINED, "strategy": "dmax", **OPTIONS}, REQUESTS[1:2]
+@pytest.mark.parametrize("name", ["dmax", "sdar-4", "sdar-32"])
+def test_restored_in_another_process(tmp_path, request, name):
+    options, some = SETUPS[name], requests_of(name)[:2]
     engine = Engine.from_pretrained(**options)
     alone = same_answer.alone(engine, some)
     cache = str(request.config.cache.mkdir("jax"))
