@@ -1,6 +1,7 @@
 """Decoding on eight CPU devices against one; run by test_sharding in a process of its own, because a process has as many as it began with.
 
-Prints one JSON object: for each mesh what differs from a single device, and which exchanges its program holds.
+Prints one JSON object: for each mesh what differs from a single device, which exchanges its program holds, and how a checkpoint is
+read onto it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import collections
 import functools
 import json
 import re
+import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +21,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 import pallas_kernels
 from diffulex_jax import SamplingParams, decode, request_state
 from diffulex_jax.engine import programs
-from diffulex_jax.models.base import init
+from diffulex_jax.models.base import init, leaves
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import make_mesh, sharding
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import POOL_AXES, STATE_AXES, KVPool
 from diffulex_jax.strategies import dmax
+from diffulex_jax.weights import checkpoint
 from pallas_kernels import prediction
 
 
@@ -124,9 +128,33 @@ def shared_vocabulary():
     return all(np.allclose(a, b, rtol=1e-5) for a, b in zip(got, want, strict=True))
 
 
+def loaded(mesh, folder, host_bytes):
+    """(same values as written, each leaf where the table says, the share of all parameters that the fullest device holds)."""
+    with mock.patch.object(checkpoint, "HOST_BYTES", host_bytes):
+        model, params = checkpoint.load(folder, mesh)
+    want = leaves(init(MODEL, jax.random.key(0), scale=0.3))
+    got, schema = leaves(params), leaves(model.schema)
+    same = got.keys() == want.keys() and all(np.array_equal(got[path], want[path]) for path in want)
+    placed = all(got[path].sharding.is_equivalent_to(sharding(mesh, schema[path].axes), got[path].ndim) for path in got)
+    held = collections.Counter()
+    for leaf in got.values():
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.size
+    return {"same": same, "placed": placed, "held": max(held.values()) / sum(leaf.size for leaf in want.values())}
+
+
+def loads(meshes):
+    """What :func:`loaded` finds for each mesh, read layer by layer and at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(folder, MODEL, init(MODEL, jax.random.key(0), scale=0.3), dtype="float32")
+        sizes = {"by layer": 1, "at once": 2**30}
+        return {name: {size: loaded(make_mesh(**axes), folder, most) for size, most in sizes.items()} for name, axes in meshes.items()}
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     single = decoded(make_mesh())
     meshes = {"2x2x2": {"data": 2, "expert": 2, "tensor": 2}, "1x4x2": {"expert": 4, "tensor": 2}}
     found = {name: difference(single, decoded(make_mesh(**axes))) for name, axes in meshes.items()}
+    found["loads"] = loads(meshes)
     print(json.dumps(found | {"generated": int((single[0] != MASK).sum()), "shared_vocabulary": shared_vocabulary()}))

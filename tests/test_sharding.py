@@ -37,3 +37,13 @@ def test_no_device_asks_another_for_pages_or_weights(found, mesh):
 
 def test_the_kernel_for_a_shared_vocabulary(found):
     assert found["shared_vocabulary"]
+
+
+@pytest.mark.parametrize("size", ["by layer", "at once"])
+@pytest.mark.parametrize("mesh", ["2x2x2", "1x4x2"])
+def test_a_checkpoint_is_read_onto_a_mesh(found, mesh, size):
+    """The same parameters as on one device, each in its place; a device holds its share, which shared axes make less than half."""
+    read = found["loads"][mesh][size]
+    assert read["same"]
+    assert read["placed"]
+    assert read["held"] < 0.5
