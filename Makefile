@@ -4,7 +4,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 get off. How many people are on the bus?
 
-.PHONY: run test test-gpu test-soak browser clean
+.PHONY: run test test-fast test-gpu test-soak browser clean
 
 # Answers a question with the model that comes with the package.
 run: $(VENV)/.installed
@@ -15,7 +15,11 @@ test: $(VENV)/.installed-dev browser
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -n 2 --dist loadfile
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The tests without those that take long: rules, scheduler, pages, decoding, checkpoints, recorded answers, kernels.
+test-fast: $(VENV)/.installed-dev
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # The kernels against their references on a Hopper GPU; PYTHON is one whose JAX sees it.
 test-gpu:

@@ -1,8 +1,9 @@
-"""Test-wide settings, and engines shared by the whole session: building one costs seconds of compilation."""
+"""Test-wide settings, engines shared by the tests of a file, and which files take long."""
 
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import pathlib
 
@@ -20,7 +21,27 @@ from diffulex_jax import Engine
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("tests")
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+TESTS = pathlib.Path(__file__).parent
+GOLDEN = TESTS / "golden"
+
+# Files and folders that take more than half a minute of a processor, longest first: they begin first, so that all workers end together,
+# and `make test-fast` leaves them out.
+SLOW = (
+    "aot/test_small_chips.py",
+    "aot/test_large_chips.py",
+    "test_same_answer.py",
+    "test_readme.py",
+    "test_sharding.py",
+    "test_policies.py",
+    "test_output_contract.py",
+    "test_bench_step.py",
+    "test_notebooks.py",
+    "serving",
+    "aot",
+    "test_requests.py",
+    "test_cli.py",
+    "test_training.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,9 +51,30 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@pytest.fixture(scope="session")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks slow tests, and puts them first."""
+    for item in items:
+        if _place(item) < len(SLOW):
+            item.add_marker("slow")
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    path = item.path.relative_to(TESTS)
+    return next((i for i, name in enumerate(SLOW) if path.is_relative_to(name)), len(SLOW))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_file_leaves_nothing_behind():
+    """Compiled programs live as long as JAX remembers them, hundreds of megabytes a file. The next file reads what it needs from disk."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
 def engine_of():
-    """``engine_of(model, strategy=..., ...)``: the engine of a golden checkpoint or "embedded"; one each for the whole session."""
+    """``engine_of(model, strategy=..., ...)``: the engine of a golden checkpoint or "embedded"; one each for the tests of a file."""
 
     @functools.cache
     def build(checkpoint: str, **settings) -> Engine:

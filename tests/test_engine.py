@@ -26,7 +26,7 @@ BLOCK, LONGEST, SLOTS = 8, 256, 4
 VOCAB, EOS, MASK = 1024, 1020, 1021
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(engine_of):
     def of(strategy: str = "llada2") -> Engine:
         return engine_of(MODEL, strategy=strategy, block_size=BLOCK, max_slots=SLOTS, max_model_len=LONGEST)

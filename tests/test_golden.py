@@ -43,7 +43,7 @@ def cases(*, fp64_same: bool = True) -> list:
     ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def decoded(engine_of):
     """``decoded(checkpoint, case)``: ours; all cases of a strategy go through one engine, several in a batch."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -16,15 +17,24 @@ __all__ = ["compiled", "model"]
 
 
 @pytest.fixture(scope="session")
-def server_of(model: pathlib.Path, compiled: pathlib.Path) -> Iterator[Callable[..., running.Server]]:
-    """``server_of("--option", ...)``: a server of the tiny model; one for the session for each choice of options."""
-    servers: dict[tuple[str, ...], running.Server] = {}
+def default_server(model: pathlib.Path, compiled: pathlib.Path) -> Iterator[Callable[[], running.Server]]:
+    """``default_server()``: the server with default settings, started when first asked for; one for the whole session."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda: stack.enter_context(running.serving(model, *SMALL, cache=compiled)))
+
+
+@pytest.fixture(scope="module")
+def server_of(
+    default_server: Callable[[], running.Server], model: pathlib.Path, compiled: pathlib.Path
+) -> Iterator[Callable[..., running.Server]]:
+    """``server_of("--option", ...)``: a server of the tiny model; one for the tests of a file for each choice of options."""
     with contextlib.ExitStack() as stack:
 
+        @functools.cache
         def start(*options: str) -> running.Server:
-            if options not in servers:
-                servers[options] = stack.enter_context(running.serving(model, *SMALL, *options, cache=compiled))
-            return servers[options]
+            if not options:
+                return default_server()
+            return stack.enter_context(running.serving(model, *SMALL, *options, cache=compiled))
 
         yield start
 
