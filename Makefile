@@ -4,7 +4,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 get off. How many people are on the bus?
 
-.PHONY: run test test-fast test-gpu test-soak browser clean
+.PHONY: run test test-fast test-gpu test-soak notebooks browser clean
 
 # Answers a question with the model that comes with the package.
 run: $(VENV)/.installed
@@ -29,6 +29,10 @@ test-gpu:
 test-soak: $(VENV)/.installed-dev
 	$(PIP) "lm-eval[api]>=0.4.9"
 	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_every_answer.py tests/soak/soak_serving.py tests/soak/soak_lm_eval.py
+
+# Runs the notebooks and stores their outputs.
+notebooks: $(VENV)/.installed-dev
+	JAX_PLATFORMS=cpu $(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
 # The page is tested in a real browser.
 browser:

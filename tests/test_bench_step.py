@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from diffulex_jax.bench.forward import step_bytes
+from diffulex_jax import decode
+from diffulex_jax.bench.decode import _mid_request, _model_loop
+from diffulex_jax.bench.forward import step_bytes, window_of
 from diffulex_jax.bench.shapes import random_params, shape_model
 from diffulex_jax.cli import app
 from diffulex_jax.models.base import leaves
+from diffulex_jax.rules import dims_for
+from diffulex_jax.strategies import resolve
+from pallas_kernels import REFERENCE, grouped_matmul
 
 
 MINI = shape_model("llada2-mini")
@@ -43,6 +50,28 @@ def test_random_params_follow_the_schema():
     stack = np.asarray(params["moe"]["experts_gate_up"], np.float32)
     assert stack.std() == pytest.approx(0.02, rel=0.02)
     assert not np.array_equal(stack[0], stack[1])
+
+
+def test_the_bare_model_runs_the_kernels_of_the_step(monkeypatch):
+    """What a step has beyond the model is a difference of two programs; both must compute the model alike."""
+    asked, compute = [], grouped_matmul.expert_mlp
+
+    def asked_for(*args, backend=None, **rest):
+        asked.append(backend)
+        return compute(*args, backend=backend, **rest)
+
+    monkeypatch.setattr(grouped_matmul, "expert_mlp", asked_for)
+    tiny, rule = shape_model("tiny"), resolve("llada2").rule
+    params = random_params(tiny, jnp.float32)
+    dims = dims_for(rule, slots=1, window=1, block=8, page=8, pages_per_slot=4, mask_id=tiny.spec.mask_id)
+    program, pool, state = _mid_request(tiny, params, rule, prompt_tokens=8, dims=dims, kernels=REFERENCE)
+    tables = jnp.zeros((1, program.dims.pages_per_slot), jnp.int32)
+    jax.eval_shape(functools.partial(_model_loop, program), params, pool, window_of(state), page_table=tables, steps=1)
+    bare = set(asked)
+    asked.clear()
+    options = {"known": jnp.zeros(1, jnp.int32), "steps": 1, "max_steps": 1, "stop_on_finish": False}
+    jax.eval_shape(functools.partial(decode.denoise, program, page_table=tables, **options), params, pool, state)
+    assert bare == set(asked) == {REFERENCE.grouped_matmul}
 
 
 def test_it_reports_every_combination_and_every_kernel():

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,9 +46,11 @@ class Tokenizer:
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        # Imported late: half a second, and not needed for token ids. Quietly: that torch is missing is no news here.
+        # Imported late: half a second, and not needed for token ids. Quietly: that torch or ipywidgets are missing is no news here.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        import transformers
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import transformers
 
         if (self._path / "tokenizer.json").is_file():
             read: Any = transformers.PreTrainedTokenizerFast

@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -31,6 +30,7 @@ from diffulex_jax.parallel.mesh import check_split, sharding
 from diffulex_jax.weights.folder import SMALL, check_pointer, read_json, tensors_in, tokenizer_end_ids
 
 
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a model on the hub that are fetched
 EMBEDDED = pathlib.Path(__file__).parent.parent / "embedded"
 HOST_BYTES = 256 * 2**20
 """A leaf is put together on the host in pieces of about so many bytes, at least one layer each."""
@@ -54,8 +54,10 @@ def resolve(model: str) -> pathlib.Path:
     elif pathlib.Path(model).is_file():
         raise ValueError(f"model {model!r} is a file; give the directory that holds it and its config.json")
     else:
+        import huggingface_hub  # late: most models are directories
+
         try:
-            path = pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+            path = pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=_FILES))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model {model!r} is neither a directory, nor 'embedded', nor a hub id that could be fetched: {error}"
