@@ -194,12 +194,12 @@ def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, windo
     with mock.patch.object(loop, "predict", predict), mock.patch.object(loop, "_forward", forward):
         known, options = np.zeros(len(scripts), np.int32), {"steps": steps, "max_steps": steps, "stop_on_finish": False}
         _, state, report, trace = _denoise(program, arrays, pool, state, page_table=tables, known=known, **options)
-    played, trace = [], jax.device_get(trace)
+    played, (tokens, report, trace) = [], jax.device_get((state.sequence.tokens, report, trace))
     for slot, s in enumerate(scripts):
         took_part = np.flatnonzero(trace.live[:, slot])
         played.append(
             Played(
-                tokens=state.sequence.tokens[slot, len(s.prompt) : report.length[slot]].tolist(),
+                tokens=tokens[slot, len(s.prompt) : report.length[slot]].tolist(),
                 reason=FINISH_REASONS.get(int(report.status[slot])),
                 nfe=int(report.nfe[slot]),
                 revised=int(report.revised[slot]),
