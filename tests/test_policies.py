@@ -26,23 +26,28 @@ def prompt(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng([n, seed]).integers(0, 900, n).tolist()
 
 
+def compiled(attend, *, first: int = 0):
+    """``probabilities`` of the network as one program: operation by operation, each new length would compile them all."""
+    return jax.jit(lambda params, ids: probabilities(NETWORK, params, ids, attend, first=first))
+
+
 @pytest.mark.parametrize("n", [5, 16, 21])
 def test_a_full_prefix_sees_all_of_itself(n):
     """The prompt's blocks are computed from the whole prompt, what follows its last whole block included."""
     ids, new = prompt(n), 16
     whole = n // BLOCK * BLOCK
-    _, kv = probabilities(NETWORK, PARAMS, ids, attend_to(jnp.ones((n, n), bool)))
+    _, kv = compiled(attend_to(jnp.ones((n, n), bool)))(PARAMS, np.array(ids))
     kv = [a[:, :, :whole] for a in kv]
     x = np.full(whole + -(-(n - whole + new) // BLOCK) * BLOCK, MASK)
     x[:n] = ids
     for start in range(whole, n + new, BLOCK):
         part = slice(whole, start + BLOCK)
         block_of = np.arange(start + BLOCK - whole) // BLOCK
-        attend = attend_to(jnp.array(block_of[None] <= block_of[:, None]), kv)
+        forward = compiled(attend_to(jnp.array(block_of[None] <= block_of[:, None]), kv), first=whole)
         while (x[part] == MASK).any():
-            p, _ = probabilities(NETWORK, PARAMS, x[part], attend, first=whole)
+            p = np.asarray(forward(PARAMS, x[part])[0])
             open_ = np.flatnonzero(x[part] == MASK)
-            prob, best = np.asarray(p.max(-1))[open_], np.asarray(p.argmax(-1))[open_]
+            prob, best = p.max(-1)[open_], p.argmax(-1)[open_]
             fill = prob > 0.6 if (prob > 0.6).any() else prob == prob.max()
             x[whole + open_[fill]] = best[fill]
     settings = SamplingParams(max_tokens=new, ignore_eos=True, accept_threshold=0.6)
