@@ -47,7 +47,8 @@ def test_merge_of_another_mode_or_width(mode, width):
     rng = np.random.default_rng(2)
     table, probs = jnp.asarray(rng.standard_normal((9, width)), jnp.float32), jnp.full((2, 3, 1), 0.4)
     tokens, soft = jnp.arange(6).reshape(2, 3), jnp.array([[True, False, True]] * 2)
-    both(token_merge.merge, table, tokens, 8, tokens[..., None], probs, soft, spec=token_merge.MergeSpec(mode=mode))
+    options = {"mask_id": 8, "ids": tokens[..., None], "probs": probs, "soft": soft, "spec": token_merge.MergeSpec(mode=mode)}
+    both(token_merge.merge, table, tokens, **options)
 
 
 def test_what_follows_from_the_device():
