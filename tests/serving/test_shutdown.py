@@ -52,6 +52,8 @@ def test_a_second_signal_ends_at_once(model, compiled):
         while not server.metric("num_requests_in_flight"):
             pass
         server.process.send_signal(signal.SIGTERM)
+        while server.post("/generate", prompt="y", max_tokens=1).status_code != 503:  # the first signal counts once it was seen
+            pass
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(10) == 0
         thread.join()
