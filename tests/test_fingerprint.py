@@ -17,7 +17,7 @@ from diffulex_jax import SamplingParams, Strategy, stateless
 from diffulex_jax.engine.fingerprint import strategy_id
 from diffulex_jax.engine.snapshot import Snapshot
 from diffulex_jax.rules import chain, edit, remask, threshold
-from diffulex_jax.strategies import STRATEGIES, dmax  # noqa: F401
+from diffulex_jax.strategies import dmax
 
 
 LIMIT = 3
@@ -113,8 +113,9 @@ def test_an_id_is_the_same_in_every_process():
         import sys
         sys.path.insert(0, "tests")
         import test_fingerprint as t
+        from diffulex_jax.strategies import STRATEGIES
         made = [make() for pair in t.SAME for make in pair]
-        print([t.strategy_id(t.Strategy("a", rule)) for rule in (*made, *(s.rule for s in t.STRATEGIES.values()))])
+        print([t.strategy_id(t.Strategy("a", rule)) for rule in (*made, *(s.rule for s in STRATEGIES.values()))])
     """
     seen = set()
     for seed in ("1", "2"):
