@@ -50,6 +50,7 @@ def draft(raw, name):
         eos_ids=c.eos_token_id,
         block_size=4,
         block_stated=False,
+        strategy="llada2",
         layers=LayerKind(c.depth, 2, 2, 8, 8),
     )
     return Model(c, spec, tree, tuple(tensors(tree)), functools.partial(run, c), lambda params: params["lm_head"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,8 @@ class ModelSpec:
       block_size: tokens of a block that it was trained with.
       block_stated: whether its checkpoint says so; otherwise ``block_size`` is what such models usually have.
       layers: its layers, all of one kind.
+      strategy: the name of the strategy that its authors decode it with, in ``diffulex_jax.strategies``.
+      predicts: what the output at position i speaks of: ``"same"``, the token at i, or ``"next"``, the token at i + 1.
       experts_per_token: routed experts of a token; 0 where no layer has any.
       routing_block: tokens that choose their experts together, which must be the block that is decoded; 0 where each chooses alone.
     """
@@ -71,6 +73,8 @@ class ModelSpec:
     block_size: int
     block_stated: bool
     layers: LayerKind
+    strategy: str
+    predicts: Literal["same", "next"] = "same"
     experts_per_token: int = 0
     routing_block: int = 0
 
@@ -96,7 +100,8 @@ class Model:
       tensors: where each tensor of a checkpoint lies in that tree.
       layers: ``layers(params, x [R, T, D], positions [R, T], ops) -> (hidden [R, T, D], fresh)``: all layers and the final norm.
         ``fresh`` is what ``ops.attend`` kept, stacked over layers.
-      head: ``head(params)``: the output matrix ``[V, D]``.
+      head: ``head(params)``: the output matrix ``[V, D]``; inside a program for several devices, this one's rows of it.
+      unread: names of tensors that a checkpoint may hold and that nothing reads.
     """
 
     config: Any
@@ -105,6 +110,7 @@ class Model:
     tensors: tuple[Tensor, ...] = dataclasses.field(repr=False, compare=False)
     layers: Callable[[Params, jax.Array, jax.Array, Ops], tuple[jax.Array, Any]] = dataclasses.field(repr=False, compare=False)
     head: Callable[[Params], jax.Array] = dataclasses.field(repr=False, compare=False)
+    unread: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
 
 def is_param(node: Any) -> bool:

@@ -94,12 +94,12 @@ def positive(config: Any, *names: str) -> None:
 
 
 def countable(config: Any) -> None:
-    """Checks that ``num_hidden_layers`` and ``num_experts`` are of a size that networks have, so that their tensors can be listed.
+    """Checks that ``num_hidden_layers`` and ``num_experts``, if it has any, are of a size that networks have: their tensors get listed.
 
     Raises:
       ValueError: naming them.
     """
-    layers, experts = config.num_hidden_layers, config.num_experts
+    layers, experts = config.num_hidden_layers, getattr(config, "num_experts", 0)
     if layers > MOST_LAYERS:
         raise ValueError(f"config: num_hidden_layers={layers} must be at most {MOST_LAYERS}")
     if layers * experts > MOST_EXPERTS:

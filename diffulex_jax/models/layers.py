@@ -7,6 +7,7 @@ F hidden width of an MLP, V vocabulary, L layers of one kind.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from diffulex_jax.models.base import Param
+from diffulex_jax.models.base import Param, Params
 from diffulex_jax.models.ops import Ops
+from diffulex_jax.parallel.mesh import first_index, shared_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +73,19 @@ def rotated_heads(qkv: jax.Array, q_norm: jax.Array, k_norm: jax.Array, table: t
 
     All heads go through both together, which makes two kernels of it on a GPU; the values then are taken as they came.
     """
-    group = qkv.shape[-2] - 2
-    value = (jnp.arange(group + 2) == group + 1)[:, None]
-    scale = jnp.concatenate([jnp.broadcast_to(q_norm, (group, qkv.shape[-1])), jnp.stack([k_norm] * 2)])
-    return jnp.where(value, qkv, rope(rms_norm(qkv, scale, eps), *(t[:, :, None, None] for t in table)))
+    scale = jnp.concatenate([jnp.broadcast_to(q_norm, (qkv.shape[-2] - 2, qkv.shape[-1])), jnp.stack([k_norm] * 2)])
+    return _rotated(rms_norm(qkv, scale, eps), qkv, table)
+
+
+def rotated(qkv: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Queries and keys of ``qkv [R, T, KV, G + 2, H]`` rotated as they come, packed as before; values as they come."""
+    return _rotated(qkv, qkv, table)
+
+
+def _rotated(heads: jax.Array, values: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """``heads [R, T, KV, G + 2, H]`` rotated, with the last of each group taken from ``values`` instead."""
+    last = (jnp.arange(heads.shape[-2]) == heads.shape[-2] - 1)[:, None]
+    return jnp.where(last, values, rope(heads, *(t[:, :, None, None] for t in table)))
 
 
 def rope_table(positions: jax.Array, dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -95,26 +106,42 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 Schema = dict[str, Param]
 
 
-def ends(vocab: int, embed: int) -> Schema:
-    """Input embeddings, output matrix, final norm."""
+def ends(vocab: int, embed: int, *, tied: bool = False) -> Schema:
+    """Input embeddings, output matrix (none of its own where it is ``tied`` to the embeddings), final norm."""
     return {
         "embed": Param((vocab, embed), (None, "embed")),  # on every device: looked up without an exchange
-        "lm_head": Param((vocab, embed), ("vocab", "embed")),
+        **({} if tied else {"lm_head": Param((vocab, embed), ("vocab", "embed"))}),
         "norm": _norm(embed, "embed"),
     }
 
 
-def attention(n: int, embed: int, *, kv: int, group: int, head: int) -> Schema:
-    """Attention of ``n`` layers with a norm of queries and keys per head, and the two norms of a pre-norm layer.
+def head(params: Params) -> jax.Array:
+    """The output matrix of :func:`ends`: this device's rows.
+
+    Raises:
+      ValueError: for a tied one whose rows cannot be shared out equally.
+    """
+    if "lm_head" in params:
+        return params["lm_head"]
+    embed, devices = params["embed"], math.prod(map(lax.axis_size, shared_by("vocab")))
+    rows, left = divmod(embed.shape[0], devices)
+    if left:
+        raise ValueError(f"embed: vocab={embed.shape[0]} cannot be split over {devices} devices")
+    return embed if devices == 1 else lax.dynamic_slice_in_dim(embed, first_index("vocab", rows), rows)
+
+
+def attention(n: int, embed: int, *, kv: int, group: int, head: int, norms: bool = True, bias: bool = False) -> Schema:
+    """Attention of ``n`` layers, and the two norms of a pre-norm layer.
 
     ``qkv`` holds, for each key/value head, its query heads followed by one key and one value: one matmul gives all three, and splitting
-    ``KV`` over devices splits them together.
+    ``KV`` over devices splits them together. ``norms``: queries and keys are normalised per head. ``bias``: all three have one.
     """
+    heads, axes = (kv, group + 2, head), ("kv_heads", None, "head_dim")
     return {
         "attn_norm": _norm(embed, "embed", n),
-        "qkv": Param((n, embed, kv, group + 2, head), ("layer", "embed", "kv_heads", None, "head_dim")),
-        "q_norm": _norm(head, "head_dim", n),
-        "k_norm": _norm(head, "head_dim", n),
+        "qkv": Param((n, embed, *heads), ("layer", "embed", *axes)),
+        **({"qkv_bias": Param((n, *heads), ("layer", *axes), init="zeros", decay=False)} if bias else {}),
+        **({"q_norm": _norm(head, "head_dim", n), "k_norm": _norm(head, "head_dim", n)} if norms else {}),
         "out": Param((n, kv, group, head, embed), ("layer", "kv_heads", None, "head_dim", "embed")),
         "mlp_norm": _norm(embed, "embed", n),
     }

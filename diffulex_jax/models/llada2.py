@@ -34,6 +34,7 @@ def model(raw: Mapping[str, Any], name: str) -> Model:
         eos_ids=c.eos_token_id,
         block_size=c.block_size or BLOCK,
         block_stated=c.block_size > 0,
+        strategy="llada2",
         routing_block=(c.block_size or BLOCK) if c.expert_capacity else 0,
         layers=LayerKind(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rotary_dim),
         experts_per_token=c.num_experts_per_tok,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import einops
 import numpy as np
@@ -77,6 +77,20 @@ class Names:
     def transposed(self, name: str, leaf: str, shape: tuple[int, int], *, at: Index = ()) -> Tensor:
         """A matrix ``[out, in]`` that lies in its leaf as ``[in, out]``."""
         return self.tensor(name, shape, self.part(leaf, "o i -> i o", at=at))
+
+    def heads(self, base: str, *, kv: int, group: int, head: int, embed: int, bias: bool = False) -> Iterator[Tensor]:
+        """The projections to queries, keys and values, which lie together in ``qkv [D, KV, G + 2, H]``, and their biases."""
+        whose: tuple[tuple[str, int, int | slice, str], ...] = (
+            ("q_proj", kv * group, slice(group), "kv g h"),
+            ("k_proj", kv, group, "kv h"),
+            ("v_proj", kv, group + 1, "kv h"),
+        )
+        for name, count, at, rows in whose:
+            where: dict[str, Any] = {"at": (..., at, slice(None)), "kv": kv, "h": head}
+            weight = self.part("qkv", f"({rows}) d -> d {rows}", **where)
+            yield self.tensor(f"{base}{name}.weight", (count * head, embed), weight)
+            if bias:
+                yield self.tensor(f"{base}{name}.bias", (count * head,), self.part("qkv_bias", f"({rows}) -> {rows}", **where))
 
     def swiglu(self, base: str, leaf: str, *, width: int, embed: int) -> Iterator[Tensor]:
         """Three matrices of a gated MLP; gate and up lie side by side in ``{leaf}_gate_up [D, 2, F]``."""

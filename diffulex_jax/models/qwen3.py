@@ -35,6 +35,7 @@ def model(raw: Mapping[str, Any], name: str) -> Model:
         eos_ids=c.eos_token_id,
         block_size=stated or BLOCK,
         block_stated=stated is not None,
+        strategy="sdar",
         layers=LayerKind(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim),
         experts_per_token=c.num_experts_per_tok if "moe" in c.kinds else 0,
     )
@@ -85,11 +86,7 @@ def tensors(c: SDARConfig) -> Iterator[Tensor]:
     for i, kind in enumerate(c.kinds):
         n = Names(f"model.layers.{i}.", kind, c.kinds[:i].count(kind))
         yield n.same("input_layernorm.weight", "attn_norm", (embed,))
-        queries = n.part("qkv", "(kv g h) d -> d kv g h", at=(..., slice(group), slice(None)), kv=kv, g=group)
-        yield n.tensor("self_attn.q_proj.weight", (heads * head, embed), queries)
-        for at, name in ((group, "k"), (group + 1, "v")):
-            one = n.part("qkv", "(kv h) d -> d kv h", at=(..., at, slice(None)), kv=kv)
-            yield n.tensor(f"self_attn.{name}_proj.weight", (kv * head, embed), one)
+        yield from n.heads("self_attn.", kv=kv, group=group, head=head, embed=embed)
         yield n.same("self_attn.q_norm.weight", "q_norm", (head,))
         yield n.same("self_attn.k_norm.weight", "k_norm", (head,))
         yield n.tensor("self_attn.o_proj.weight", (embed, heads * head), n.part("out", "d (kv g h) -> kv g h d", kv=kv, g=group))

@@ -231,6 +231,7 @@ def _reader(path: pathlib.Path, model: Model) -> Read:
     """What reads a tensor by its name, once all of them were found to be what the model needs."""
     files, opened = tensors_in(path)
     expected = {tensor.name: tensor.shape for tensor in model.tensors}
+    files = {name: file for name, file in files.items() if name not in model.unread}
     there = [name for name in expected if name in files]
     slices = {name: opened[files[name]].get_slice(name) for name in there}
     problems = [
