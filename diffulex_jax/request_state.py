@@ -96,18 +96,22 @@ def settings_row(params: SamplingParams, eos_ids: Sequence[int]) -> Settings:
 def admit(dims: Dims, rule: Rule, state: DecodeState, slot: jax.Array, request: Request) -> DecodeState:
     """``state`` with a request in slot ``slot``, before its first denoise step.
 
-    Its window starts at the last, partly filled block of the prompt; whole prompt blocks are expected in the pool.
+    Its window starts at the last, partly filled block of the prompt; whole prompt blocks are expected in the pool. Where there is no
+    such block and ``dims.commit_alone``, the last whole one is pending.
     """
     request = jax.tree.map(lambda a: jnp.asarray(a)[None], request)
     start = jnp.asarray(request.prompt_len // dims.block * dims.block)
     row = empty_state(dataclasses.replace(dims, slots=1), rule)
+    left = dims.commit_alone & (request.prompt_len % dims.block == 0)
+    last = jnp.take_along_axis(request.sequence, (start - dims.block)[:, None] + jnp.arange(dims.block), 1, mode="clip")
     row = row.replace(
         sequence=row.sequence.replace(tokens=request.sequence),
         given=request.given,
         initial=request.initial,
         active=row.active.at[:, 0].set(True),
+        pending=row.pending.replace(tokens=last, live=left),
         start=start,
-        written_upto=start,
+        written_upto=start - left * dims.block,
         prompt_len=request.prompt_len,
         limit=request.limit,
         live=jnp.ones(1, bool),

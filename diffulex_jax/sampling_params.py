@@ -23,6 +23,7 @@ LEFT_TO_STRATEGY: Mapping[str, float | int] = types.MappingProxyType(
         "accept_threshold": 0.9,
         "num_to_transfer": 1,
         "denoising_steps": 0,
+        "sub_block": 0,
         "entropy_bound": 0.35,
         "edit_threshold": 0.5,
         "max_post_edit_steps": 16,
@@ -70,6 +71,8 @@ class SamplingParams:
       num_to_transfer: masks filled per block and step at the least (``llada2``, ``llada2_edit``, ``sdar``). Default: 1.
       denoising_steps: steps over which a block's masks are shared out, in place of ``num_to_transfer``: of B masks, step i of S fills
         floor(B / S) at the least, and one more while i < B mod S. At most the block size; 0 leaves it to ``num_to_transfer``. Default: 0.
+      sub_block: (``fast_dllm_v2``) masks are filled only in the first of a block's runs of so many positions that has any; 0 is the whole
+        block. Default: 0.
       entropy_bound: (``sdar_entropy``) masks are filled by ascending entropy as long as their entropies, in nats, add up to less.
         Default: 0.35.
       edit_threshold: (``llada2_edit``) a filled token is replaced by a different prediction more probable than this; 0 replaces
@@ -108,6 +111,7 @@ class SamplingParams:
     accept_threshold: float | None = None
     num_to_transfer: int | None = None
     denoising_steps: int | None = None
+    sub_block: int | None = None
     entropy_bound: float | None = None
     edit_threshold: float | None = None
     max_post_edit_steps: int | None = None

@@ -29,6 +29,7 @@ class Dims:
       mask_id: the token that masked positions read as.
       merge_top_k: M, candidates mixed into a soft token.
       candidates: most probable tokens that a prediction lists, at least M.
+      commit_alone: a block's KV is written in a step that does nothing else for its row but decide the first token of the next block.
     """
 
     slots: int
@@ -39,6 +40,7 @@ class Dims:
     mask_id: int
     merge_top_k: int = 0
     candidates: int = 0
+    commit_alone: bool = False
 
     @property
     def positions(self) -> int:
@@ -74,6 +76,7 @@ class Settings(struct.PyTreeNode):
     top_k: jax.Array
     num_to_transfer: jax.Array
     denoising_steps: jax.Array
+    sub_block: jax.Array
     entropy_bound: jax.Array
     max_post_edit_steps: jax.Array
     max_nfe: jax.Array

@@ -17,6 +17,7 @@ from diffulex_jax.rules import (
     chain,
     decide,
     entropy_bounded,
+    in_sub_blocks,
     levenshtein,
     remask,
     sequential,
@@ -138,6 +139,11 @@ def sdar_entropy() -> Rule:
     return chain(entropy_bounded(), remask())
 
 
+def fast_dllm_v2() -> Rule:
+    """Fast-dLLM v2: fill masks above a threshold, sub-block by sub-block."""
+    return in_sub_blocks(decide(edit=False))
+
+
 def _of_sdar(name: str, rule: Rule, **defaults: Any) -> Strategy:
     """A strategy that samples as SDAR's authors do: every forward draws anew, and confidence is that at the temperature."""
     return Strategy(name, rule, defaults=MappingProxyType(defaults), draws="step", confidence="tempered")
@@ -156,6 +162,13 @@ STRATEGIES: dict[str, Strategy] = {
         _of_sdar("sdar_leftmost", sdar_leftmost(), accept_threshold=0.9),  # JetEngine's
         _of_sdar("sdar_sequential", sdar_sequential()),
         _of_sdar("sdar_entropy", sdar_entropy(), entropy_bound=0.35),  # generate.py's and JetEngine's
+        Strategy(
+            "fast_dllm_v2",
+            fast_dllm_v2(),
+            defaults=MappingProxyType({"accept_threshold": 0.9, "sub_block": 8, "top_p": 0.95}),  # the README's; generate()'s top_p
+            draws="step",
+            confidence="tempered",
+        ),
     )
 }
 

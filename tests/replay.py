@@ -34,7 +34,10 @@ PEERS = {
     "opencompass_bd3": "huggingface_bd3.py",
     "generate_py": "generate.py",
     "jetengine": "JetEngine",
+    "batch_sample": "batch_sample",
+    "generate": "modeling.py generate()",
 }
+FAST_DLLM = ("generate", "batch_sample")  # of Fast-dLLM v2
 DROPS_EOS = ("dinfer_threshold", "dmax_soft_parallel")
 
 _EVERY = {"gen_length", "block_length", "threshold"}
@@ -51,6 +54,7 @@ SETTINGS = {
     "opencompass_bd3": _SDAR,
     "generate_py": _SDAR,
     "jetengine": _SDAR | {"eb_threshold", "unify"},
+    **dict.fromkeys(FAST_DLLM, {"threshold", "max_new_tokens", "block_size", "small_block_size", "stop_token", "use_block_cache"}),
 }
 
 # Ours for each of a peer's strategies; None where it says nothing about ours: see `left_out`.
@@ -97,13 +101,20 @@ class Case:
 
     @property
     def block(self) -> int:
-        return self.settings["block_length"]
+        return self.settings["block_size" if self.peer in FAST_DLLM else "block_length"]
+
+    @property
+    def max_tokens(self) -> int:
+        """Fast-dLLM v2 decodes whole blocks, and then a token more."""
+        return len(self.recorded["output"]) if self.peer in FAST_DLLM else self.settings["gen_length"]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end the output, none where the peer goes on after EOS."""
         if self.peer == "diffusers_pipeline" and not self.settings["eos_early_stop"]:
             return ()
+        if self.peer in FAST_DLLM:
+            return (self.settings["stop_token"],)
         return tuple(self.settings.get("stop_ids", self.eos_ids))
 
     @property
@@ -118,7 +129,7 @@ class Case:
     @property
     def wanted(self) -> tuple[list[int], str]:
         """The tokens that ours must give, and its reason to end."""
-        tokens = self.decoded[: self.settings["gen_length"]]
+        tokens = self.decoded[: self.max_tokens]
         stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
         return (tokens, "length") if stop is None else (tokens[:stop], "stop")
 
@@ -180,8 +191,15 @@ def left_out(case: Case) -> str | None:
             return "run with the pipeline's own 2-D mask: plainly causal, not block-causal"
         if s["eos_early_stop"] and s["editing_threshold"] and case.wanted[1] == "stop":
             return "an EOS ends it although tokens before it would still be edited"
-    if case.peer in SDAR_STRATEGIES:
-        if SDAR_STRATEGIES[case.peer][s["strategy"]] is None:
+    if case.peer in FAST_DLLM:
+        if s["use_block_cache"]:
+            return "use_block_cache: an approximation, in which a sub-block is decoded beside old keys and values of the others"
+        if len(case.prompt) == case.block:
+            return "a prompt of exactly one block is not read at all by the peer"
+        if not case.recorded["output"]:
+            return "max_new_tokens is less than a block, for which the peer decodes nothing"
+    if case.peer in SDAR_STRATEGIES or case.peer in FAST_DLLM:
+        if case.peer in SDAR_STRATEGIES and SDAR_STRATEGIES[case.peer][s["strategy"]] is None:
             return "generate.py measures confidence after top-k: decoding greedily every position has 1"
         if not case.recorded.get("mask_excluded_same", True):
             return "the peer predicts the mask id; ours never does"
@@ -192,7 +210,19 @@ def left_out(case: Case) -> str | None:
 
 def reading(case: Case) -> Reading:
     """The strategy and settings that mean what the peer's settings mean."""
-    return _sdar(case) if case.peer in SDAR_STRATEGIES else _llada2(case)
+    return _sdar(case) if case.peer in SDAR_STRATEGIES else _fast_dllm(case) if case.peer in FAST_DLLM else _llada2(case)
+
+
+def _fast_dllm(case: Case) -> Reading:
+    s = case.settings
+    params = SamplingParams(
+        max_tokens=case.max_tokens,
+        accept_threshold=s["threshold"],
+        sub_block=s["small_block_size"],
+        ignore_eos=True,
+        stop_token_ids=case.stop_ids,
+    )
+    return Reading("fast_dllm_v2", params)
 
 
 def _sdar(case: Case) -> Reading:
@@ -252,7 +282,7 @@ def decode(cases: Sequence[Case], engine_for: Callable[..., Engine]) -> dict[tup
 
 def engine_of(cases: Sequence[Case], strategy: str, block: int, engine_for: Callable[..., Engine]) -> Engine:
     """The engine for the cases of one strategy and block size."""
-    longest = max(len(case.prompt) + case.settings["gen_length"] for case in cases) + block
+    longest = max(len(case.prompt) + case.max_tokens for case in cases) + block
     room = max(64, block)
     length = max(256, -(-longest // room) * room)
     return engine_for(strategy=strategy, block_size=block, force_block_size=True, max_slots=4, max_model_len=length)
@@ -267,7 +297,9 @@ def _jobs(cases: Sequence[Case]) -> Iterator[tuple[Case, bool, SamplingParams]]:
 
 
 def _to_block_end(case: Case) -> list[int] | None:
-    """All that an SDAR peer decoded, after a stop token too: up to there both spend the same forwards."""
+    """All that a peer decoded, where it goes on after a stop token: up to there both spend the same forwards."""
+    if case.peer == "batch_sample":
+        return case.decoded
     if case.peer not in SDAR_STRATEGIES:
         return None
     output = [*case.decoded, case.mask_id]
@@ -287,7 +319,7 @@ def difference(case: Case, ours: Decoded) -> str | None:
 
 
 def _unlike_to_block_end(case: Case, ours: Decoded) -> str | None:
-    whole = _to_block_end(case)
+    whole = None if case.peer == "batch_sample" else _to_block_end(case)  # it pads what it decoded after a stop token
     return None if whole is None or ours.to_block_end is None else _unlike(whole, ours.to_block_end.token_ids)
 
 
@@ -305,6 +337,11 @@ def forwards(case: Case, ours: Decoded) -> tuple[int, int] | None:
     """
     if case.peer in SDAR_STRATEGIES:
         return None if ours.to_block_end is None else (ours.to_block_end.nfe, case.recorded["nfe_denoise"])
+    if case.peer in FAST_DLLM:
+        # Ours counts no prefill; where the prompt ends with a block, the peer's decides a token, for which ours spends a forward.
+        decides = len(case.prompt) % case.block == 0
+        theirs = case.recorded["nfe"] - (len(case.prompt) > case.block and not decides)
+        return (ours.to_block_end or ours.output).nfe, theirs
     if any(eos in case.decoded[: case.settings["gen_length"]] for eos in case.eos_ids):
         return None
     if case.peer == "dmax_soft_parallel":

@@ -43,8 +43,9 @@ RAW = {
 MODEL = model_of(RAW)
 
 
-def dims_of(rule: Rule, *, slots: int = 1, window: int = 1, block: int = 4, pages: int = 4) -> Dims:
-    return dims_for(rule, slots=slots, window=window, block=block, page=block, pages_per_slot=pages, mask_id=MASK)
+def dims_of(rule: Rule, *, slots: int = 1, window: int = 1, block: int = 4, pages: int = 4, commit_alone: bool = False) -> Dims:
+    sizes = {"slots": slots, "window": window, "block": block, "page": block, "pages_per_slot": pages}
+    return dims_for(rule, **sizes, mask_id=MASK, commit_alone=commit_alone)
 
 
 def settings_of(**settings):
@@ -172,9 +173,11 @@ _denoise = functools.partial(jax.jit, static_argnums=0, static_argnames="steps")
 _admit = functools.partial(jax.jit, static_argnums=(0, 1))(admit)
 
 
-def play(rule: Rule, *scripts: Script, block: int, pages: int, steps: int, window: int = 1) -> tuple[list[Played], DecodeState]:
+def play(
+    rule: Rule, *scripts: Script, block: int, pages: int, steps: int, window: int = 1, commit_alone: bool = False
+) -> tuple[list[Played], DecodeState]:
     """Decodes one request a script, all together, for at most ``steps`` steps."""
-    dims = dims_of(rule, slots=len(scripts), window=window, block=block, pages=pages)
+    dims = dims_of(rule, slots=len(scripts), window=window, block=block, pages=pages, commit_alone=commit_alone)
     state = empty_state(dims, rule)
     for slot, s in enumerate(scripts):
         request = make_request(dims, prompt=np.array(s.prompt, np.int32), params=s.params, eos_ids=(EOS,))

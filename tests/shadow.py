@@ -43,8 +43,8 @@ class Row:
 class ShadowDevice:
     """See the module; blocks finish by the roll of a die."""
 
-    def __init__(self, *, slots: int, seed: int, page: int):
-        self.slots, self.random, self.per_page = slots, random.Random(seed), page // BLOCK
+    def __init__(self, *, slots: int, seed: int, page: int, commit_alone: bool = False):
+        self.slots, self.random, self.per_page, self.commit_alone = slots, random.Random(seed), page // BLOCK, commit_alone
         self.content: dict[Place, tuple[int, ...]] = {}
         self.rows: dict[int, Row] = {}
         self.reads = 0
@@ -73,7 +73,8 @@ class ShadowDevice:
         limit = len(prompt) + request.params.max_tokens
         fill = random.Random(request.params.seed)  # the tokens a request decodes are its own, whatever happens around it
         tokens = prompt + [fill.randrange(100, 999) for _ in range(POSITIONS - len(prompt))]
-        self.rows[request.slot] = Row(tokens, limit, start, start)
+        pending = self.commit_alone and len(prompt) == start
+        self.rows[request.slot] = Row(tokens, limit, start, start - BLOCK * pending, pending)
 
     def save(self, request: Tracked):
         return copy.copy(self.rows[request.slot]), [self.content.get(self.place(request.pages, i)) for i in range(request.written)]
@@ -125,6 +126,9 @@ class ShadowDevice:
         if row.pending:
             self.write(pages, row.tokens, row.start // BLOCK - 1)
             row.written, row.pending = row.start, False
+            if self.commit_alone:
+                row.nfe += 1
+                return row.start + 1 >= row.limit
         row.nfe += 1
         row.ready = self.random.random() < 0.4
         return row.ready and row.start + BLOCK >= row.limit
@@ -133,13 +137,13 @@ class ShadowDevice:
 class World:
     """A scheduler over a shadow device, and what a random user does to it."""
 
-    def __init__(self, *, pool: float, seed: int, page: int = BLOCK, device: type[ShadowDevice] = ShadowDevice):
+    def __init__(self, *, pool: float, seed: int, page: int = BLOCK, device: type[ShadowDevice] = ShadowDevice, commit_alone: bool = False):
         self.random = random.Random(seed)
         slots, longest = 4, POSITIONS // page
         self.pages = PagePool(max(longest, int(pool * longest)))
-        self.device = device(slots=slots, seed=seed, page=page)
+        self.device = device(slots=slots, seed=seed, page=page, commit_alone=commit_alone)
         sizes = {"slots": slots, "block": BLOCK, "page": page, "window": 1, "max_batched_tokens": 24, "steps_per_dispatch": 4}
-        self.scheduler = Scheduler(self.device, self.pages, **sizes, root=b"")
+        self.scheduler = Scheduler(self.device, self.pages, **sizes, root=b"", commit_alone=commit_alone)
         self.requests: dict[int, Tracked] = {}
         self.ended: list[Ended] = []
         self.count = 0

@@ -134,6 +134,7 @@ LIVE = {
     "accept_threshold": ("llada2", {}, 0.3),
     "num_to_transfer": ("llada2", {"accept_threshold": 1.0}, 3),
     "denoising_steps": ("llada2", {"accept_threshold": 1.0}, 2),
+    "sub_block": ("fast_dllm_v2", {"accept_threshold": 1.0}, 2),
     "entropy_bound": ("sdar_entropy", {}, 3.0),
     "edit_threshold": ("llada2_edit", {"accept_threshold": 0.1, "edit_threshold": 0.9}, 0.0),
     "max_post_edit_steps": ("llada2_edit", {"accept_threshold": 0.1, "edit_threshold": 0.0}, 0),

@@ -31,6 +31,7 @@ def request(rng: np.random.Generator) -> Script:
         accept_threshold=float(rng.choice([0.0, 0.5, 0.95, 2.0])),
         num_to_transfer=int(rng.integers(1, 4)),
         denoising_steps=int(rng.integers(0, 5)),
+        sub_block=int(rng.integers(0, 5)),
         entropy_bound=float(rng.choice([0.0, 0.5, 2.0])),
         ignore_eos=bool(rng.random() < 0.3),
         stop_token_ids=[STOP] if rng.random() < 0.5 else [],
@@ -47,18 +48,21 @@ def expected(say: Script) -> tuple[list[int], str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "block", "window"),
+    ("name", "block", "window", "commit_alone"),
     [
-        *(("llada2", 4, 1), ("llada2", 8, 3), ("llada2_edit", 8, 1), ("llada2_edit", 4, 2), ("dmax", 4, 3), ("dmax", 16, 1)),
-        *(("sdar_leftmost", 4, 1), ("sdar_sequential", 8, 3), ("sdar_entropy", 4, 2)),
+        *(("llada2", 4, 1, False), ("llada2", 8, 3, False), ("llada2_edit", 8, 1, False), ("llada2_edit", 4, 2, False)),
+        *(("dmax", 4, 3, False), ("dmax", 16, 1, False)),
+        *(("sdar_leftmost", 4, 1, False), ("sdar_sequential", 8, 3, False), ("sdar_entropy", 4, 2, False)),
+        *(("fast_dllm_v2", 8, 1, True), ("fast_dllm_v2", 4, 3, True), ("llada2_edit", 4, 1, True), ("dmax", 8, 2, True)),
     ],
 )
-def test_exact_length_no_masks_and_the_right_reason(name, block, window):
+def test_exact_length_no_masks_and_the_right_reason(name, block, window, commit_alone):
     rng = np.random.default_rng([len(name), block, window])
     reasons = set()
     for _ in range(BATCHES):
         say = [request(rng) for _ in range(SLOTS)]
-        played, _state = play(STRATEGIES[name].rule, *say, block=block, pages=POSITIONS // block, window=window, steps=4 * POSITIONS)
+        sizes = {"block": block, "pages": POSITIONS // block, "window": window, "steps": 4 * POSITIONS}
+        played, _state = play(STRATEGIES[name].rule, *say, **sizes, commit_alone=commit_alone)
         for one, script in zip(played, say, strict=True):
             assert (one.tokens, one.reason) == expected(script)
             reasons.add(one.reason)
@@ -67,7 +71,10 @@ def test_exact_length_no_masks_and_the_right_reason(name, block, window):
 
 @pytest.mark.parametrize(
     ("checkpoint", "strategy", "block"),
-    [("tiny-llada2-trained", "llada2_edit", 32), ("families/tiny-sdar-trained", "sdar", 4), ("families/tiny-sdar-moe", "sdar_leftmost", 8)],
+    [
+        *(("tiny-llada2-trained", "llada2_edit", 32), ("families/tiny-sdar-trained", "sdar", 4)),
+        *(("families/tiny-sdar-moe", "sdar_leftmost", 8), ("families/tiny-fast-dllm-v2-trained", "fast_dllm_v2", 32)),
+    ],
 )
 def test_a_real_model_ends_where_the_same_output_without_stops_has_one(engine_of, checkpoint, strategy, block):
     engine = engine_of(checkpoint, strategy=strategy, block_size=block, force_block_size=True, max_slots=4, max_model_len=256)

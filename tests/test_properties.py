@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scripted import EOS, Script, play
 
 from diffulex_jax import SamplingParams
-from diffulex_jax.rules import chain, edit, entropy_bounded, levenshtein, remask
-from diffulex_jax.strategies import dmax, llada2, llada2_edit, sdar_leftmost, sdar_sequential
+from diffulex_jax.rules import chain, edit, entropy_bounded, in_sub_blocks, levenshtein, remask
+from diffulex_jax.strategies import dmax, fast_dllm_v2, llada2, llada2_edit, sdar_leftmost, sdar_sequential
 from pallas_kernels import block_attention, prediction, token_merge
 
 
@@ -35,7 +35,10 @@ RULES = {
     "sdar_leftmost": sdar_leftmost(),
     "sdar_sequential": sdar_sequential(),
     "sdar_entropy with edit": chain(entropy_bounded(), edit(), remask()),
+    "fast_dllm_v2": fast_dllm_v2(),
+    "fast_dllm_v2 with edit": in_sub_blocks(llada2_edit()),
 }
+ALONE = ("fast_dllm_v2", "fast_dllm_v2 with edit", "dmax")  # commit alone
 MOST_POST_STEPS = 3
 BUDGET = 4 * BLOCK + MOST_POST_STEPS
 
@@ -56,6 +59,7 @@ def requests(draw, positions: int = BLOCK * PAGES) -> Script:
         settle_threshold=draw(shares),
         num_to_transfer=draw(st.integers(1, 5)),
         denoising_steps=draw(st.integers(0, BLOCK)),
+        sub_block=draw(st.integers(0, BLOCK)),
         entropy_bound=draw(shares),
         max_post_edit_steps=draw(st.integers(0, MOST_POST_STEPS)),
         max_nfe=draw(st.sampled_from([None, None, 1, 5])),
@@ -68,12 +72,12 @@ def requests(draw, positions: int = BLOCK * PAGES) -> Script:
 
 
 @pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(("name", "alone"), [(name, False) for name in RULES] + [(name, True) for name in ALONE])
 @settings(max_examples=50)
 @given(pair=st.tuples(requests(), requests()))
-def test_rules_on_any_prediction(name, window, pair):
-    steps = PAGES * BUDGET
-    played, _state = play(RULES[name], *pair, block=BLOCK, pages=PAGES, window=window, steps=steps)
+def test_rules_on_any_prediction(name, alone, window, pair):
+    steps = PAGES * (BUDGET + alone)
+    played, _state = play(RULES[name], *pair, block=BLOCK, pages=PAGES, window=window, steps=steps, commit_alone=alone)
     for request, one in zip(pair, played, strict=True):
         params, prompt = request.params, list(request.prompt)
         # It ends, and with what was asked for.
@@ -84,7 +88,7 @@ def test_rules_on_any_prediction(name, window, pair):
         assert set(one.tokens) <= set(range(EOS + params.ignore_eos))
         # No block is open for longer than its budget.
         longest = max(len(list(group)) for _, group in itertools.groupby(one.starts))
-        assert longest <= 4 * BLOCK + params.max_post_edit_steps
+        assert longest <= 4 * BLOCK + params.max_post_edit_steps + alone
         # The prompt stays, unmasked, whatever the model says there; a mask id is never written.
         for start, window_tokens in zip(one.starts, one.trace, strict=True):
             given_here = max(0, len(prompt) - start)
@@ -98,7 +102,7 @@ def test_rules_on_any_prediction(name, window, pair):
             assert one.remasked <= 2 * params.max_tokens + 2 * BLOCK * window
             assert one.remasked == 0 or params.remask_threshold > 0
         if params.remask_threshold == 0:
-            if name in ("llada2", "sdar_leftmost", "sdar_sequential"):
+            if name in ("llada2", "sdar_leftmost", "sdar_sequential", "fast_dllm_v2"):
                 assert one.revised == 0
 
 

@@ -18,16 +18,19 @@ REQUESTS = same_answer.requests(8, [0.0, 0.7])
 PROMPTS, PARAMS = zip(*REQUESTS, strict=True)
 OPTIONS = {"max_slots": 8, "max_model_len": 256}
 SDAR = str(GOLDEN / "families" / "tiny-sdar-trained")
+FAST = str(GOLDEN / "families" / "tiny-fast-dllm-v2-trained")
 SETUPS = {
     "llada2_edit": {"model": TRAINED, "strategy": "llada2_edit", "buffer_size": 2, **OPTIONS},
     "dmax": {"model": TRAINED, "strategy": "dmax", **OPTIONS},
     "sdar-4": {"model": SDAR, "strategy": "sdar", "buffer_size": 2, **OPTIONS},
     "sdar-32": {"model": SDAR, "strategy": "sdar_leftmost", "block_size": 32, "force_block_size": True, **OPTIONS},
+    "fast-8": {"model": FAST, "strategy": "fast_dllm_v2", "block_size": 8, "force_block_size": True, "page_size": 16, **OPTIONS},
+    "fast-32": {"model": FAST, "strategy": "fast_dllm_v2", **OPTIONS},
 }
 
 
 def requests_of(name: str) -> list[same_answer.Request]:
-    return same_answer.requests(8, [0.0, 0.7], vocab=500) if name.startswith("sdar") else REQUESTS
+    return same_answer.requests(8, [0.0, 0.7], vocab=500) if name.startswith(("sdar", "fast")) else REQUESTS
 
 
 @pytest.fixture(scope="module", params=SETUPS)
@@ -63,7 +66,7 @@ def test_preempted_at_every_step(setup, every):
     assert same_answer.preempted(engine, requests[:3], every=every) == alone[:3]
 
 
-@pytest.mark.parametrize("name", ["dmax", "sdar-4", "sdar-32"])
+@pytest.mark.parametrize("name", ["dmax", "sdar-4", "sdar-32", "fast-8"])
 def test_restored_in_another_process(tmp_path, request, name):
     options, some = SETUPS[name], requests_of(name)[:2]
     engine = Engine.from_pretrained(**options)

@@ -18,8 +18,8 @@ ACTIONS = ["add", "add", "step", "step", "step", "step", "abort", "preempt"]
 POOLS = [4.0, 1.2, 1.0]  # times what one longest request needs
 
 
-def episode(*, pool: float, seed: int, page: int = BLOCK, device: type[ShadowDevice] = ShadowDevice) -> World:
-    world = World(pool=pool, seed=seed, page=page, device=device)
+def episode(*, seed: int, **options) -> World:
+    world = World(seed=seed, **options)
     for _ in range(40):
         getattr(world, world.random.choice(ACTIONS))()
     world.finish()
@@ -34,6 +34,13 @@ def test_a_thousand_episodes_read_nothing_stale(pool, blocks_of_a_page):
     assert sum(world.pages.hits for world in worlds) > 1000 / blocks_of_a_page**2
     if pool < 2:
         assert sum(world.scheduler.preemptions for world in worlds) > 1000
+
+
+@pytest.mark.parametrize("blocks_of_a_page", [1, 2])
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_last_block_of_a_prompt_may_be_left_to_the_first_step(pool, blocks_of_a_page):
+    worlds = [episode(pool=pool, seed=seed, page=blocks_of_a_page * BLOCK, commit_alone=True) for seed in range(300)]
+    assert sum(world.pages.hits for world in worlds) > 300 / blocks_of_a_page**2
 
 
 class InferredDevice(ShadowDevice):

@@ -50,6 +50,7 @@ def test_unknown_settings_are_errors():
         ({"max_nfe": 0}, "max_nfe=0 must be at least 1"),
         ({"num_to_transfer": 0}, "num_to_transfer=0 must be at least 1"),
         ({"denoising_steps": -1}, "denoising_steps=-1 must be at least 0"),
+        ({"sub_block": -1}, "sub_block=-1 must be at least 0"),
         ({"entropy_bound": -0.1}, "entropy_bound=-0.1 must be finite and at least 0"),
         ({"max_post_edit_steps": -1}, "max_post_edit_steps=-1 must be at least 0"),
         ({"ignore_eos": 1}, "ignore_eos=1 must be True or False"),

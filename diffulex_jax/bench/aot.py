@@ -133,7 +133,14 @@ def compile_denoise(
         check_split(mesh, param.shape, param.axes, path[-1])
     rule, slots, pages = resolve(strategy).rule, data * slots_per_device, -(-context // block_size)
     dims = dims_for(
-        rule, slots=slots, window=buffer_size, block=block_size, page=block_size, pages_per_slot=pages, mask_id=model.spec.mask_id
+        rule,
+        slots=slots,
+        window=buffer_size,
+        block=block_size,
+        page=block_size,
+        pages_per_slot=pages,
+        mask_id=model.spec.mask_id,
+        commit_alone=model.spec.commit_alone,
     )
     program = decode.Program(model, dims, rule, pallas_kernels.choose(devices[0]))
     dtype, num_pages = jnp.bfloat16, slots * pages

@@ -192,7 +192,16 @@ def _program(
     model: Model, params: Params, rule: Rule, kernels: Kernels, *, context: int, batch: int
 ) -> tuple[decode.Program, tuple[Any, ...]]:
     """What is measured, and the shapes of its arguments."""
-    dims = dims_for(rule, slots=batch, window=1, block=BLOCK, page=BLOCK, pages_per_slot=context // BLOCK + 3, mask_id=model.spec.mask_id)
+    dims = dims_for(
+        rule,
+        slots=batch,
+        window=1,
+        block=BLOCK,
+        page=BLOCK,
+        pages_per_slot=context // BLOCK + 3,
+        mask_id=model.spec.mask_id,
+        commit_alone=model.spec.commit_alone,
+    )
     program = decode.Program(model, dims, rule, kernels, greedy=True)
     pool = jax.eval_shape(lambda: KVPool(*[jnp.zeros(_pool_shape(program), params["embed"].dtype)] * 2))
     state = jax.eval_shape(lambda: request_state.empty_state(dims, rule))

@@ -11,7 +11,7 @@ from jax import lax
 from diffulex_jax.decode.forward import forward, pages_of, write
 from diffulex_jax.decode.prediction import predict
 from diffulex_jax.decode.program import Program
-from diffulex_jax.decode.window import advance, count_step, finish, seen, settled_positions, write_window
+from diffulex_jax.decode.window import advance, choose_rows, count_step, finish, seen, settled_positions, write_window
 from diffulex_jax.models.base import Params
 from diffulex_jax.state import DecodeState, KVPool, Merge, Prediction, StepReport, Trace
 from pallas_kernels import remask, token_merge
@@ -74,7 +74,8 @@ def denoise(
     rows = jax.eval_shape(seen, state, state)
     trace = jax.tree.map(lambda row: jnp.zeros((steps, *row.shape), row.dtype), rows)
     # Where the host drives loops, steps in a loop of their kind ask it one thing each: whether to go on.
-    run = (lambda carry: alike(alike(carry, True), False)) if program.kernels.host_drives_loops else body
+    kinds = program.kernels.host_drives_loops and not program.dims.commit_alone
+    run = (lambda carry: alike(alike(carry, True), False)) if kinds else body
     _, pool, state, trace = lax.while_loop(go_on, run, (jnp.int32(0), pool, state, trace))
     state = state.replace(sequence=write_window(state))
     return pool, state, report(state, known, (steps + program.dims.window) * program.dims.block), trace
@@ -93,15 +94,15 @@ def step(
 
     ``writes`` says, where it is known when the program is traced, whether some row has a pending block.
     """
+    commits = state.pending.live & state.live
     hidden, pool, state = _forward(program, params, pool, state, page_table=page_table, writes=writes)
     with jax.named_scope("prediction"):
-        prediction = predict(program, params, hidden, state)
+        prediction = predict(program, params, hidden, _without_draws(state, commits) if program.dims.commit_alone else state)
     with jax.named_scope("rules"):
         before = state
-        state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
-        with remask.decided_by(program.kernels.remask):
-            state, rule_state = program.rule.update(prediction, state, state.rule)
-        state = _end_overdue_blocks(program, prediction, state.replace(rule=rule_state))
+        state = _apply_rule(program, prediction, before)
+        if program.dims.commit_alone:
+            state = choose_rows(commits, _decide_first(prediction, before), state)
         # Rules say what is masked; that masked positions read as the mask id is kept here, for every rule.
         state = state.replace(tokens=jnp.where(state.masked, program.dims.mask_id, state.tokens))
         # A row whose prediction is not a number has nothing to go on with; the others never see it.
@@ -109,29 +110,52 @@ def step(
         return pool, finish(count_step(before, state), broken)
 
 
+def _apply_rule(program: Program, prediction: Prediction, state: DecodeState) -> DecodeState:
+    """What the rule makes of a prediction, and the end of blocks that took too long."""
+    given = state.frozen
+    if program.dims.commit_alone:  # no output of this forward speaks of the window's first position, which was decided before
+        state = state.replace(frozen=given | _first(state))
+    state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
+    with remask.decided_by(program.kernels.remask):
+        state, rule_state = program.rule.update(prediction, state, state.rule)
+    return _end_overdue_blocks(program, prediction, state.replace(rule=rule_state)).replace(frozen=given)
+
+
+def _decide_first(prediction: Prediction, state: DecodeState) -> DecodeState:
+    """For a row that commits alone: the first token of its window, unless it is known. No rule has a say, or sees this step.
+
+    Nothing changes that token from here on. A block that begins with other tokens that a rule may change is held open for it.
+    """
+    first = _first(state)
+    unseen = (state.steps == 0) & (state.editable & ~state.masked & ~first).any(-1)
+    return state.fill(first & state.masked, prediction.token, prediction.prob).replace(hold=state.hold | unseen)
+
+
+def _without_draws(state: DecodeState, rows: jax.Array) -> DecodeState:
+    """``state`` with greedy ``rows``: the first token of a block is the most probable one at any temperature."""
+    return state.replace(settings=state.settings.replace(temperature=jnp.where(rows, 0, state.settings.temperature)))
+
+
+def _first(state: DecodeState) -> jax.Array:
+    """``[S, K, B]`` bool: the first position of the window."""
+    return jnp.zeros(state.masked.shape, bool).at[:, 0, 0].set(True)
+
+
 def _forward(
     program: Program, params: Params, pool: KVPool, state: DecodeState, *, page_table: jax.Array, writes: bool | None
 ) -> tuple[jax.Array, KVPool, DecodeState]:
-    """Hidden states ``[S, K B, D]`` of the window; the same forward writes the KV of the pending block where there is one.
+    """Hidden states ``[S, K B, D]`` that speak of the window; the same forward writes the KV of the pending block where there is one."""
+    if program.dims.commit_alone:
+        return _forward_pending_or_window(program, params, pool, state, page_table=page_table)
+    return _forward_pending_and_window(program, params, pool, state, page_table=page_table, writes=writes)
 
-    It is wider (pending block and window) only in steps where some row has a pending block.
-    """
+
+def _forward_pending_and_window(
+    program: Program, params: Params, pool: KVPool, state: DecodeState, *, page_table: jax.Array, writes: bool | None
+) -> tuple[jax.Array, KVPool, DecodeState]:
+    """As :func:`_forward`; wider (pending block and window) only in steps where some row has a pending block."""
     slots, window, block = state.tokens.shape
-
-    def embed(tokens: jax.Array, merge: Merge) -> jax.Array:
-        if program.rule.merge is None:
-            return params["embed"][tokens]
-        return token_merge.merge(
-            params["embed"],
-            tokens,
-            mask_id=program.dims.mask_id,
-            ids=merge.ids,
-            probs=merge.probs,
-            soft=merge.soft,
-            spec=program.rule.merge,
-            backend=program.kernels.token_merge,
-        )
-
+    embed = functools.partial(_embed, program, params)
     live, active = state.pending.live & state.live, state.active & state.live[:, None]
     x = embed(state.tokens, state.merge).reshape(slots, window * block, -1)
     positions = state.positions.reshape(slots, -1)
@@ -152,8 +176,58 @@ def _forward(
         hidden, pool = lax.cond(anywhere(live.any()), with_pending, window_only, pool)
     else:
         hidden, pool = (with_pending if writes else window_only)(pool)
-    written = jnp.where(live, state.start, state.written_upto)
-    return hidden, pool, state.replace(written_upto=written, pending=state.pending.replace(live=jnp.zeros_like(live)))
+    return hidden, pool, _committed(state, live)
+
+
+def _forward_pending_or_window(
+    program: Program, params: Params, pool: KVPool, state: DecodeState, *, page_table: jax.Array
+) -> tuple[jax.Array, KVPool, DecodeState]:
+    """As :func:`_forward`, where ``dims.commit_alone``: a row with a pending block feeds that in place of its window.
+
+    The output at a position speaks of the next one, so the hidden state of each position of the window is that of the one before it.
+    For a row that commits, that is the last of the pending block for the first position; what it has for the others means nothing.
+    In the other rows it is the first position's that means nothing: it was decided before.
+    """
+    slots, window, block = state.tokens.shape
+    commits = state.pending.live & state.live
+
+    def fed(pending: jax.Array, own: jax.Array) -> jax.Array:
+        here = commits.reshape(-1, *[1] * (pending.ndim - 1))
+        return own.at[:, 0].set(jnp.where(here, pending, own[:, 0]))
+
+    merge = jax.tree.map(fed, state.pending.merge, state.merge)
+    x = _embed(program, params, fed(state.pending.tokens, state.tokens), merge).reshape(slots, window * block, -1)
+    lanes = jnp.where(commits[:, None], jnp.arange(window) == 0, state.active & state.live[:, None])
+    positions = state.positions.reshape(slots, -1)
+    at = positions - block * commits[:, None]
+    keys = Keys(pool.k, pool.v, page_table, state.written_upto, lanes)
+    hidden, (k, v) = forward(program, params, x, at, keys=keys, keep=True)
+    k, v = k[:, :, :block], v[:, :, :block]
+    pool = write(program, pool, k, v, page_table=page_table, start=state.start - block, where=commits)
+    before = jnp.clip(positions - 1 - at[:, :1], 0, window * block - 1)
+    return jnp.take_along_axis(hidden, before[..., None], 1), pool, _committed(state, commits)
+
+
+def _committed(state: DecodeState, rows: jax.Array) -> DecodeState:
+    """``state`` once the pending blocks of ``rows`` have their KV in the pool."""
+    written = jnp.where(rows, state.start, state.written_upto)
+    return state.replace(written_upto=written, pending=state.pending.replace(live=jnp.zeros_like(rows)))
+
+
+def _embed(program: Program, params: Params, tokens: jax.Array, merge: Merge) -> jax.Array:
+    """``[..., D]``: what goes into the network for ``tokens``."""
+    if program.rule.merge is None:
+        return params["embed"][tokens]
+    return token_merge.merge(
+        params["embed"],
+        tokens,
+        mask_id=program.dims.mask_id,
+        ids=merge.ids,
+        probs=merge.probs,
+        soft=merge.soft,
+        spec=program.rule.merge,
+        backend=program.kernels.token_merge,
+    )
 
 
 def _end_overdue_blocks(program: Program, prediction: Prediction, state: DecodeState) -> DecodeState:

@@ -119,8 +119,12 @@ def advance(dims: Dims, rule: Rule, state: DecodeState) -> DecodeState:
         pending=Pending(state.tokens[:, 0], jax.tree.map(lambda a: a[:, 0], state.merge), state.active[:, 0]),
         start=start,
     )
-    moved = jax.tree.map(lambda new, old: jnp.where(go.reshape(-1, *[1] * (old.ndim - 1)), new, old), shifted, state)
-    return activate(moved.replace(sequence=write_window(state, go)))
+    return activate(choose_rows(go, shifted, state).replace(sequence=write_window(state, go)))
+
+
+def choose_rows(rows: jax.Array, new: DecodeState, old: DecodeState) -> DecodeState:
+    """``new`` in ``rows`` (``[S]`` bool), ``old`` in the others."""
+    return jax.tree.map(lambda n, o: jnp.where(rows.reshape(-1, *[1] * (o.ndim - 1)), n, o), new, old)
 
 
 def write_window(state: DecodeState, rows: jax.Array | None = None) -> Canvas:

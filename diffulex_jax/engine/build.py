@@ -133,6 +133,7 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
         page=page,
         pages_per_slot=-(-s.max_model_len // unit) * (unit // page),
         mask_id=spec.mask_id,
+        commit_alone=spec.commit_alone,
     )
     return dataclasses.replace(s, block_size=block, page_size=page), policy, dims
 
@@ -183,6 +184,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         max_batched_tokens=s.max_batched_tokens,
         steps_per_dispatch=s.steps_per_dispatch,
         whole_prompts=not policy.chunkable,
+        commit_alone=dims.commit_alone,
         root=chain_digest(repr(same_kv).encode(), np.zeros(0, np.int32)),
     )
     same_state = {

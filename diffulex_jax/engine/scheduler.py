@@ -68,8 +68,16 @@ class Scheduler:
         steps_per_dispatch: int,
         root: bytes,
         whole_prompts: bool = False,
+        commit_alone: bool = False,
     ):
-        """``page``: tokens of a page, one or several blocks. ``whole_prompts``: a prompt is prefilled in one piece, however long."""
+        """Makes one.
+
+        Args:
+          page: tokens of a page, one or several blocks.
+          whole_prompts: a prompt is prefilled in one piece, however long.
+          commit_alone: see ``state.Dims``. The last block of a prompt that ends with one is left to the first step, which decides the
+            token behind it.
+        """
         self.device, self.pages = device, pages
         self.block, self.page, self.window, self.max_batched_tokens = block, page, window, max_batched_tokens
         self._per_page = page // block
@@ -79,7 +87,7 @@ class Scheduler:
         self.running: dict[int, Tracked] = {}
         self.preemptions = 0
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._root, self._whole_prompts = root, whole_prompts
+        self._root, self._whole_prompts, self._commit_alone = root, whole_prompts, commit_alone
         self._admitted = 0
         self._flight: Flight | None = None
         self._ended: list[Ended] = []
@@ -202,7 +210,7 @@ class Scheduler:
             request.pages = self.pages.allocate(needed)
             return True
         whole = len(request.prompt) // self.block
-        self._digest(request, whole // self._per_page)
+        self._digest(request, self._to_prefill(request) // self._per_page)
         shared = self.pages.match(request.digests)
         needed = self._pages_of(whole + 1) - len(shared)
         if self.pages.num_available < needed:
@@ -222,7 +230,7 @@ class Scheduler:
         first = True
         while self.prefilling and (first or budget >= self.block):
             request = self.prefilling.popleft()
-            left = request.start // self.block - request.written
+            left = self._to_prefill(request) - request.written
             count = left if self._whole_prompts else min(left, max(budget // self.block, 1), _MOST_PREFILL_BLOCKS)
             if count:
                 self.device.prefill(request, request.written, count)
@@ -235,6 +243,11 @@ class Scheduler:
                 assert request.slot is not None
                 self.device.admit(request)
                 self.running[request.slot] = request
+
+    def _to_prefill(self, request: Tracked) -> int:
+        """Whole blocks of the prompt that are written before the first step."""
+        whole, left = divmod(len(request.prompt), self.block)
+        return whole - (self._commit_alone and left == 0)
 
     def _provide_page(self, request: Tracked) -> None:
         """Makes sure the window's first block can be committed; the youngest others give way when pages run out."""

@@ -78,6 +78,11 @@ class ModelSpec:
     experts_per_token: int = 0
     routing_block: int = 0
 
+    @property
+    def commit_alone(self) -> bool:
+        """Whether a block must be complete before the first token of the next can be decided: its last output speaks of that."""
+        return self.predicts == "next"
+
     def __post_init__(self) -> None:
         for name, ids in (("mask_token_id", (self.mask_id,)), ("eos_token_id", self.eos_ids)):
             for id_ in ids:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffulex_jax.models import hf_config, llada2, qwen3
+from diffulex_jax.models import hf_config, llada2, qwen2, qwen3
 from diffulex_jax.models.base import Model
 
 
 REGISTRY: dict[str, Callable[[Mapping[str, Any], str], Model]] = {
+    "Fast_dLLM_Qwen": qwen2.fast_dllm_v2,
     "llada2_moe": llada2.model,
     "sdar": qwen3.model,
     "sdar_moe": qwen3.model,

@@ -8,6 +8,7 @@ from diffulex_jax.rules.levenshtein import levenshtein
 from diffulex_jax.rules.remask import remask
 from diffulex_jax.rules.sequential import sequential
 from diffulex_jax.rules.soft_parallel import soft_parallel
+from diffulex_jax.rules.sub_blocks import in_sub_blocks
 from diffulex_jax.rules.threshold import threshold
 from diffulex_jax.rules.token_merge import token_merge
 
@@ -19,6 +20,7 @@ __all__ = [
     "dims_for",
     "edit",
     "entropy_bounded",
+    "in_sub_blocks",
     "levenshtein",
     "remask",
     "sequential",

@@ -29,7 +29,9 @@ class Rule(NamedTuple):
     entropy: bool = False
 
 
-def dims_for(rule: Rule, *, slots: int, window: int, block: int, page: int, pages_per_slot: int, mask_id: int) -> Dims:
+def dims_for(
+    rule: Rule, *, slots: int, window: int, block: int, page: int, pages_per_slot: int, mask_id: int, commit_alone: bool = False
+) -> Dims:
     """The sizes of a state that ``rule`` decodes."""
     merge_top_k = rule.merge.top_k if rule.merge is not None else 0
     return Dims(
@@ -41,6 +43,7 @@ def dims_for(rule: Rule, *, slots: int, window: int, block: int, page: int, page
         mask_id=mask_id,
         merge_top_k=merge_top_k,
         candidates=max(merge_top_k, rule.candidates),
+        commit_alone=commit_alone,
     )
 
 

@@ -49,6 +49,7 @@ class Sampling(Strict):
     accept_threshold: float | None = None
     num_to_transfer: int | None = None
     denoising_steps: int | None = None
+    sub_block: int | None = None
     entropy_bound: float | None = None
     edit_threshold: float | None = None
     max_post_edit_steps: int | None = None
