@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from diffulex_jax.errors import SettingError
+from diffulex_jax.models.base import ModelSpec
 from diffulex_jax.rules import (
     Rule,
     chain,
@@ -55,6 +56,11 @@ class Strategy(NamedTuple):
 
 AnyStrategy = str | Rule | Strategy
 """What callers may give for a strategy: see :func:`resolve`."""
+
+
+def for_model(spec: ModelSpec, strategy: AnyStrategy | None) -> Strategy:
+    """Finds the strategy that decodes a model: the one a caller means (:func:`resolve`), or None: what its authors decode it with."""
+    return resolve(spec.strategy if strategy is None else strategy)
 
 
 def resolve(strategy: AnyStrategy) -> Strategy:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import pathlib
 import pickle
 import sys
 
 import pytest
 
 from diffulex_jax import Engine, SamplingParams, SettingError, Strategy
+from diffulex_jax.engine.build import limits_of
+from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.rules import threshold
 from diffulex_jax.strategies import STRATEGIES, resolve
 
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODULE = '''
 from diffulex_jax import Strategy, stateless
 from diffulex_jax.rules import threshold
@@ -56,6 +60,21 @@ def test_names_and_objects():
     mine = Strategy("mine", rule, window=2)
     assert resolve(mine) is mine
     assert (STRATEGIES["multi_bd"].window, STRATEGIES["d2f"].window, STRATEGIES["d2f"].attention) == (2, 4, "prefix_full")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        *(("embedded", "llada2"), ("tiny-llada2", "llada2"), ("families/tiny-sdar", "sdar"), ("families/tiny-sdar-moe", "sdar")),
+        ("families/tiny-fast-dllm-v2", "fast_dllm_v2"),
+    ],
+)
+def test_where_none_is_named_it_is_the_one_of_the_models_authors(model, name):
+    folder = model if model == "embedded" else str(GOLDEN / model)
+    assert limits_of(folder, None, EngineConfig())[1] is STRATEGIES[name]
+    assert limits_of(folder, "dmax", EngineConfig())[1] is STRATEGIES["dmax"]
+    with pytest.raises(SettingError, match="unknown strategy 'nothing'"):
+        limits_of("no such model", "nothing", EngineConfig())  # before any model is looked for
 
 
 def test_import_paths(module):

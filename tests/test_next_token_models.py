@@ -23,7 +23,11 @@ PROMPTS = [[5], [3, 1, 4], [1, 2, 3, 4], [9, 8, 7, 6, 5], [2, 7, 1, 8, 2, 8, 1, 
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(MODEL, PARAMS, strategy="fast_dllm_v2", max_slots=4, max_model_len=LONGEST, page_size=BLOCK)
+    return Engine(MODEL, PARAMS, max_slots=4, max_model_len=LONGEST, page_size=BLOCK)
+
+
+def test_its_authors_strategy_decodes_a_model_where_none_is_named(engine):
+    assert engine.strategy == "fast_dllm_v2"
 
 
 @jax.jit

@@ -18,9 +18,8 @@ from diffulex_jax.async_serving.supervisor import Health, Supervisor
 from diffulex_jax.async_serving.worker import Deliver, Factory, ProcessWorker, ThreadWorker, Worker
 from diffulex_jax.engine.engine import Engine, Prompt
 from diffulex_jax.engine.tokenizer import Tokenizer
-from diffulex_jax.rules.base import Rule
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.strategies import Strategy
+from diffulex_jax.strategies import AnyStrategy
 
 
 _SHORT_TEXT = 4000  # characters that are tokenised on the spot rather than in a thread
@@ -83,7 +82,7 @@ class AsyncEngine:
         cls,
         model: str,
         *,
-        strategy: str | Rule | Strategy | Sequence[str | Rule | Strategy] = "llada2",
+        strategy: AnyStrategy | Sequence[AnyStrategy] | None = None,
         isolation: Literal["thread", "process"] = "thread",
         compile_cache: str | os.PathLike[str] | None = None,
         silence_seconds: float = 3.0,
@@ -95,7 +94,7 @@ class AsyncEngine:
         Args:
           model: as for ``Engine.from_pretrained``.
           strategy: one, or several. Each has slots and pages of its own, all share the parameters; requests choose by name, and the
-            first is the default.
+            first is the default. None: the one that the model's authors decode it with.
           isolation: ``"thread"`` runs the engine in this process. ``"process"`` gives it one of its own, which is watched and, if it
             crashes, falls silent or hangs, ended and started anew; a script that asks for it needs the usual
             ``if __name__ == "__main__"``.
@@ -104,7 +103,7 @@ class AsyncEngine:
           tick_seconds: (``"process"``) longest time one step may take.
           **engine_settings: of ``Engine.from_pretrained``.
         """
-        strategies = [strategy] if isinstance(strategy, (str, Rule, Strategy)) else list(strategy)
+        strategies = [strategy] if strategy is None or isinstance(strategy, AnyStrategy) else list(strategy)
         return cls(
             functools.partial(Engine.for_strategies, model, strategies, **engine_settings),
             isolation=isolation,

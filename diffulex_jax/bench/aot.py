@@ -29,7 +29,7 @@ from diffulex_jax.models.base import Model, init, leaves
 from diffulex_jax.parallel.mesh import check_split, make_mesh, sharding
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import STATE_AXES
-from diffulex_jax.strategies import resolve
+from diffulex_jax.strategies import for_model
 
 
 # libtpu looks for a TPU and its cloud unless told what it would find; and for itself, already loaded by another process.
@@ -101,7 +101,7 @@ def compile_denoise(
     tensor: int | None = None,
     slots_per_device: int = 8,
     context: int = 2048,
-    strategy: str = "llada2_edit",
+    strategy: str | None = None,
     block_size: int = 32,
     buffer_size: int = 1,
     steps_per_dispatch: int = 8,
@@ -116,7 +116,7 @@ def compile_denoise(
       tensor: devices over which heads are split too; default: as many as there are key/value heads and the slice allows.
       slots_per_device: requests decoded together, for each index of ``data``.
       context: positions of each slot.
-      strategy: a name from ``diffulex_jax.strategies``.
+      strategy: a name from ``diffulex_jax.strategies``; default: the one that the model's authors decode it with.
       block_size: tokens in a block.
       buffer_size: blocks denoised together.
       steps_per_dispatch: denoise steps the device runs before the host looks.
@@ -131,7 +131,7 @@ def compile_denoise(
     mesh = make_mesh(devices, data=data, expert=expert, tensor=tensor)
     for path, param in leaves(model.schema).items():
         check_split(mesh, param.shape, param.axes, path[-1])
-    rule, slots, pages = resolve(strategy).rule, data * slots_per_device, -(-context // block_size)
+    rule, slots, pages = for_model(model.spec, strategy).rule, data * slots_per_device, -(-context // block_size)
     dims = dims_for(
         rule,
         slots=slots,

@@ -25,7 +25,7 @@ from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.rules import Rule
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import DecodeState, Dims, KVPool
-from diffulex_jax.strategies import resolve
+from diffulex_jax.strategies import for_model, resolve
 from diffulex_jax.weights import checkpoint
 from pallas_kernels import Kernels, choose
 
@@ -43,7 +43,7 @@ def run(
     *,
     model: str | None,
     shape: str | None,
-    strategies: Sequence[str],
+    strategies: Sequence[str | None],
     sampling: SamplingParams,
     prompt_tokens: int | None,
     repeats: int,
@@ -59,7 +59,7 @@ def run(
     Args:
       model: as ``Engine.from_pretrained`` takes it; None with ``shape``.
       shape: a name in ``SHAPES``, filled with random weights; None with ``model``.
-      strategies: names of strategies.
+      strategies: names of strategies; None for the one that the model's authors decode it with.
       sampling: settings of every request.
       prompt_tokens: length of random prompts, one a slot, which ignore EOS; None asks the embedded model :data:`QUESTIONS` and
         gives others 64 random tokens.
@@ -73,9 +73,13 @@ def run(
     Raises:
       ValueError: for a model, shape, strategy or setting that will not do.
     """
-    rules = {name: resolve(name).rule for name in strategies}
+    for strategy in strategies:
+        if strategy is not None:
+            resolve(strategy)  # an unknown one should not cost a load
     sizes: dict[str, Any] = {"block_size": block_size, "buffer_size": buffer_size, "max_slots": max_slots}
     network, params, tokenizer = _model(model, shape, dtype)
+    found = [for_model(network.spec, strategy) for strategy in strategies]
+    rules = {strategy.name: strategy.rule for strategy in found}
     if model == "embedded" and tokenizer is not None and prompt_tokens is None:
         prompts = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in QUESTIONS]
     else:

@@ -70,14 +70,15 @@ def touch_counter(program: Program) -> tuple[Callable[..., jax.Array], list[int]
 def step_bytes(model: Model, itemsize: int, *, batch: int, context: int, experts: float) -> float:
     """What a denoise step must read: each weight once, of the routed experts ``experts`` a layer, and the cached context once.
 
-    Activations stay in caches and are not counted, nor is the embedding, of which a few rows are looked up.
+    Activations stay in caches and are not counted, nor is the embedding, of which a few rows are looked up, unless it is the output
+    matrix too.
     """
     total = 0.0
     for path, param in leaves(model.schema).items():
         size = float(np.prod(param.shape)) * (np.dtype(param.dtype).itemsize if param.dtype else itemsize)
         if "expert" in param.axes:
             size *= experts / param.shape[param.axes.index("expert")]
-        total += 0 if path == ("embed",) else size
+        total += 0 if path == ("embed",) and ("lm_head",) in leaves(model.schema) else size
     layers = model.spec.layers
     return total + 2 * layers.count * layers.kv_heads * layers.head_dim * context * batch * itemsize
 

@@ -54,7 +54,7 @@ def measure(
         still = jnp.zeros(tokens, jnp.float32)
         best = prediction.predict_from_hidden(
             x,
-            params["lm_head"],
+            model.head(params),
             current,
             forbidden_id=spec.mask_id,
             sampling=prediction.Sampling(jax.random.split(jax.random.key(0), tokens), still, still + 1, current),
@@ -62,7 +62,7 @@ def measure(
         )
         return x + (best.prob * 1e-3).astype(dtype)[:, None]
 
-    yield result("prediction", _ms(predict, x, 8, params, current), params["lm_head"].nbytes)
+    yield result("prediction", _ms(predict, x, 8, params, current), model.head(params).nbytes)
 
     def merge(x: jax.Array, i: jax.Array, params: Params, ids: jax.Array) -> jax.Array:
         probs = jax.nn.sigmoid(x[:, :1].astype(jnp.float32))

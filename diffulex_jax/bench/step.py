@@ -24,7 +24,7 @@ from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.rules import Rule, dims_for
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import DecodeState, KVPool
-from diffulex_jax.strategies import resolve
+from diffulex_jax.strategies import for_model
 from pallas_kernels import REFERENCE, Kernels, choose
 
 
@@ -35,7 +35,7 @@ def run(
     *,
     shape: str,
     batches: Sequence[int],
-    strategies: Sequence[str],
+    strategies: Sequence[str | None],
     contexts: Sequence[int],
     dtype: str = "bfloat16",
     kernels: str = "auto",
@@ -49,7 +49,7 @@ def run(
     Args:
       shape: a name in ``SHAPES``.
       batches: rows decoded together.
-      strategies: names of strategies.
+      strategies: names of strategies; None for the one that the model's authors decode it with.
       contexts: cached positions in front of the first block, multiples of the block size.
       dtype: of weights, activations and cache: ``"bfloat16"`` or ``"float32"``.
       kernels: ``"auto"`` or ``"reference"``, as in ``EngineConfig``.
@@ -68,7 +68,8 @@ def run(
     for name, numbers in {"batch": batches, "repeats": (repeats,), "context": contexts}.items():
         if bad := [n for n in numbers if n < 1 or (name == "context" and n % BLOCK)]:
             raise ValueError(f"{name}={bad[0]} must be positive" + (f" and a multiple of {BLOCK}" if name == "context" else ""))
-    rules = {name: resolve(name).rule for name in strategies}
+    found = [for_model(model.spec, name) for name in strategies]
+    rules = {strategy.name: strategy.rule for strategy in found}
     device = jax.devices()[0]
     chosen = choose(device) if settings.kernels == "auto" else REFERENCE
     with jax.set_mesh(make_mesh()):
@@ -172,7 +173,7 @@ def measure(
             if int((own.nfe - state.nfe).min()) != BLOCK:
                 raise RuntimeError(f"a block of {BLOCK} tokens took {own.nfe - state.nfe} steps instead of one a token")
     median, device = (statistics.median(sum(each) / BLOCK for each in spent[read]) for read in (True, False))
-    mean = statistics.mean(counts)
+    mean = statistics.mean(counts) if counts else 0.0
     bytes_read = forward.step_bytes(program.model, params["embed"].dtype.itemsize, batch=batch, context=context + BLOCK, experts=mean)
     gigabytes = bytes_read / 1e9
     floor = 1e12 * gigabytes / bandwidth

@@ -20,6 +20,7 @@ bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure s
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _STRATEGIES = ", ".join(STRATEGY_NAMES)
+_USUAL = "Default: the one that the model's authors decode it with."
 _SHAPES = ", ".join(SHAPE_NAMES)
 _PROMPTS = "Random prompts of this length, which ignore EOS. Default: built-in questions for the embedded model, 64 for others."
 
@@ -30,7 +31,7 @@ def bench_decode(
     *,
     model: Annotated[str | None, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")] = None,
     shape: Annotated[str | None, typer.Option(help=f"Random weights instead of a model: {_SHAPES}.")] = None,
-    strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {_STRATEGIES}. Default: all.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {_STRATEGIES}. {_USUAL}")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help=_PROMPTS)] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often every prompt is decoded.")] = 5,
     as_json: _AsJson = False,
@@ -46,7 +47,7 @@ def bench_decode(
         report = decode.run(
             model=model,
             shape=shape,
-            strategies=strategy or list(STRATEGY_NAMES),
+            strategies=strategy or [None],
             sampling=sampling,
             prompt_tokens=prompt_tokens,
             repeats=repeats,
@@ -61,7 +62,7 @@ def bench_step(
     *,
     shape: Annotated[str, typer.Option(help=f"One of {_SHAPES}; the weights are random.")] = "llada2-mini",
     batch: Annotated[str, typer.Option(help="Rows decoded together: 1,8,32.")] = "1,8,32",
-    strategy: Annotated[str, typer.Option(help=f"Of {_STRATEGIES}, separated by commas.")] = "llada2,dmax",
+    strategy: Annotated[str | None, typer.Option(help=f"Of {_STRATEGIES}, separated by commas. {_USUAL}")] = None,
     context: Annotated[str, typer.Option(help="Cached positions in front of the block: 128,2048.")] = "128,2048",
     dtype: Annotated[str, typer.Option(help="Of weights, activations and cache: bfloat16 or float32.")] = "bfloat16",
     kernels: Annotated[str, typer.Option(help="auto (the device's own kernels) or reference (plain XLA).")] = "auto",
@@ -78,7 +79,7 @@ def bench_step(
         report = step.run(
             shape=shape,
             batches=batches,
-            strategies=strategy.split(","),
+            strategies=[None] if strategy is None else strategy.split(","),
             contexts=contexts,
             dtype=dtype,
             kernels=kernels,

@@ -66,6 +66,7 @@ def main(
 _Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _STRATEGIES = f"{', '.join(STRATEGY_NAMES)}, or the import path of one of your own, my_module:my_rule"
+_USUAL = "Default: the one that the model's authors decode it with."
 _PROMPT = "The prompt as text; several are answered in order. '-', or none at all: standard input."
 
 
@@ -75,7 +76,7 @@ def generate(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help=_PROMPT)] = None,
     *,
     model: _Model = "embedded",
-    strategy: Annotated[str, typer.Option(help=f"One of {_STRATEGIES}.")] = "llada2",
+    strategy: Annotated[str | None, typer.Option(help=f"One of {_STRATEGIES}. {_USUAL}")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="The prompt as text. May be given several times.")] = None,
     prompt_file: Annotated[
         list[pathlib.Path] | None, typer.Option(help="A UTF-8 file that holds one prompt. May be given several times.")
@@ -125,7 +126,7 @@ _CACHE = "Keeps compiled programs. Default: $DIFFULEX_JAX_CACHE, or the user's c
 def serve(
     *,
     model: _Model = "embedded",
-    strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {_STRATEGIES}. Default: llada2.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {_STRATEGIES}. {_USUAL}")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
     isolation: Annotated[
@@ -149,7 +150,7 @@ def serve(
         engine_settings = {k: v for k, v in settings.items() if k not in mine}
         http.log_as_json()
         engine = AsyncEngine(
-            functools.partial(http.build_engines, model, strategy or ["llada2"], **engine_settings),
+            functools.partial(http.build_engines, model, strategy or [None], **engine_settings),
             isolation=isolation.value,
             compile_cache=compile_cache,
             silence_seconds=silence_seconds,
@@ -170,7 +171,7 @@ def aot_(
     *,
     topology: Annotated[str, typer.Option(help="A slice of TPUs: v5e:2x2, v5e:16x16, v6e:2x2, v5p:2x2x1, v4:2x2x1, tpu7x:2x2x1, ….")],
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPE_NAMES)}.")] = "llada2-mini",
-    strategy: Annotated[str, typer.Option(help=f"One of {_STRATEGIES}.")] = "llada2_edit",
+    strategy: Annotated[str | None, typer.Option(help=f"One of {_STRATEGIES}. {_USUAL}")] = None,
     data: Annotated[
         int | None, typer.Option(help="Devices over which slots and pages are split; default: all that are left.", rich_help_panel=_SLICE)
     ] = None,

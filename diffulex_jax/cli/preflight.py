@@ -12,7 +12,7 @@ Prompt = str | list[int]
 
 
 def prepare(
-    model: str, strategy: str, prompts: Sequence[Prompt], *, chat: bool, sampling: SamplingParams, settings: EngineConfig
+    model: str, strategy: str | None, prompts: Sequence[Prompt], *, chat: bool, sampling: SamplingParams, settings: EngineConfig
 ) -> list[Prompt]:
     """Returns the prompts as the engine is to take them, each checked by the small files of the model.
 
@@ -29,10 +29,8 @@ def prepare(
     """
     from diffulex_jax.engine.admission import check
     from diffulex_jax.engine.build import limits_of
-    from diffulex_jax.strategies import resolve
 
-    chosen = resolve(strategy)
-    limits = limits_of(model, chosen, settings)
+    limits, chosen = limits_of(model, strategy, settings)
     if limits.tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts as text need a tokenizer, and model {model!r} holds none; give --prompt-ids")
     if chat and limits.tokenizer is not None:

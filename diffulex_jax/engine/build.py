@@ -24,7 +24,7 @@ from diffulex_jax.models.base import Model, ModelSpec, Params
 from diffulex_jax.parallel.mesh import MESH_AXES, make_mesh
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import Dims
-from diffulex_jax.strategies import AnyStrategy, Strategy, resolve
+from diffulex_jax.strategies import AnyStrategy, Strategy, for_model, resolve
 from diffulex_jax.weights import checkpoint
 from pallas_kernels import REFERENCE, choose
 
@@ -72,37 +72,47 @@ class Parts(NamedTuple):
     fingerprint: Mapping[str, str]
 
 
-def load(model: str, strategies: Sequence[AnyStrategy], mesh: Mesh | None, settings: EngineConfig) -> tuple[Network, list[Strategy]]:
+def load(model: str, strategies: Sequence[AnyStrategy | None], mesh: Mesh | None, settings: EngineConfig) -> tuple[Network, list[Strategy]]:
     """Reads a model, and finds the strategies that are to decode it; see ``Engine.for_strategies``.
 
     Raises:
       ValueError: for a model or a strategy that will not do.
     """
-    found = [resolve(strategy) for strategy in strategies]  # an unknown one should not cost a load
+    for strategy in strategies:
+        if strategy is not None:
+            resolve(strategy)  # an unknown one should not cost a download
+    announce("loading", str(model))
+    path = checkpoint.resolve(str(model))
+    spec = checkpoint.load_model(path).spec
+    found = [for_model(spec, strategy) for strategy in strategies]
     names = [strategy.name for strategy in found]
     if not names or len(set(names)) < len(names):
         hint = "; give a rule of your own one with Strategy(name=..., rule=...)" if "custom" in names else ""
         raise SettingError("strategy", f"strategies must be one or more, each with a name of its own; got {names}{hint}")
-    announce("loading", str(model))
-    path = checkpoint.resolve(str(model))
     tokenizer, eos_ids = Tokenizer.load(path), checkpoint.load_end_ids(path)
     for strategy in found:
-        plan(checkpoint.load_model(path).spec, strategy, settings)  # a setting that will not do should not cost a load either
+        plan(spec, strategy, settings)  # a setting that will not do should not cost a load either
     mesh = make_mesh() if mesh is None else mesh
     network, params = checkpoint.load(path, mesh, dtype=settings.jax_dtype)
     return Network(network, params, tokenizer, eos_ids, str(model), mesh), found
 
 
-def limits_of(model: str, strategy: Strategy, settings: EngineConfig) -> Limits:
-    """What an engine could take that is not built, by the small files of its model alone; its pool is as large as it must be.
+def limits_of(model: str, strategy: AnyStrategy | None, settings: EngineConfig) -> tuple[Limits, Strategy]:
+    """What an engine could take that is not built, by the small files of its model alone, and the strategy that would decode.
+
+    Its pool is as large as it must be.
 
     Raises:
-      ValueError: for a model or a setting that will not do, naming it.
+      ValueError: for a model, a strategy or a setting that will not do, naming it.
     """
+    if strategy is not None:
+        resolve(strategy)  # an unknown one should not cost a download
     path = checkpoint.resolve(model)
     spec, tokenizer, eos_ids = checkpoint.load_model(path).spec, Tokenizer.load(path), checkpoint.load_end_ids(path)
-    s, _, dims = plan(spec, strategy, settings)
-    return Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, s.num_pages or s.max_slots * dims.units_per_slot)
+    chosen = for_model(spec, strategy)
+    s, _, dims = plan(spec, chosen, settings)
+    limits = Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, s.num_pages or s.max_slots * dims.units_per_slot)
+    return limits, chosen
 
 
 def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[EngineConfig, AttentionPolicy, Dims]:

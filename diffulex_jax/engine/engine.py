@@ -22,7 +22,7 @@ from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models.base import Model, Params
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.strategies import AnyStrategy, resolve
+from diffulex_jax.strategies import AnyStrategy, for_model
 
 
 class Engine:
@@ -39,7 +39,7 @@ class Engine:
         model: Model,
         params: Params,
         *,
-        strategy: AnyStrategy = "llada2",
+        strategy: AnyStrategy | None = None,
         tokenizer: Tokenizer | None = None,
         eos_ids: tuple[int, ...] | None = None,
         model_id: str = "",
@@ -52,7 +52,8 @@ class Engine:
         Args:
           model: the network.
           params: its parameters, on the mesh.
-          strategy: a name from ``diffulex_jax.strategies``, or a strategy of your own: see ``strategies.resolve``.
+          strategy: a name from ``diffulex_jax.strategies``, or a strategy of your own: see ``strategies.resolve``. Default: the one
+            that the model's authors decode it with.
           tokenizer: for prompts and outputs as text.
           eos_ids: tokens that end an output; default: the config's.
           model_id: keeps cached prefixes and snapshots of different models apart.
@@ -64,7 +65,7 @@ class Engine:
           ValueError: for a setting that will not do, naming it.
         """
         compile_cache.enable()
-        chosen, ends = resolve(strategy), model.spec.eos_ids if eos_ids is None else eos_ids
+        chosen, ends = for_model(model.spec, strategy), model.spec.eos_ids if eos_ids is None else eos_ids
         self.strategy, self._defaults = chosen.name, chosen.defaults
         self.model, self.tokenizer, self.mesh = model, tokenizer, make_mesh() if mesh is None else mesh
         network = Network(model, params, tokenizer, ends, model_id, self.mesh)
@@ -73,7 +74,7 @@ class Engine:
         self._desk = Desk(self._scheduler, tokenizer)
 
     @classmethod
-    def from_pretrained(cls, model: str, *, strategy: AnyStrategy = "llada2", mesh: Mesh | None = None, **settings: Any) -> Engine:
+    def from_pretrained(cls, model: str, *, strategy: AnyStrategy | None = None, mesh: Mesh | None = None, **settings: Any) -> Engine:
         """Loads a model and compiles everything it will run.
 
         Args:
@@ -88,7 +89,7 @@ class Engine:
 
     @classmethod
     def for_strategies(
-        cls, model: str, strategies: Sequence[AnyStrategy], *, mesh: Mesh | None = None, **settings: Any
+        cls, model: str, strategies: Sequence[AnyStrategy | None], *, mesh: Mesh | None = None, **settings: Any
     ) -> dict[str, Engine]:
         """An engine for each strategy by its name, with slots and pages of its own, all over the same parameters.
 

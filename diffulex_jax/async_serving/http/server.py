@@ -85,7 +85,7 @@ def log_as_json() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
-def build_engines(model: str, strategies: Sequence[str], **settings: Any) -> dict[str, Engine]:
+def build_engines(model: str, strategies: Sequence[str | None], **settings: Any) -> dict[str, Engine]:
     """``Engine.for_strategies`` in the engine's process, whose logs are JSON, too."""
     log_as_json()
     return Engine.for_strategies(model, strategies, **settings)
