@@ -19,6 +19,8 @@ from diffulex_jax.state import Dims
 
 
 Prompt = str | Sequence[int]
+AnyParams = SamplingParams | Sequence[SamplingParams]
+"""Settings for all prompts, or for each."""
 
 
 class Limits(NamedTuple):
@@ -38,6 +40,19 @@ class Limits(NamedTuple):
     vocab_size: int
     eos_ids: tuple[int, ...]
     num_pages: int
+
+
+def paired(prompts: Sequence[Prompt] | str, params: AnyParams) -> list[tuple[Prompt, SamplingParams]]:
+    """Every prompt with its settings; a single text is one prompt.
+
+    Raises:
+      ValueError: where there are not as many settings as prompts.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    if len(each) != len(prompts):
+        raise ValueError(f"{len(each)} SamplingParams for {len(prompts)} prompts")
+    return list(zip(prompts, each, strict=True))
 
 
 def admit(limits: Limits, prompt: Prompt, params: SamplingParams, *, name: str, trace: bool, new_id: Callable[[], int]) -> list[Tracked]:

@@ -48,16 +48,18 @@ class Desk:
         self._last_id = next(self._ids)
         return self._last_id
 
-    def add(self, requests: Sequence[Tracked]) -> None:
-        """Queues requests for :meth:`step`."""
+    def add(self, requests: Sequence[Tracked]) -> list[int]:
+        """Queues requests for :meth:`step`; returns their ids."""
         with self._turns.mine():
             self._queue(requests)
+        return [request.id for request in requests]
 
-    def resume(self, request: Tracked) -> None:
-        """Queues a request ahead of others."""
+    def resume(self, request: Tracked) -> int:
+        """Queues a request ahead of others; returns its id."""
         with self._turns.mine():
             self.requests[request.id] = request
             self._scheduler.waiting.appendleft(request)
+        return request.id
 
     def step(self) -> dict[int, Output]:
         """Works on the batch once; returns the outputs that no other call waits for, by id."""

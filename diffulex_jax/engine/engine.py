@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from diffulex_jax import compile_cache
-from diffulex_jax.engine.admission import Prompt, admit
+from diffulex_jax.engine.admission import AnyParams, Prompt, admit, paired
 from diffulex_jax.engine.build import Network, build, load
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.desk import Desk
@@ -103,12 +103,7 @@ class Engine:
         }
 
     def generate(
-        self,
-        prompts: Sequence[Prompt] | str,
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        progress: bool = False,
-        trace: bool = False,
+        self, prompts: Sequence[Prompt] | str, params: AnyParams | None = None, *, progress: bool = False, trace: bool = False
     ) -> list[Output]:
         """Decodes prompts, several at a time, and returns their outputs in order.
 
@@ -121,23 +116,14 @@ class Engine:
         Raises:
           ValueError: naming the prompt and what is wrong with it, before anything is computed.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        each = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(each)} SamplingParams for {len(prompts)} prompts")
-        pairs = enumerate(zip(prompts, each, strict=True))
+        pairs = enumerate(paired(prompts, SamplingParams() if params is None else params))
         requests = [request for i, (prompt, p) in pairs for request in self._admit(prompt, p, name=f"prompt {i}", trace=trace)]
         with contextlib.closing(self._desk.finish(requests)) as finished:
             outputs = dict(with_progress(finished, total=len(requests)) if progress else finished)
         return [outputs[request.id] for request in requests]
 
     def chat(
-        self,
-        messages: Sequence[dict[str, str]],
-        params: SamplingParams | None = None,
-        *,
-        progress: bool = False,
-        trace: bool = False,
+        self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None, *, progress: bool = False, trace: bool = False
     ) -> Output:
         """Decodes the answer to a conversation through the model's chat template.
 
@@ -158,9 +144,7 @@ class Engine:
         Raises:
           ValueError: saying what is wrong with the prompt or the settings; nothing is queued then.
         """
-        requests = self._admit(prompt, params or SamplingParams(), name="prompt", trace=trace)
-        self._desk.add(requests)
-        return [request.id for request in requests]
+        return self._desk.add(self._admit(prompt, params or SamplingParams(), name="prompt", trace=trace))
 
     def step(self) -> dict[int, Output]:
         """Takes in what the device did, sets it to work again, and returns what finished of the requests :meth:`add` queued, by id.
@@ -199,9 +183,7 @@ class Engine:
         """
         if other := difference(taken.fingerprint, self._fingerprint):
             raise ValueError(f"the snapshot is of {other}")
-        request = taken.request(self._desk.new_id())
-        self._desk.resume(request)
-        return request.id
+        return self._desk.resume(taken.request(self._desk.new_id()))
 
     @property
     def saved_structure(self) -> Any:
