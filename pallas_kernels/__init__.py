@@ -24,6 +24,8 @@ class Kernels(NamedTuple):
       layers_per_turn: layers in one turn of the loop over layers: where there is a gap between turns, more of them leave fewer gaps.
       rows_apart: the last bits of a row of a matmul may depend on which rows are beside it, and must not; so rows that are there in some
         steps only go through matmuls of their own. Where it is False, bits are not held to that.
+      pending_apart: the pending block goes through the network ahead of the window, not beside it: where a step is bound by arithmetic and
+        not by reading weights, that costs nothing, and the program compiles in less time.
       pool_order: dimensions of the KV pool from major to minor, as the kernels read it; None leaves them in their order.
     """
 
@@ -37,6 +39,7 @@ class Kernels(NamedTuple):
     host_drives_loops: bool = False
     layers_per_turn: int = 1
     rows_apart: bool = True
+    pending_apart: bool = True
     pool_order: tuple[int, ...] | None = None
 
     def for_layers(self, dtype: Any, *, shared: bool) -> Kernels:
@@ -82,5 +85,6 @@ def choose_for(target: Target) -> Kernels:
         host_drives_loops=target.platform == "gpu",
         layers_per_turn=2 if in_place else 1,
         rows_apart=not in_place,
+        pending_apart=target.platform == "cpu",
         pool_order=block_attention.pool_order(attention),
     )

@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from diffulex_jax import Engine
+from diffulex_jax.cli.surroundings import compile_sooner
 
 
 # The same examples in every run: a failure is there for whoever looks.
@@ -47,6 +48,7 @@ SLOW = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """What one worker compiled the others, and the next run, read from disk. The key holds program, flags and versions."""
+    compile_sooner()
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

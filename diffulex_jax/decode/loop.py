@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -153,30 +155,45 @@ def _forward(
 def _forward_pending_and_window(
     program: Program, params: Params, pool: KVPool, state: DecodeState, *, page_table: jax.Array, writes: bool | None
 ) -> tuple[jax.Array, KVPool, DecodeState]:
-    """As :func:`_forward`; wider (pending block and window) only in steps where some row has a pending block."""
+    """As :func:`_forward`. Only in steps where some row has a pending block does it go through the network: with the window, or, where
+    ``kernels.pending_apart``, ahead of it."""
     slots, window, block = state.tokens.shape
     embed = functools.partial(_embed, program, params)
     live, active = state.pending.live & state.live, state.active & state.live[:, None]
+    after = _committed(state, live)
     x = embed(state.tokens, state.merge).reshape(slots, window * block, -1)
     positions = state.positions.reshape(slots, -1)
+    at = positions[:, :1] - block + jnp.arange(block)
 
-    def with_pending(pool: KVPool) -> tuple[jax.Array, KVPool]:
-        keys = Keys(pool.k, pool.v, page_table, state.written_upto, active)
-        both = jnp.concatenate([embed(state.pending.tokens, state.pending.merge), x], 1)
-        at = jnp.concatenate([positions[:, :1] - block + jnp.arange(block), positions], 1)
-        hidden, (k, v) = forward(program, params, both, at, keys=keys, pending=live, keep=True)
-        pool = write(program, pool, k, v, page_table=page_table, start=state.start - block, where=live)
-        return hidden[:, block:], pool
+    def written(pool: KVPool, kv: tuple[jax.Array, jax.Array]) -> KVPool:
+        return write(program, pool, *kv, page_table=page_table, start=state.start - block, where=live)
+
+    def pending_only(pool: KVPool) -> KVPool:
+        keys = Keys(pool.k, pool.v, page_table, state.written_upto, live[:, None])
+        _, kv = forward(program, params, embed(state.pending.tokens, state.pending.merge), at, keys=keys, keep=True)
+        return written(pool, kv)
 
     def window_only(pool: KVPool) -> tuple[jax.Array, KVPool]:
-        keys = Keys(pool.k, pool.v, page_table, state.written_upto, active)
+        keys = Keys(pool.k, pool.v, page_table, after.written_upto, active)
         return forward(program, params, x, positions, keys=keys)[0], pool
 
-    if writes is None:
-        hidden, pool = lax.cond(anywhere(live.any()), with_pending, window_only, pool)
+    def together(pool: KVPool) -> tuple[jax.Array, KVPool]:
+        keys = Keys(pool.k, pool.v, page_table, state.written_upto, active)
+        both = jnp.concatenate([embed(state.pending.tokens, state.pending.merge), x], 1)
+        hidden, kv = forward(program, params, both, jnp.concatenate([at, positions], 1), keys=keys, pending=live, keep=True)
+        return hidden[:, block:], written(pool, kv)
+
+    def either(then: Callable[..., Any], otherwise: Callable[..., Any]) -> Any:
+        """By whether some row has a pending block; without one, ``after`` has written as much as ``state``."""
+        if writes is None:
+            return lax.cond(anywhere(live.any()), then, otherwise, pool)
+        return (then if writes else otherwise)(pool)
+
+    if program.kernels.pending_apart:
+        hidden, pool = window_only(either(pending_only, lambda pool: pool))
     else:
-        hidden, pool = (with_pending if writes else window_only)(pool)
-    return hidden, pool, _committed(state, live)
+        hidden, pool = either(together, window_only)
+    return hidden, pool, after
 
 
 def _forward_pending_or_window(
