@@ -63,7 +63,7 @@ def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_
       eos_ids: the model's own stop tokens.
     """
     n = len(prompt)
-    sequence = np.zeros(dims.positions, np.int32)
+    sequence = np.full(dims.positions, dims.mask_id, np.int32)
     given, initial = np.arange(dims.positions) < n, np.zeros(dims.positions, bool)
     sequence[:n] = prompt
     for chosen, at in ((params.pinned, given), (params.init_tokens, initial)):
@@ -84,7 +84,8 @@ def settings_row(params: SamplingParams, eos_ids: Sequence[int]) -> Settings:
     """The settings of one request as it stands in a row of the state; what is left to the strategy takes its usual value."""
     params = params.resolve()
     stop_ids = ([] if params.ignore_eos else list(eos_ids)) + list(params.stop_token_ids)
-    row: dict[str, Any] = {"stop_ids": np.array(stop_ids + [-1] * (MAX_STOP_IDS - len(stop_ids)), np.int32)}
+    lists = {"stop_ids": stop_ids, "doubted_ids": list(params.doubted_token_ids)}
+    row: dict[str, Any] = {name: np.array(ids + [-1] * (MAX_STOP_IDS - len(ids)), np.int32) for name, ids in lists.items()}
     for name in Settings.__dataclass_fields__.keys() - row.keys():
         value = getattr(params, name)
         if value is None:  # max_nfe: no limit
@@ -97,10 +98,12 @@ def admit(dims: Dims, rule: Rule, state: DecodeState, slot: jax.Array, request: 
     """``state`` with a request in slot ``slot``, before its first denoise step.
 
     Its window starts at the last, partly filled block of the prompt; whole prompt blocks are expected in the pool. Where there is no
-    such block and ``dims.commit_alone``, the last whole one is pending.
+    such block and ``dims.commit_alone``, the last whole one is pending. On a whole canvas the window starts at the prompt's end, and
+    nothing is in the pool.
     """
     request = jax.tree.map(lambda a: jnp.asarray(a)[None], request)
-    start = jnp.asarray(request.prompt_len // dims.block * dims.block)
+    whole = jnp.asarray(request.prompt_len // dims.block * dims.block)
+    start, written = (jnp.asarray(request.prompt_len), jnp.zeros_like(whole)) if dims.whole_canvas else (whole, whole)
     row = empty_state(dataclasses.replace(dims, slots=1), rule)
     left = dims.commit_alone & (request.prompt_len % dims.block == 0)
     last = jnp.take_along_axis(request.sequence, (start - dims.block)[:, None] + jnp.arange(dims.block), 1, mode="clip")
@@ -111,7 +114,7 @@ def admit(dims: Dims, rule: Rule, state: DecodeState, slot: jax.Array, request: 
         active=row.active.at[:, 0].set(True),
         pending=row.pending.replace(tokens=last, live=left),
         start=start,
-        written_upto=start - left * dims.block,
+        written_upto=written - left * dims.block,
         prompt_len=request.prompt_len,
         limit=request.limit,
         live=jnp.ones(1, bool),
@@ -189,6 +192,8 @@ def empty_state(dims: Dims, rule: Rule) -> DecodeState:
 def given_blocks(dims: Dims, state: DecodeState, start: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The ``count`` blocks from ``start`` (``[S]``) on, as a request begins them: what the caller gave, masks elsewhere.
 
+    What is not on a whole canvas is neither masked nor to be written.
+
     Returns:
       ``(tokens int32, masked bool, frozen bool)``, each ``[S, count, B]``.
     """
@@ -198,5 +203,8 @@ def given_blocks(dims: Dims, state: DecodeState, start: jax.Array, count: int) -
     frozen = jnp.take_along_axis(state.given, at, 1) & inside
     known = frozen | (jnp.take_along_axis(state.initial, at, 1) & inside)
     tokens = jnp.where(known, jnp.take_along_axis(state.sequence.tokens, at, 1), dims.mask_id)
+    if dims.whole_canvas:
+        past = start[:, None] + jnp.arange(count * dims.block) >= state.limit[:, None]
+        frozen, known = frozen | past, known | past
     tokens, masked, frozen = (a.reshape(-1, count, dims.block) for a in (tokens, ~known, frozen))
     return tokens, masked, frozen

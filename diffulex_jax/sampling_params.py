@@ -24,6 +24,9 @@ LEFT_TO_STRATEGY: Mapping[str, float | int] = types.MappingProxyType(
         "num_to_transfer": 1,
         "denoising_steps": 0,
         "sub_block": 0,
+        "block_length": 0,
+        "cfg_scale": 0.0,
+        "confidence_factor": 1.0,
         "entropy_bound": 0.35,
         "edit_threshold": 0.5,
         "max_post_edit_steps": 16,
@@ -36,6 +39,10 @@ LEFT_TO_STRATEGY: Mapping[str, float | int] = types.MappingProxyType(
     }
 )
 """Settings that a strategy may have defaults of its own for, and their values where it has none."""
+READ_BY_FEW: Mapping[str, Any] = types.MappingProxyType(
+    {"block_length": 0, "cfg_scale": 0.0, "confidence_factor": 1.0, "doubted_token_ids": ()}
+)
+"""Settings that other values than these are refused for, unless the strategy reads them (``Strategy.reads``)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,13 +73,22 @@ class SamplingParams:
       max_nfe: most forwards to spend; the contiguous decoded prefix is returned then. None: no limit.
       min_tokens_per_forward: give up on a request, as at ``max_nfe``, that has filled fewer tokens than this for each of its forwards;
         judged at every forward, from the one whose number is four times the block size on. 0 never gives up.
-      accept_threshold: a mask is filled when its prediction is more probable than this; 1 or more never accepts by threshold, so
-        ``num_to_transfer`` masks are filled a step. Default: 0.9.
+      accept_threshold: a mask is filled when its prediction is more probable than this (``llada_threshold``: or as probable); 1 or more
+        never accepts by threshold, so ``num_to_transfer`` masks are filled a step. Default: 0.9.
       num_to_transfer: masks filled per block and step at the least (``llada2``, ``llada2_edit``, ``sdar``). Default: 1.
       denoising_steps: steps over which a block's masks are shared out, in place of ``num_to_transfer``: of B masks, step i of S fills
         floor(B / S) at the least, and one more while i < B mod S. At most the block size; 0 leaves it to ``num_to_transfer``. Default: 0.
       sub_block: (``fast_dllm_v2``) masks are filled only in the first of a block's runs of so many positions that has any; 0 is the whole
         block. Default: 0.
+      block_length: (``llada`` and its variants) tokens of a block, at most the engine's ``block_size``. Blocks are decoded one after the
+        other, the first from the prompt's end on, and the masks of a block are what ``denoising_steps`` shares out. 0: the engine's
+        ``block_size``. Default: 0.
+      cfg_scale: (``llada`` and its variants) w of classifier-free guidance: logits are u + (w + 1)(z - u), where u is what the network
+        says with masks for the prompt; every forward is then two. 0: none. Default: 0.
+      confidence_factor: (``llada_factor``) f: of a block's masks the n-th surest (n >= 2) is filled if its probability is at least
+        1 - f / (n + 1), and all surer ones are. Default: 1.
+      doubted_token_ids: (``llada`` and its variants) tokens whose probability counts as 0, so that they are filled last. With the ids of
+        EOS and of the end of a turn it keeps LLaDA from ending early (its authors' ``confidence_eos_eot_inf``).
       entropy_bound: (``sdar_entropy``) masks are filled by ascending entropy as long as their entropies, in nats, add up to less.
         Default: 0.35.
       edit_threshold: (``llada2_edit``) a filled token is replaced by a different prediction more probable than this; 0 replaces
@@ -98,6 +114,7 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    doubted_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     max_repetition_run: int | None = None
     pinned: Mapping[int, int] | None = None
@@ -112,6 +129,9 @@ class SamplingParams:
     num_to_transfer: int | None = None
     denoising_steps: int | None = None
     sub_block: int | None = None
+    block_length: int | None = None
+    cfg_scale: float | None = None
+    confidence_factor: float | None = None
     entropy_bound: float | None = None
     edit_threshold: float | None = None
     max_post_edit_steps: int | None = None
@@ -145,8 +165,8 @@ class SamplingParams:
         return functools.partial(type(self), **plain), ()
 
     def __post_init__(self) -> None:
-        for name in ("stop_token_ids", "stop"):
-            object.__setattr__(self, name, _several(name, getattr(self, name), int if name == "stop_token_ids" else str))
+        for name, kind in (("stop_token_ids", int), ("doubted_token_ids", int), ("stop", str)):
+            object.__setattr__(self, name, _several(name, getattr(self, name), kind))
         for name in ("pinned", "init_tokens"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _tokens_by_offset(name, getattr(self, name), self.max_tokens))

@@ -27,6 +27,8 @@ class Dims:
       page: tokens of a page of the pool; a multiple of a block, or a whole fraction of one.
       pages_per_slot: P.
       mask_id: the token that masked positions read as.
+      whole_canvas: every forward sees all of a row's canvas ``[0, limit)``, and no position past it exists. Blocks are counted from the
+        prompt's end, and a request says how long they are; the window holds one, and what follows it up to B tokens.
       merge_top_k: M, candidates mixed into a soft token.
       candidates: most probable tokens that a prediction lists, at least M.
       commit_alone: a block's KV is written in a step that does nothing else for its row but decide the first token of the next block.
@@ -38,6 +40,7 @@ class Dims:
     page: int
     pages_per_slot: int
     mask_id: int
+    whole_canvas: bool = False
     merge_top_k: int = 0
     candidates: int = 0
     commit_alone: bool = False
@@ -63,6 +66,8 @@ class Settings(struct.PyTreeNode):
 
     Attributes:
       stop_ids: ``[S, M]`` int32, tokens that end the request (EOS, stop tokens); -1 where unused.
+      doubted_ids: ``[S, M]`` int32, tokens whose probability counts as 0; -1 where unused.
+      block_length: ``[S]`` int32, tokens of a block; 0: B.
       min_tokens: ``[S]`` int32, none of ``stop_ids`` is predicted in that many first generated positions.
     """
 
@@ -83,6 +88,10 @@ class Settings(struct.PyTreeNode):
     min_tokens_per_forward: jax.Array
     min_tokens: jax.Array
     stop_ids: jax.Array
+    doubted_ids: jax.Array
+    block_length: jax.Array
+    cfg_scale: jax.Array
+    confidence_factor: jax.Array
     add_block_threshold: jax.Array
     semi_complete_threshold: jax.Array
     token_stability_threshold: jax.Array
@@ -147,7 +156,7 @@ class DecodeState(struct.PyTreeNode):
       steps: ``[S, K]`` int32, forwards spent on the block.
       merge: soft-token descriptors of the window, ``[S, K, B, M]``.
       pending: the finished block before the window.
-      start: ``[S]`` int32, absolute position of the window's first token, a multiple of B.
+      start: ``[S]`` int32, absolute position of the window's first token, a multiple of B unless ``Dims.whole_canvas``.
       written_upto: ``[S]`` int32, positions below it have their KV in the pool. Only a step that wrote advances it.
       sequence: ``[S, T]``, everything known by absolute position; the window's part is written back as it moves on.
       given: ``[S, T]`` bool, positions fixed by the caller (prompt, pinned).
@@ -198,9 +207,15 @@ class DecodeState(struct.PyTreeNode):
         return Canvas(self.tokens, self.confidence, self.first_step, self.last_step)
 
     @property
+    def inside(self) -> jax.Array:
+        """``[S, 1, B]`` bool: positions of the block; what lies behind a shorter block is of later ones."""
+        length = self.settings.block_length[:, None, None]
+        return (length == 0) | (jnp.arange(self.tokens.shape[-1]) < length)
+
+    @property
     def editable(self) -> jax.Array:
         """``[S, K, B]`` bool: positions a rule may write; none of a row that has ended."""
-        return (self.live[:, None] & self.active)[..., None] & ~self.frozen
+        return (self.live[:, None] & self.active)[..., None] & ~self.frozen & self.inside
 
     @property
     def positions(self) -> jax.Array:
@@ -223,7 +238,8 @@ class Prediction(struct.PyTreeNode):
 
     Attributes:
       token: ``[S, K, B]`` int32, the chosen token: the best one, or a sample where the temperature is above 0.
-      prob: ``[S, K, B]`` float32, the model's probability of ``token`` (temperature 1, mask id excluded).
+      prob: ``[S, K, B]`` float32, the model's probability of ``token`` (temperature 1, mask id excluded, unless the strategy's
+        ``confidence`` says otherwise).
       current_prob: ``[S, K, B]`` float32, the model's probability of the token that stood there.
       top_ids, top_probs: ``[S, K, B, C]`` the C most probable tokens, best first, C as many as the rule asks for.
       masked: ``[S, K, B]`` bool, what was masked in this forward's input.

@@ -18,15 +18,17 @@ from diffulex_jax.rules import (
     chain,
     decide,
     entropy_bounded,
+    factor,
     in_sub_blocks,
     levenshtein,
     remask,
+    scheduled,
     sequential,
     soft_parallel,
     threshold,
     token_merge,
 )
-from diffulex_jax.sampling_params import LEFT_TO_STRATEGY, SamplingParams
+from diffulex_jax.sampling_params import LEFT_TO_STRATEGY, READ_BY_FEW, SamplingParams
 
 
 class Strategy(NamedTuple):
@@ -42,7 +44,11 @@ class Strategy(NamedTuple):
       draws: (temperature > 0) what a position's random draw is tied to. ``"position"``: while the distribution stays, so does the
         sample, until the request masks something again. ``"step"``: every forward draws anew.
       confidence: (temperature > 0) the distribution that a token's probability is read from. ``"model"``: the model's own.
-        ``"tempered"``: the model's at the request's temperature.
+        ``"tempered"``: the model's at the request's temperature. ``"whole"``: the model's with the mask id's share, and without the
+        request's ``doubted_token_ids``.
+      reads: settings of ``sampling_params.READ_BY_FEW`` that requests may set.
+      canvas: what it is for: ``"block_causal"``, models whose blocks see none behind them; ``"whole"``, models that see their whole canvas
+        (LLaDA). None: both.
     """
 
     name: str
@@ -51,7 +57,9 @@ class Strategy(NamedTuple):
     attention: Literal["block_causal", "prefix_full"] | None = None
     defaults: Mapping[str, Any] = MappingProxyType({})
     draws: Literal["position", "step"] = "position"
-    confidence: Literal["model", "tempered"] = "model"
+    confidence: Literal["model", "tempered", "whole"] = "model"
+    reads: tuple[str, ...] = ()
+    canvas: Literal["block_causal", "whole"] | None = None
 
 
 AnyStrategy = str | Rule | Strategy
@@ -150,20 +158,52 @@ def fast_dllm_v2() -> Rule:
     return in_sub_blocks(decide(edit=False))
 
 
+def llada() -> Rule:
+    """LLaDA: fill the step's share of a block's masks, the surest first."""
+    return scheduled()
+
+
+def llada_random() -> Rule:
+    """LLaDA's random remasking: fill the step's share of a block's masks, drawn at random."""
+    return scheduled(order="random")
+
+
+def llada_threshold() -> Rule:
+    """Fast-dLLM's parallel decoding of LLaDA: fill masks at a threshold or above, and the surest in any case."""
+    return threshold(inclusive=True)
+
+
+def llada_factor() -> Rule:
+    """Fast-dLLM's factor rule: fill the more masks at once, the surer all of them are."""
+    return factor()
+
+
+def _of_blocks(name: str, rule: Rule, **more: Any) -> Strategy:
+    """A strategy of models whose blocks see none behind them."""
+    return Strategy(name, rule, canvas="block_causal", **more)
+
+
 def _of_sdar(name: str, rule: Rule, **defaults: Any) -> Strategy:
     """A strategy that samples as SDAR's authors do: every forward draws anew, and confidence is that at the temperature."""
-    return Strategy(name, rule, defaults=MappingProxyType(defaults), draws="step", confidence="tempered")
+    return _of_blocks(name, rule, defaults=MappingProxyType(defaults), draws="step", confidence="tempered")
+
+
+def _of_llada(name: str, rule: Rule, *reads: str, **defaults: Any) -> Strategy:
+    """A strategy that samples as LLaDA's authors do: every forward draws anew, and confidence is the model's, the mask id's included."""
+    reads = ("block_length", "cfg_scale", "doubted_token_ids", *reads)
+    kept = MappingProxyType(defaults)
+    return Strategy(name, rule, defaults=kept, draws="step", confidence="whole", reads=reads, canvas="whole")
 
 
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy("llada2", llada2()),
-        Strategy("multi_bd", llada2(), window=2),  # MBD-LMs' buffer
-        Strategy("d2f", llada2(), window=4, attention="prefix_full"),
-        Strategy("llada2_edit", llada2_edit()),
-        Strategy("llada2_levenshtein", llada2_levenshtein()),
-        Strategy("dmax", dmax()),
+        _of_blocks("llada2", llada2()),
+        _of_blocks("multi_bd", llada2(), window=2),  # MBD-LMs' buffer
+        _of_blocks("d2f", llada2(), window=4, attention="prefix_full"),
+        _of_blocks("llada2_edit", llada2_edit()),
+        _of_blocks("llada2_levenshtein", llada2_levenshtein()),
+        _of_blocks("dmax", dmax()),
         _of_sdar("sdar", sdar(), accept_threshold=0.85),  # generate.py's
         _of_sdar("sdar_leftmost", sdar_leftmost(), accept_threshold=0.9),  # JetEngine's
         _of_sdar("sdar_sequential", sdar_sequential()),
@@ -174,7 +214,12 @@ STRATEGIES: dict[str, Strategy] = {
             defaults=MappingProxyType({"accept_threshold": 0.9, "sub_block": 8, "top_p": 0.95}),  # the README's; generate()'s top_p
             draws="step",
             confidence="tempered",
+            canvas="block_causal",
         ),
+        _of_llada("llada", llada()),
+        _of_llada("llada_random", llada_random()),
+        _of_llada("llada_threshold", llada_threshold(), accept_threshold=0.9),  # Fast-dLLM's
+        _of_llada("llada_factor", llada_factor(), "confidence_factor", confidence_factor=1.0),  # Fast-dLLM's
     )
 }
 
@@ -231,6 +276,8 @@ def _checked(strategy: Strategy) -> Strategy:
     for field, choices in _CHOICES.items():
         if getattr(strategy, field) not in choices:
             raise refuse(f"{field}={getattr(strategy, field)!r} must be one of {', '.join(map(str, choices))}")
+    if unknown := [name for name in strategy.reads if name not in READ_BY_FEW]:
+        raise refuse(f"reads: {unknown[0]!r} is not one of {', '.join(READ_BY_FEW)}")
     if unknown := [name for name in strategy.defaults if name not in LEFT_TO_STRATEGY]:
         raise refuse(f"defaults: {unknown[0]!r} is not one of {', '.join(LEFT_TO_STRATEGY)}")
     try:
@@ -240,7 +287,12 @@ def _checked(strategy: Strategy) -> Strategy:
     return strategy
 
 
-_CHOICES = {"attention": (None, "block_causal", "prefix_full"), "draws": ("position", "step"), "confidence": ("model", "tempered")}
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "attention": (None, "block_causal", "prefix_full"),
+    "draws": ("position", "step"),
+    "confidence": ("model", "tempered", "whole"),
+    "canvas": (None, "block_causal", "whole"),
+}
 
 
 def _one_line(error: Exception) -> str:

@@ -12,10 +12,10 @@ from pallas_kernels import REFERENCE
 from pallas_kernels.block_attention import split_heads
 
 
-def sees(length: int, block: int):
-    """``[T, T]`` bool: block-causal attention over one sequence."""
+def sees(length: int, block: int, policy: AttentionPolicy | None = None):
+    """``[T, T]`` bool: attention over one sequence, block-causal unless ``policy`` says otherwise."""
     where = positions_of(jnp.arange(length) // block)
-    return AttentionPolicy().mask(where, where)
+    return (policy or AttentionPolicy()).mask(where, where)
 
 
 def attend_to(mask, prefix=None):

@@ -21,6 +21,8 @@ from diffulex_jax import Engine, SamplingParams
 from diffulex_jax.engine.results import Output
 
 
+LEAST_MARGIN = 1e-6  # between what was chosen and what was not: what float32 tells apart
+END_OF_TURN = 508  # <|eot_id|> of the tiny LLaDA checkpoints, which no config names
 FIRST_STEPS = 5  # of a case that float64 decodes differently: so far rounding has not changed a token yet
 
 # What a header's `peer` says, where the file's name does not say it; the first that fits.
@@ -36,11 +38,15 @@ PEERS = {
     "jetengine": "JetEngine",
     "batch_sample": "batch_sample",
     "generate": "modeling.py generate()",
+    "llada_generate": "LLaDA@",
+    "fastdllm": "Fast-dLLM v1",
 }
 FAST_DLLM = ("generate", "batch_sample")  # of Fast-dLLM v2
+LLADA = ("llada_generate", "fastdllm")
 DROPS_EOS = ("dinfer_threshold", "dmax_soft_parallel")
 
 _EVERY = {"gen_length", "block_length", "threshold"}
+_LLADA = {"gen_length", "block_length", "steps"}
 _SDAR = _EVERY | {"strategy", "denoising_steps", "stop_ids"}
 _LLADA21 = _EVERY | {"editing_threshold", "max_post_steps", "num_to_transfer", "eos_early_stop"}
 _DINFER = _EVERY | {"early_stop", "cache", "vectorized_decoding"}
@@ -55,6 +61,8 @@ SETTINGS = {
     "generate_py": _SDAR,
     "jetengine": _SDAR | {"eb_threshold", "unify"},
     **dict.fromkeys(FAST_DLLM, {"threshold", "max_new_tokens", "block_size", "small_block_size", "stop_token", "use_block_cache"}),
+    "llada_generate": _LLADA | {"cfg_scale", "left_pad", "remasking", "seed", "logits_eos_inf", "confidence_eos_eot_inf"},
+    "fastdllm": _LLADA | {"cache", "threshold", "factor"},
 }
 
 # Ours for each of a peer's strategies; None where it says nothing about ours: see `left_out`.
@@ -111,6 +119,8 @@ class Case:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end the output, none where the peer goes on after EOS."""
+        if self.peer in LLADA:
+            return ()
         if self.peer == "diffusers_pipeline" and not self.settings["eos_early_stop"]:
             return ()
         if self.peer in FAST_DLLM:
@@ -180,6 +190,8 @@ def unknown_setting(case: Case) -> str | None:
 def left_out(case: Case) -> str | None:
     """The reason why a case says nothing about ours; None where it is compared. It depends on what was recorded alone."""
     s = case.settings
+    if case.peer in LLADA and case.recorded["fp64_same"]:
+        return _llada_left_out(case)
     if case.recorded.get("quirk"):
         return case.recorded["quirk"]
     if not case.recorded["fp64_same"]:
@@ -208,9 +220,24 @@ def left_out(case: Case) -> str | None:
     return None
 
 
+def _llada_left_out(case: Case) -> str | None:
+    """A quirk that is noted says nothing against a case, unless the peer gave masks out."""
+    margins = [case.recorded.get(name) for name in ("min_select_gap", "min_threshold_margin")]
+    if case.mask_id in case.recorded["output"]:
+        return "the peer gives masks out as tokens"
+    if case.settings.get("remasking") == "random":
+        return "the peer draws the order by a generator of its own"
+    if case.settings.get("cache", "none") != "none":
+        return "the peer goes on with old keys and values; ours keeps none"
+    if any(margin is not None and margin < LEAST_MARGIN for margin in margins):
+        return f"its choices hang on less than {LEAST_MARGIN:g}"
+    return None
+
+
 def reading(case: Case) -> Reading:
     """The strategy and settings that mean what the peer's settings mean."""
-    return _sdar(case) if case.peer in SDAR_STRATEGIES else _fast_dllm(case) if case.peer in FAST_DLLM else _llada2(case)
+    families = {**dict.fromkeys(SDAR_STRATEGIES, _sdar), **dict.fromkeys(FAST_DLLM, _fast_dllm), **dict.fromkeys(LLADA, _llada)}
+    return families.get(case.peer, _llada2)(case)
 
 
 def _fast_dllm(case: Case) -> Reading:
@@ -223,6 +250,26 @@ def _fast_dllm(case: Case) -> Reading:
         stop_token_ids=case.stop_ids,
     )
     return Reading("fast_dllm_v2", params)
+
+
+def _llada(case: Case) -> Reading:
+    """The peer's ``steps`` are those of all blocks; those that find no mask are no forwards of ours."""
+    s = case.settings
+    params: dict[str, Any] = {"max_tokens": s["gen_length"], "block_length": s["block_length"], "ignore_eos": True}
+    if "factor" in s:
+        return Reading("llada_factor", SamplingParams(confidence_factor=s["factor"], **params))
+    if s.get("threshold") is not None:
+        return Reading("llada_threshold", SamplingParams(accept_threshold=s["threshold"], **params))
+    if s.get("logits_eos_inf"):
+        params |= {"ignore_eos": False, "min_tokens": s["gen_length"]}
+    if s.get("confidence_eos_eot_inf"):
+        params["doubted_token_ids"] = (*case.eos_ids, END_OF_TURN)
+    return Reading("llada", SamplingParams(cfg_scale=s.get("cfg_scale", 0.0), denoising_steps=_steps_of_a_block(case), **params))
+
+
+def _steps_of_a_block(case: Case) -> int:
+    s = case.settings
+    return min(s["steps"] // (s["gen_length"] // s["block_length"]), s["block_length"])
 
 
 def _sdar(case: Case) -> Reading:
@@ -267,7 +314,7 @@ def decode(cases: Sequence[Case], engine_for: Callable[..., Engine]) -> dict[tup
     """
     groups: dict[tuple[str, int], list[Case]] = {}
     for case in cases:
-        groups.setdefault((reading(case).strategy, case.block), []).append(case)
+        groups.setdefault(engine_key(case), []).append(case)
     decoded = {}
     for (strategy, block), group in groups.items():
         engine = engine_of(group, strategy, block, engine_for)
@@ -280,9 +327,14 @@ def decode(cases: Sequence[Case], engine_for: Callable[..., Engine]) -> dict[tup
     return decoded
 
 
+def engine_key(case: Case) -> tuple[str, int]:
+    """The strategy and block size of the engine for a case. On a whole canvas one engine takes blocks of many lengths."""
+    return reading(case).strategy, -(-case.block // 64) * 64 if case.peer in LLADA else case.block
+
+
 def engine_of(cases: Sequence[Case], strategy: str, block: int, engine_for: Callable[..., Engine]) -> Engine:
     """The engine for the cases of one strategy and block size."""
-    longest = max(len(case.prompt) + case.max_tokens for case in cases) + block
+    longest = max(len(case.prompt) + case.max_tokens for case in cases) + (block if cases[0].peer not in LLADA else 0)
     room = max(64, block)
     length = max(256, -(-longest // room) * room)
     return engine_for(strategy=strategy, block_size=block, force_block_size=True, max_slots=4, max_model_len=length)
@@ -333,7 +385,8 @@ def _unlike(wanted: list[int], got: list[int]) -> str | None:
 def forwards(case: Case, ours: Decoded) -> tuple[int, int] | None:
     """Our forwards and the peer's, where it spends them as ours does; None otherwise.
 
-    A finished block's KV costs ours no forward of its own. A LLaDA2 peer must go to the end of the last block, and not past an EOS.
+    A finished block's KV costs ours no forward of its own. LLaDA's own loop goes on when all is filled. A LLaDA2 peer must go to the end
+    of the last block, and not past an EOS.
     """
     if case.peer in SDAR_STRATEGIES:
         return None if ours.to_block_end is None else (ours.to_block_end.nfe, case.recorded["nfe_denoise"])
@@ -342,6 +395,10 @@ def forwards(case: Case, ours: Decoded) -> tuple[int, int] | None:
         decides = len(case.prompt) % case.block == 0
         theirs = case.recorded["nfe"] - (len(case.prompt) > case.block and not decides)
         return (ours.to_block_end or ours.output).nfe, theirs
+    if case.peer in LLADA:
+        s = case.settings
+        idle = s["steps"] - _steps_of_a_block(case) * (s["gen_length"] // s["block_length"]) if case.peer == "llada_generate" else 0
+        return ours.output.nfe, case.recorded["nfe"] - idle
     if any(eos in case.decoded[: case.settings["gen_length"]] for eos in case.eos_ids):
         return None
     if case.peer == "dmax_soft_parallel":

@@ -14,6 +14,7 @@ import numpy as np
 
 from diffulex_jax import Rule, SamplingParams, decode
 from diffulex_jax.decode import loop
+from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.request_state import admit, empty_state, make_request, settings_row
 from diffulex_jax.rules import dims_for
@@ -43,9 +44,9 @@ RAW = {
 MODEL = model_of(RAW)
 
 
-def dims_of(rule: Rule, *, slots: int = 1, window: int = 1, block: int = 4, pages: int = 4, commit_alone: bool = False) -> Dims:
+def dims_of(rule: Rule, *, slots: int = 1, window: int = 1, block: int = 4, pages: int = 4, **kind: bool) -> Dims:
     sizes = {"slots": slots, "window": window, "block": block, "page": block, "pages_per_slot": pages}
-    return dims_for(rule, **sizes, mask_id=MASK, commit_alone=commit_alone)
+    return dims_for(rule, **sizes, mask_id=MASK, **kind)
 
 
 def settings_of(**settings):
@@ -174,10 +175,10 @@ _admit = functools.partial(jax.jit, static_argnums=(0, 1))(admit)
 
 
 def play(
-    rule: Rule, *scripts: Script, block: int, pages: int, steps: int, window: int = 1, commit_alone: bool = False
+    rule: Rule, *scripts: Script, block: int, pages: int, steps: int, window: int = 1, **kind: bool
 ) -> tuple[list[Played], DecodeState]:
-    """Decodes one request a script, all together, for at most ``steps`` steps."""
-    dims = dims_of(rule, slots=len(scripts), window=window, block=block, pages=pages, commit_alone=commit_alone)
+    """Decodes one request a script, all together, for at most ``steps`` steps; ``kind``: see ``Dims``."""
+    dims = dims_of(rule, slots=len(scripts), window=window, block=block, pages=pages, **kind)
     state = empty_state(dims, rule)
     for slot, s in enumerate(scripts):
         request = make_request(dims, prompt=np.array(s.prompt, np.int32), params=s.params, eos_ids=(EOS,))
@@ -193,8 +194,9 @@ def play(
     }
     pool = KVPool(jnp.zeros((1, pages)), jnp.zeros((1, pages)))
     tables = np.tile(np.arange(pages, dtype=np.int32), (len(scripts), 1))
-    program = decode.Program(MODEL, dims, rule, KERNELS)
-    with mock.patch.object(loop, "predict", predict), mock.patch.object(loop, "_forward", forward):
+    policy = AttentionPolicy("whole", canvas="whole") if dims.whole_canvas else AttentionPolicy()
+    program, no_forward = decode.Program(MODEL, dims, rule, KERNELS, policy), mock.patch.object(loop, "canvas_forward")
+    with mock.patch.object(loop, "predict", predict), mock.patch.object(loop, "_forward", forward), no_forward:
         known, options = np.zeros(len(scripts), np.int32), {"steps": steps, "max_steps": steps, "stop_on_finish": False}
         _, state, report, trace = _denoise(program, arrays, pool, state, page_table=tables, known=known, **options)
     played, (tokens, report, trace) = [], jax.device_get((state.sequence.tokens, report, trace))

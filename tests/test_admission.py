@@ -7,6 +7,7 @@ import pytest
 
 from diffulex_jax import EngineConfig, SamplingParams, SettingError
 from diffulex_jax.engine.admission import Limits, admit
+from diffulex_jax.sampling_params import READ_BY_FEW
 from diffulex_jax.state import Dims
 
 
@@ -37,6 +38,36 @@ def test_a_prompt_becomes_int32_ids_of_a_request_for_each_output():
     assert one.params.seed == 5 != two.params.seed and one.params.n == two.params.n == 1
     (again,) = asked(np.array([0, 1, 2], np.uint8), seed=two.params.seed, max_tokens=4)
     assert again.params == two.params and again.prompt.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "message"),
+    [
+        ({"block_length": 5}, "block_length", "block_length=5 is more than the engine's block_size=4"),
+        ({"block_length": 2, "denoising_steps": 3}, "denoising_steps", "denoising_steps=3 is more than the tokens of a block, 2"),
+        ({"doubted_token_ids": range(9)}, "doubted_token_ids", "must be at most 8 ids of the vocabulary"),
+        ({"doubted_token_ids": [100]}, "doubted_token_ids", "must be at most 8 ids of the vocabulary"),
+        (
+            {"confidence_factor": 2.0},
+            "confidence_factor",
+            "confidence_factor=2.0 means nothing to this engine's strategy, which reads block_",
+        ),
+    ],
+)
+def test_what_will_not_do_on_a_whole_canvas(settings, field, message):
+    reads = LIMITS._replace(reads=("block_length", "doubted_token_ids"), num_pages=None)
+    assert len(asked([1] * 20, reads, max_tokens=12, block_length=2, denoising_steps=2, doubted_token_ids=[3])) == 1  # more than 6 pages
+    with pytest.raises(SettingError, match=message) as caught:
+        asked([1], reads, max_tokens=3, **settings)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("field", READ_BY_FEW)
+def test_what_a_strategy_does_not_read_is_refused_by_name(field):
+    value = {"doubted_token_ids": [3]}.get(field, 2)
+    with pytest.raises(SettingError, match=f"{field}=.* means nothing to this engine's strategy, which reads none of these") as caught:
+        asked([1], max_tokens=3, **{field: value})
+    assert caught.value.field == field
 
 
 @pytest.mark.parametrize(

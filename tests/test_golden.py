@@ -17,7 +17,8 @@ from diffulex_jax.weights import checkpoint
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SDAR = ("families/tiny-sdar", "families/tiny-sdar-trained", "families/tiny-sdar-moe")
 FAST_DLLM = ("families/tiny-fast-dllm-v2", "families/tiny-fast-dllm-v2-trained")
-CHECKPOINTS = ("tiny-llada2", "tiny-llada2-trained", *SDAR, *FAST_DLLM)
+LLADA = ("families/tiny-llada", "families/tiny-llada-moe")
+CHECKPOINTS = ("tiny-llada2", "tiny-llada2-trained", *SDAR, *FAST_DLLM, *LLADA)
 
 _BESIDE_OLD_KEYS = "use_block_cache: an approximation, in which a sub-block is decoded beside old keys and values of the others"
 
@@ -33,6 +34,8 @@ LEFT_OUT = {
     ("families/tiny-fast-dllm-v2", "tiny-fast-dllm-v2.batch_sample-3"): _BESIDE_OLD_KEYS,
     **{("families/tiny-fast-dllm-v2-trained", f"tiny-fast-dllm-v2-trained.generate-{i}"): _BESIDE_OLD_KEYS for i in (3, 6, 19)},
     ("families/tiny-fast-dllm-v2-trained", "tiny-fast-dllm-v2-trained.batch_sample-4"): _BESIDE_OLD_KEYS,
+    ("families/tiny-llada", "llada-16"): "the peer draws the order by a generator of its own",
+    ("families/tiny-llada-moe", "llada-14"): "the peer draws the order by a generator of its own",
 }
 
 
@@ -57,16 +60,16 @@ def decoded(engine_of):
     @functools.cache
     def batch(name: str, strategy: str, block: int) -> dict[tuple[str, str], replay.Decoded]:
         stable = [case for checkpoint, case in (param.values for param in cases()) if checkpoint == name]
-        alike = [case for case in stable if (replay.reading(case).strategy, case.block) == (strategy, block)]
+        alike = [case for case in stable if replay.engine_key(case) == (strategy, block)]
         return replay.decode(alike, functools.partial(engine_of, name))
 
-    return lambda name, case: batch(name, replay.reading(case).strategy, case.block)[case.peer, case.id]
+    return lambda name, case: batch(name, *replay.engine_key(case))[case.peer, case.id]
 
 
 def test_nothing_else_is_left_out():
     stable = [(name, case) for name in CHECKPOINTS for case in recorded(name) if case.recorded["fp64_same"]]
     assert {(name, case.id): said for name, case in stable if (said := replay.left_out(case))} == LEFT_OUT
-    assert len(stable) == 88 + 52 + 33
+    assert len(stable) == 88 + 52 + 33 + 25
     assert not any(replay.unknown_setting(case) for _, case in stable)
 
 
@@ -87,7 +90,7 @@ def test_forwards_and_edits_are_counted(decoded):
     def counted(count) -> int:
         return sum(count(case, decoded(name, case)) is not None for name, case in (param.values for param in cases()))
 
-    assert (counted(replay.forwards), counted(replay.edits)) == (34 + 51 + 21, 24)
+    assert (counted(replay.forwards), counted(replay.edits)) == (34 + 51 + 21 + 23, 24)
 
 
 @pytest.mark.parametrize(("name", "case"), cases(fp64_same=False))
@@ -109,5 +112,5 @@ def test_logits(model, i):
     name, network, params = model
     with np.load(GOLDEN / f"{name}.logits.npz") as file:
         ids, want, block = file[f"ids{i}"], file[f"logits{i}"], int(file[f"block{i}"]) if f"block{i}" in file else 32
-    got, _ = logits_of(network, params, ids, attend_to(sees(len(ids), block)))
+    got, _ = logits_of(network, params, ids, attend_to(sees(len(ids), block, network.spec.attention)))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(path for package in ("diffulex_jax", "pallas_kernels") for path in (ROOT / package).rglob("*.py"))
-FAMILIES = {"diffulex_jax.models.llada2", "diffulex_jax.models.qwen2", "diffulex_jax.models.qwen3"}
+FAMILIES = {f"diffulex_jax.models.{name}" for name in ("llada", "llada2", "llada_moe", "qwen2", "qwen3")}
 
 # From the ground up: a package imports its own floor and those below. The first prefix that fits a module counts.
 FLOORS = [

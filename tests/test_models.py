@@ -110,7 +110,9 @@ def test_a_draft_family_is_loaded_decoded_and_cached(draft_folder):
 
 
 def test_an_unknown_family_is_named():
-    with pytest.raises(ValueError, match="config: model_type='draft' is not implemented; supported: 'llada2_moe', 'sdar', 'sdar_moe'"):
+    with pytest.raises(
+        ValueError, match="config: model_type='draft' is not implemented; supported: 'Fast_dLLM_Qwen', 'llada2_moe', 'llada', "
+    ):
         registry.model_of(DRAFT)
 
 

@@ -22,6 +22,7 @@ Command = Callable[..., None]
 STRATEGY_NAMES = (
     *("llada2", "multi_bd", "d2f", "llada2_edit", "llada2_levenshtein", "dmax"),
     *("sdar", "sdar_leftmost", "sdar_sequential", "sdar_entropy", "fast_dllm_v2"),
+    *("llada", "llada_random", "llada_threshold", "llada_factor"),
 )
 """The names in ``strategies.STRATEGIES``, whose module takes JAX to import."""
 

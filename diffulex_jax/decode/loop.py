@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from diffulex_jax.decode.canvas import canvas_forward
 from diffulex_jax.decode.forward import forward, pages_of, write
 from diffulex_jax.decode.prediction import predict
 from diffulex_jax.decode.program import Program
@@ -52,8 +53,10 @@ def denoise(
     def go_on(carry: Carry) -> jax.Array:
         i, pool, state, _ = carry
         finished = (live_before & ~state.live).any()
-        none = (pages_of(program, page_table, state.start) >= pool.k.shape[1]).any(1)
-        starved = (state.live & state.ready & none).any()
+        starved = jnp.bool_(False)
+        if program.attention.paged:
+            none = (pages_of(program, page_table, state.start) >= pool.k.shape[1]).any(1)
+            starved = (state.live & state.ready & none).any()
         going, halt = anywhere(jnp.stack([state.live.any(), starved | (stop_on_finish & finished)]))
         return (i < max_steps) & going & ~halt
 
@@ -76,7 +79,7 @@ def denoise(
     rows = jax.eval_shape(seen, state, state)
     trace = jax.tree.map(lambda row: jnp.zeros((steps, *row.shape), row.dtype), rows)
     # Where the host drives loops, steps in a loop of their kind ask it one thing each: whether to go on.
-    kinds = program.kernels.host_drives_loops and not program.dims.commit_alone
+    kinds = program.kernels.host_drives_loops and program.attention.paged and not program.dims.commit_alone
     run = (lambda carry: alike(alike(carry, True), False)) if kinds else body
     _, pool, state, trace = lax.while_loop(go_on, run, (jnp.int32(0), pool, state, trace))
     state = state.replace(sequence=write_window(state))
@@ -97,7 +100,10 @@ def step(
     ``writes`` says, where it is known when the program is traced, whether some row has a pending block.
     """
     commits = state.pending.live & state.live
-    hidden, pool, state = _forward(program, params, pool, state, page_table=page_table, writes=writes)
+    if program.attention.paged:
+        hidden, pool, state = _forward(program, params, pool, state, page_table=page_table, writes=writes)
+    else:
+        hidden = canvas_forward(program, params, state)
     with jax.named_scope("prediction"):
         prediction = predict(program, params, hidden, _without_draws(state, commits) if program.dims.commit_alone else state)
     with jax.named_scope("rules"):

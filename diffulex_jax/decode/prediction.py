@@ -33,6 +33,8 @@ def predict(program: Program, params: Params, hidden: jax.Array, state: DecodeSt
         banned=jnp.where(early[:, None], rows(settings.stop_ids), -1),
         top_k=program.dims.candidates,
         tempered=program.confidence == "tempered",
+        counts_all=program.confidence == "whole",
+        doubted=rows(settings.doubted_ids) if program.confidence == "whole" else None,
         entropy=program.rule.entropy,
         vocab_axes=shared_by("vocab"),
         backend=program.kernels.prediction,

@@ -50,7 +50,7 @@ def seen(before: DecodeState, after: DecodeState) -> Trace:
 def settled_positions(state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``[S, K B]`` each: absolute positions of the window, which are undecoded, and which can no longer change."""
     slots, _, block = state.tokens.shape
-    masked = (state.masked | ~state.active[..., None]).reshape(slots, -1)
+    masked = (state.masked | ~(state.active[..., None] & state.inside)).reshape(slots, -1)
     return state.positions.reshape(slots, -1), masked, ~masked & jnp.repeat(~state.hold, block, 1)
 
 
@@ -85,17 +85,19 @@ def finish(state: DecodeState, broken: jax.Array) -> DecodeState:
         status=jnp.where(state.live, status, state.status).astype(jnp.int32),
         length=jnp.where(state.live, upto, state.length).astype(jnp.int32),
         live=state.live & (status == RUNNING),
-        ready=state.active[:, 0] & ~state.masked[:, 0].any(-1) & ~state.hold[:, 0],
+        ready=state.active[:, 0] & ~(state.masked & state.inside)[:, 0].any(-1) & ~state.hold[:, 0],
     )
 
 
 def advance(dims: Dims, rule: Rule, state: DecodeState) -> DecodeState:
     """Moves rows whose first block is ready one block on, and starts look-ahead blocks.
 
-    The block that leaves becomes pending; a new one enters at the window's end.
+    The block that leaves becomes pending; a new one enters at the window's end. On a whole canvas none becomes pending, and the next block
+    begins where this one ended.
     """
     go = state.live & state.ready
-    start = state.start + dims.block
+    length = state.settings.block_length
+    start = state.start + (jnp.where(length > 0, length, dims.block) if dims.whole_canvas else dims.block)
     tokens, masked, frozen = given_blocks(dims, state, start + (dims.window - 1) * dims.block, 1)
 
     def rolled(array: jax.Array, last: Any) -> jax.Array:
@@ -116,7 +118,7 @@ def advance(dims: Dims, rule: Rule, state: DecodeState) -> DecodeState:
         steps=rolled(state.steps, 0),
         merge=jax.tree.map(lambda a: rolled(a, 0), state.merge),
         rule=jax.tree.map(lambda a, f: rolled(a, f[:, :1]) if f.ndim > 1 else a, state.rule, fresh),
-        pending=Pending(state.tokens[:, 0], jax.tree.map(lambda a: a[:, 0], state.merge), state.active[:, 0]),
+        pending=Pending(state.tokens[:, 0], jax.tree.map(lambda a: a[:, 0], state.merge), state.active[:, 0] & (not dims.whole_canvas)),
         start=start,
     )
     return activate(choose_rows(go, shifted, state).replace(sequence=write_window(state, go)))

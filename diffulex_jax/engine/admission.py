@@ -14,7 +14,7 @@ from diffulex_jax.engine.request import Tracked
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
 from diffulex_jax.request_state import MAX_STOP_IDS
-from diffulex_jax.sampling_params import SamplingParams, seeds
+from diffulex_jax.sampling_params import READ_BY_FEW, SamplingParams, seeds
 from diffulex_jax.state import Dims
 
 
@@ -31,7 +31,8 @@ class Limits(NamedTuple):
       dims: sizes of its state.
       tokenizer: None where the model has none.
       vocab_size, eos_ids: of the model.
-      num_pages: in the pool.
+      num_pages: in the pool; None where requests take none.
+      reads: settings of ``sampling_params.READ_BY_FEW`` that its strategy reads.
     """
 
     settings: EngineConfig
@@ -39,7 +40,8 @@ class Limits(NamedTuple):
     tokenizer: Tokenizer | None
     vocab_size: int
     eos_ids: tuple[int, ...]
-    num_pages: int
+    num_pages: int | None
+    reads: tuple[str, ...] = ()
 
 
 def paired(prompts: Sequence[Prompt] | str, params: AnyParams) -> list[tuple[Prompt, SamplingParams]]:
@@ -79,9 +81,13 @@ def check(limits: Limits, prompt: Prompt, params: SamplingParams, *, name: str) 
     ids = _token_ids(limits, prompt, name)
     _check_lengths(limits, len(ids), params, name)
     _check_stops(limits, params, name)
-    steps, block = params.denoising_steps or 0, limits.dims.block
-    if steps > block:
-        raise SettingError("denoising_steps", f"{name}: denoising_steps={steps} is more than the tokens of a block, {block}")
+    _check_read_by_few(limits, params, name)
+    steps, most = params.denoising_steps or 0, limits.dims.block
+    length = params.block_length or most
+    if length > most:
+        raise SettingError("block_length", f"{name}: block_length={length} is more than the engine's block_size={most}")
+    if steps > length:
+        raise SettingError("denoising_steps", f"{name}: denoising_steps={steps} is more than the tokens of a block, {length}")
     for field in ("pinned", "init_tokens"):
         for offset, token in (getattr(params, field) or {}).items():
             if token >= limits.vocab_size or token == limits.dims.mask_id:
@@ -127,9 +133,21 @@ def _check_lengths(limits: Limits, length: int, params: SamplingParams, name: st
         )
     page = limits.dims.unit
     needed = -(-(length + most) // page)
-    if needed > limits.num_pages:
+    if limits.num_pages is not None and needed > limits.num_pages:
         field = "max_tokens" if length < limits.num_pages * page else "prompt"
         raise SettingError(field, f"{name} needs {needed} pages with max_tokens={most}; the pool has {limits.num_pages}")
+
+
+def _check_read_by_few(limits: Limits, params: SamplingParams, name: str) -> None:
+    for field, nothing in READ_BY_FEW.items():
+        if (value := getattr(params, field)) not in (None, nothing) and field not in limits.reads:
+            read = ", ".join(limits.reads) or "none of these"
+            raise SettingError(field, f"{name}: {field}={value} means nothing to this engine's strategy, which reads {read}")
+    ids = params.doubted_token_ids
+    if len(ids) > MAX_STOP_IDS or any(id_ >= limits.vocab_size for id_ in ids):
+        raise SettingError(
+            "doubted_token_ids", f"{name}: doubted_token_ids={list(ids)} must be at most {MAX_STOP_IDS} ids of the vocabulary"
+        )
 
 
 def _check_stops(limits: Limits, params: SamplingParams, name: str) -> None:

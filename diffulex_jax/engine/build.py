@@ -24,7 +24,7 @@ from diffulex_jax.models.base import Model, ModelSpec, Params
 from diffulex_jax.parallel.mesh import MESH_AXES, make_mesh
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import Dims
-from diffulex_jax.strategies import AnyStrategy, Strategy, for_model, resolve
+from diffulex_jax.strategies import STRATEGIES, AnyStrategy, Strategy, for_model, resolve
 from diffulex_jax.weights import checkpoint
 from pallas_kernels import REFERENCE, choose
 
@@ -111,8 +111,8 @@ def limits_of(model: str, strategy: AnyStrategy | None, settings: EngineConfig) 
     spec, tokenizer, eos_ids = checkpoint.load_model(path).spec, Tokenizer.load(path), checkpoint.load_end_ids(path)
     chosen = for_model(spec, strategy)
     s, _, dims = plan(spec, chosen, settings)
-    limits = Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, s.num_pages or s.max_slots * dims.units_per_slot)
-    return limits, chosen
+    num_pages = None if dims.whole_canvas else s.num_pages or s.max_slots * dims.units_per_slot
+    return Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, num_pages, chosen.reads), chosen
 
 
 def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[EngineConfig, AttentionPolicy, Dims]:
@@ -125,13 +125,16 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
     Raises:
       SettingError: for a setting that will not do.
     """
-    window, attention = settings.buffer_size or strategy.window, settings.attention or strategy.attention or "block_causal"
+    whole_canvas = spec.attention.canvas == "whole"
+    _check_canvas(strategy, settings, whole=whole_canvas)
+    usual = "full" if whole_canvas else "block_causal"
+    window, attention = settings.buffer_size or strategy.window, settings.attention or strategy.attention or usual
     s = dataclasses.replace(settings, buffer_size=window, attention=attention)
     if s.max_model_len > spec.max_positions:
         raise SettingError(
             "max_model_len", f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={spec.max_positions}"
         )
-    policy = AttentionPolicy("whole" if attention == "prefix_full" else "block_causal")
+    policy = spec.attention if whole_canvas else AttentionPolicy("whole" if attention == "prefix_full" else "block_causal")
     block = block_size(spec, s)
     page = page_size(block, s)
     unit = max(block, page)
@@ -144,8 +147,31 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
         pages_per_slot=-(-s.max_model_len // unit) * (unit // page),
         mask_id=spec.mask_id,
         commit_alone=spec.commit_alone,
+        whole_canvas=whole_canvas,
     )
     return dataclasses.replace(s, block_size=block, page_size=page), policy, dims
+
+
+def _check_canvas(strategy: Strategy, settings: EngineConfig, *, whole: bool) -> None:
+    sees = "sees its whole canvas" if whole else "is block-causal"
+    fitting = [name for name, known in STRATEGIES.items() if known.canvas == ("whole" if whole else "block_causal")]
+    if strategy.canvas not in (None, "whole" if whole else "block_causal"):
+        raise SettingError(
+            "strategy", f"strategy {strategy.name!r} is not for this model, which {sees}; choose one of {', '.join(fitting)}"
+        )
+    if (settings.attention == "full") != whole and settings.attention is not None:
+        raise SettingError("attention", f"attention={settings.attention!r} is not for this model, which {sees}; leave it out")
+    if not whole:
+        return
+    if strategy.rule.moves or strategy.rule.merge is not None:
+        does = "moves tokens within a block" if strategy.rule.moves else "makes soft tokens"
+        raise SettingError("strategy", f"strategy {strategy.name!r} {does}, which a model that {sees} cannot do")
+    if (blocks := settings.buffer_size or strategy.window) > 1:
+        raise SettingError("buffer_size", f"buffer_size={blocks} must be 1 for this model, which {sees} and decodes one block at a time")
+    if settings.num_pages is not None:
+        raise SettingError(
+            "num_pages", f"num_pages={settings.num_pages} is not for this model, which {sees} and keeps no pages; leave it out"
+        )
 
 
 def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memory_share: float) -> Parts:
@@ -158,13 +184,14 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     if mesh.axis_names != MESH_AXES or mesh.shape["data"] > 1:
         raise ValueError(f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {mesh.shape}")
     s, policy, dims = plan(spec, strategy, settings)
-    unit_bytes = 2 * spec.layers.count * dims.unit * spec.layers.kv_heads * spec.layers.head_dim * s.jax_dtype.itemsize
+    kept = spec.layers.count if policy.paged else 0
+    unit_bytes = 2 * kept * dims.unit * spec.layers.kv_heads * spec.layers.head_dim * s.jax_dtype.itemsize
     needed = s.max_slots * dims.units_per_slot
     num_pages = s.num_pages or default_num_pages(mesh.devices.flat[0], unit_bytes, needed=needed, share=memory_share)
     # Soft inputs leave other KV than a prompt of the same tokens would, and where a prompt sees all of itself its KV depends on
     # what follows: such pages must not be found by their tokens.
     shareable = policy.shareable and (rule.merge is None or not rule.merge.commit_soft)
-    pages = PagePool(num_pages, prefix_cache=s.prefix_cache and shareable)
+    pages = PagePool(num_pages if policy.paged else 0, prefix_cache=s.prefix_cache and shareable)
     announce("compiling", strategy.name)
     kernels = choose(mesh.devices.flat[0]) if s.kernels == "auto" else REFERENCE
     device = JaxDevice(
@@ -195,6 +222,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         steps_per_dispatch=s.steps_per_dispatch,
         whole_prompts=not policy.chunkable,
         commit_alone=dims.commit_alone,
+        paged=policy.paged,
         root=chain_digest(repr(same_kv).encode(), np.zeros(0, np.int32)),
     )
     same_state = {
@@ -203,7 +231,8 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         "page": str(dims.page),
         "positions": str(dims.positions),
     }
-    limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, num_pages)
+    paged_limit = num_pages if policy.paged else None
+    limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, paged_limit, strategy.reads)
     return Parts(s, dims, limits, pages, device, scheduler, same_kv | same_state)
 
 

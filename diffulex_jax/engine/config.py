@@ -10,7 +10,7 @@ from diffulex_jax.errors import SettingError
 
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
-    "attention": (None, "block_causal", "prefix_full"),
+    "attention": (None, "block_causal", "prefix_full", "full"),
     "kernels": ("auto", "reference"),
 }
 
@@ -21,16 +21,20 @@ class EngineConfig:
 
     Attributes:
       dtype: of parameters, activations and the KV pool: ``"float32"`` or ``"bfloat16"``.
-      block_size: tokens in a block. Default: what the model was trained with, as its checkpoint says, or as such models usually have.
+      block_size: tokens in a block; where a model sees its whole canvas (LLaDA), the most that a request's ``block_length`` may be.
+        Default: what the model was trained with, as its checkpoint says, or as such models usually have.
       force_block_size: decode in blocks that the checkpoint was not trained for. The text gets worse.
       page_size: tokens in a page of the KV pool: a multiple of a block, or a whole fraction of one. Default: a block, or as many as make
         8 tokens or more.
       buffer_size: blocks denoised together (multi-block diffusion); 1 finishes a block before it starts the next. Default: what the
         strategy names, else 1.
       attention: what a prompt sees of itself: ``"block_causal"``, its blocks up to the position's own, or ``"prefix_full"``, all of it
-        (D2F; such prompts share no prefixes and are prefilled in one piece). Default: what the strategy names, else block-causal.
+        (D2F; such prompts share no prefixes and are prefilled in one piece). ``"full"``: everything sees the whole canvas, masks included,
+        and no keys and values are kept; for models made so (LLaDA), and all that they do. Default: what the strategy names, else the
+        model's.
       max_slots: requests decoded together.
-      max_model_len: most tokens of a prompt and its output.
+      max_model_len: most tokens of a prompt and its output. Where a model sees its whole canvas, every forward costs so many for each
+        slot.
       num_pages: pages of the pool, or blocks where a block is several pages; default: what memory allows, up to a few times what all
         slots need together. With fewer than they need, requests that no longer fit are set aside and resumed.
       max_batched_tokens: tokens of prompts and windows processed in one step, at the most.

@@ -56,7 +56,7 @@ class JaxDevice:
         whole = [2**i for i in range((dims.positions // dims.block).bit_length() + 1)][::-1]
         chunks = [n for tokens in _PREFILL_TOKENS if (n := max(1, tokens // dims.block)) * dims.block <= dims.positions]
         sizes = list(dict.fromkeys(chunks)) or [1] if program.attention.chunkable else whole
-        self._prefill_sizes = sizes
+        self._prefill_sizes = sizes if program.attention.paged else []
         self._pages, self._known = np.full((dims.slots, dims.pages_per_slot), num_pages, np.int32), np.zeros(dims.slots, np.int32)
         # The list of pages that each row was made from, and how many of them: only what is new is written.
         self._placed: list[tuple[list[int], int]] = [([], 0)] * dims.slots
@@ -191,9 +191,9 @@ class JaxDevice:
 
 
 def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, DecodeState]:
-    """A pool of zeros and a state whose slots are all free."""
+    """A pool of zeros and a state whose slots are all free. Where no keys and values are kept, the pool has no layers."""
     layers, dims = program.model.spec.layers, program.dims
-    shape = (layers.count, num_pages, dims.page, layers.kv_heads, layers.head_dim)
+    shape = (layers.count if program.attention.paged else 0, num_pages, dims.page, layers.kv_heads, layers.head_dim)
     state = request_state.empty_state(dims, program.rule)
     return KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), state
 
@@ -202,13 +202,14 @@ def default_num_pages(device: jax.Device, page_bytes: int, *, needed: int, share
     """How many pages of ``page_bytes`` to make, now that the parameters are on the device.
 
     ``share`` of what accelerators have left, less a tenth of their memory for the step's temporaries, up to eight times ``needed``:
-    beyond that even a prefix cache gains nothing. A CPU shares its memory with everything else; there it is what all slots need.
+    beyond that even a prefix cache gains nothing. A CPU shares its memory with everything else; there it is what all slots need, as where
+    a page is empty.
 
     Raises:
       ValueError: when no page fits.
     """
     stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
+    if "bytes_limit" not in stats or not page_bytes:
         return needed
     free = int(share * (0.9 * stats["bytes_limit"] - stats["bytes_in_use"]))
     if free < page_bytes:

@@ -69,6 +69,7 @@ class Scheduler:
         root: bytes,
         whole_prompts: bool = False,
         commit_alone: bool = False,
+        paged: bool = True,
     ):
         """Makes one.
 
@@ -77,6 +78,7 @@ class Scheduler:
           whole_prompts: a prompt is prefilled in one piece, however long.
           commit_alone: see ``state.Dims``. The last block of a prompt that ends with one is left to the first step, which decides the
             token behind it.
+          paged: otherwise requests take no pages, and their prompts are not prefilled.
         """
         self.device, self.pages = device, pages
         self.block, self.page, self.window, self.max_batched_tokens = block, page, window, max_batched_tokens
@@ -87,7 +89,7 @@ class Scheduler:
         self.running: dict[int, Tracked] = {}
         self.preemptions = 0
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._root, self._whole_prompts, self._commit_alone = root, whole_prompts, commit_alone
+        self._root, self._whole_prompts, self._commit_alone, self._paged = root, whole_prompts, commit_alone, paged
         self._admitted = 0
         self._flight: Flight | None = None
         self._ended: list[Ended] = []
@@ -203,6 +205,8 @@ class Scheduler:
 
     def _take_pages(self, request: Tracked) -> bool:
         """Pages to go on with: those of written or whole prompt blocks, and one for the first block of the window."""
+        if not self._paged:
+            return True
         if request.saved is not None:
             needed = self._pages_of(request.written + 1)
             if self.pages.num_available < needed:
@@ -246,11 +250,15 @@ class Scheduler:
 
     def _to_prefill(self, request: Tracked) -> int:
         """Whole blocks of the prompt that are written before the first step."""
+        if not self._paged:
+            return 0
         whole, left = divmod(len(request.prompt), self.block)
         return whole - (self._commit_alone and left == 0)
 
     def _provide_page(self, request: Tracked) -> None:
         """Makes sure the window's first block can be committed; the youngest others give way when pages run out."""
+        if not self._paged:
+            return
         missing = self._pages_of(request.start // self.block + 1) - len(request.pages)
         while missing > 0 and self.pages.num_available < missing:
             youngest = max([*self.running.values(), *self.prefilling], key=lambda r: r.order)

@@ -27,10 +27,22 @@ class AttentionPolicy:
 
     Attributes:
       prompt: what a prompt sees of itself: ``"block_causal"``, the blocks before a position's own and its own, or ``"whole"``, all of it
-        (D2F). What is generated is block-causal, and sees the whole prompt, under both.
+        (D2F).
+      canvas: what other positions see: ``"block_causal"``, the prompt and the blocks up to their own, or ``"whole"``, all of the
+        canvas, the prompt and what is still masked included (LLaDA). Then a prompt sees the whole canvas too, and keys and values change
+        with every token that is written.
     """
 
     prompt: Literal["block_causal", "whole"] = "block_causal"
+    canvas: Literal["block_causal", "whole"] = "block_causal"
+
+    def __post_init__(self) -> None:
+        assert self.canvas == "block_causal" or self.prompt == "whole", "a canvas that sees all of itself has a prompt that does"
+
+    @property
+    def paged(self) -> bool:
+        """Whether keys and values of prompts and of finished blocks are kept, in pages. Otherwise every forward makes them anew."""
+        return self.canvas == "block_causal"
 
     @property
     def chunkable(self) -> bool:
@@ -45,6 +57,8 @@ class AttentionPolicy:
     def mask(self, query: Where, key: Where) -> jax.Array:
         """``[..., Q, K]`` bool: which keys ``[..., K]`` each query ``[..., Q]`` sees."""
         sees = key.block[..., None, :] <= query.block[..., :, None]
+        if self.canvas == "whole":
+            return jnp.ones_like(sees)
         if self.prompt == "whole":
             sees |= query.prompt[..., :, None] & key.prompt[..., None, :]
         return sees

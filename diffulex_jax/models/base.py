@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.names import Tensor
 from diffulex_jax.models.ops import Ops
 
@@ -62,6 +63,7 @@ class ModelSpec:
       strategy: the name of the strategy that its authors decode it with, in ``diffulex_jax.strategies``.
       predicts: what the output at position i speaks of: ``"same"``, the token at i, or ``"next"``, the token at i + 1.
       experts_per_token: routed experts of a token; 0 where no layer has any.
+      attention: what positions see of each other, as it was trained.
       routing_block: tokens that choose their experts together, which must be the block that is decoded; 0 where each chooses alone.
     """
 
@@ -76,6 +78,7 @@ class ModelSpec:
     strategy: str
     predicts: Literal["same", "next"] = "same"
     experts_per_token: int = 0
+    attention: AttentionPolicy = AttentionPolicy()
     routing_block: int = 0
 
     @property

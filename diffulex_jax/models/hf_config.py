@@ -93,17 +93,17 @@ def positive(config: Any, *names: str) -> None:
             raise ValueError(f"config: {name}={shown(value)} must be a positive integer")
 
 
-def countable(config: Any) -> None:
-    """Checks that ``num_hidden_layers`` and ``num_experts``, if it has any, are of a size that networks have: their tensors get listed.
+def countable(config: Any, *, layers: str = "num_hidden_layers") -> None:
+    """Checks that the field ``layers``, and ``num_experts`` if it has any, are of a size that networks have: their tensors get listed.
 
     Raises:
       ValueError: naming them.
     """
-    layers, experts = config.num_hidden_layers, getattr(config, "num_experts", 0)
-    if layers > MOST_LAYERS:
-        raise ValueError(f"config: num_hidden_layers={layers} must be at most {MOST_LAYERS}")
-    if layers * experts > MOST_EXPERTS:
-        raise ValueError(f"config: num_experts={experts} in num_hidden_layers={layers} layers must be at most {MOST_EXPERTS} together")
+    count, experts = getattr(config, layers), getattr(config, "num_experts", 0)
+    if count > MOST_LAYERS:
+        raise ValueError(f"config: {layers}={count} must be at most {MOST_LAYERS}")
+    if count * experts > MOST_EXPERTS:
+        raise ValueError(f"config: num_experts={experts} in {layers}={count} layers must be at most {MOST_EXPERTS} together")
 
 
 def divides(config: Any, small: str, large: str) -> None:

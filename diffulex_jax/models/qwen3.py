@@ -5,17 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from diffulex_jax.models import hf_config
-from diffulex_jax.models import layers as parts
-from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Params
-from diffulex_jax.models.names import Names, Tensor
-from diffulex_jax.models.ops import Ops, gated
-from pallas_kernels.expert_choice import Router
+from diffulex_jax.models.base import LayerKind, Model, ModelSpec
+from diffulex_jax.models.qwen3_layers import layers, schema, tensors
 
 
 MASK_ID = 151_669  # <|MASK|>; the configs on the hub do not say so
@@ -40,64 +35,6 @@ def model(raw: Mapping[str, Any], name: str) -> Model:
         experts_per_token=c.num_experts_per_tok if "moe" in c.kinds else 0,
     )
     return Model(c, spec, schema(c), tuple(tensors(c)), functools.partial(layers, c), lambda params: params["lm_head"])
-
-
-def layers(c: SDARConfig, params: Params, x: jax.Array, positions: jax.Array, ops: Ops) -> tuple[jax.Array, Any]:
-    """All layers and the final norm. See ``models.base.Model.layers``."""
-    table = parts.rope_table(positions, c.head_dim, c.rope_theta)
-    norm = functools.partial(parts.rms_norm, eps=c.rms_norm_eps)
-    router = Router(top_k=c.num_experts_per_tok, score="softmax", normalise=c.norm_topk_prob)
-
-    def layer(kind: str, i: jax.Array, at: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
-        p = params[kind]
-        with jax.named_scope("attention"):
-            heads = ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i)
-            heads = parts.rotated_heads(heads, p["q_norm"][i], p["k_norm"][i], table, eps=c.rms_norm_eps)
-            out, fresh = ops.attend(at, heads)
-            x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
-        with jax.named_scope("mlp"):
-            h = norm(x, p["mlp_norm"][i])
-            y = ops.experts(h, p, i, router) if kind == "moe" else gated(ops.linear, h, (p["mlp_gate_up"], p["mlp_down"]), i)
-            return x + ops.total(y, "mlp"), fresh
-
-    x, fresh = parts.run(layer, x, parts.spans(c.kinds), ops)
-    return norm(x, params["norm"]), fresh
-
-
-def schema(c: SDARConfig) -> dict[str, Any]:
-    """The parameter tree: the layers of each kind, dense or with experts, in a stack of their own."""
-    tree: dict[str, Any] = parts.ends(c.vocab_size, c.hidden_size)
-    mlps = {
-        "dense": lambda n: parts.swiglu(n, c.hidden_size, "mlp", c.intermediate_size),
-        "moe": lambda n: parts.mixture(n, c.hidden_size, experts=c.num_experts, width=c.moe_intermediate_size),
-    }
-    for kind, mlp in mlps.items():
-        if n := c.kinds.count(kind):
-            group = c.num_attention_heads // c.num_key_value_heads
-            tree[kind] = parts.attention(n, c.hidden_size, kv=c.num_key_value_heads, group=group, head=c.head_dim) | mlp(n)
-    return tree
-
-
-def tensors(c: SDARConfig) -> Iterator[Tensor]:
-    """The tensors of a checkpoint."""
-    embed, kv, head, heads = c.hidden_size, c.num_key_value_heads, c.head_dim, c.num_attention_heads
-    group = heads // kv
-    yield Names().same("model.embed_tokens.weight", "embed", (c.vocab_size, embed))
-    for i, kind in enumerate(c.kinds):
-        n = Names(f"model.layers.{i}.", kind, c.kinds[:i].count(kind))
-        yield n.same("input_layernorm.weight", "attn_norm", (embed,))
-        yield from n.heads("self_attn.", kv=kv, group=group, head=head, embed=embed)
-        yield n.same("self_attn.q_norm.weight", "q_norm", (head,))
-        yield n.same("self_attn.k_norm.weight", "k_norm", (head,))
-        yield n.tensor("self_attn.o_proj.weight", (embed, heads * head), n.part("out", "d (kv g h) -> kv g h d", kv=kv, g=group))
-        yield n.same("post_attention_layernorm.weight", "mlp_norm", (embed,))
-        if kind == "dense":
-            yield from n.swiglu("mlp.", "mlp", width=c.intermediate_size, embed=embed)
-        else:
-            yield n.transposed("mlp.gate.weight", "router", (c.num_experts, embed))
-            yield from n.experts("mlp.experts.", count=c.num_experts, width=c.moe_intermediate_size, embed=embed)
-    yield Names().same("model.norm.weight", "norm", (embed,))
-    yield Names().same("lm_head.weight", "lm_head", (c.vocab_size, embed))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

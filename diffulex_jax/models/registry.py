@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffulex_jax.models import hf_config, llada2, qwen2, qwen3
+from diffulex_jax.models import hf_config, llada, llada2, llada_moe, qwen2, qwen3
 from diffulex_jax.models.base import Model
+
+
+def _llada(raw: Mapping[str, Any], name: str) -> Model:
+    """LLaDA or LLaDA-MoE, which have one ``model_type``: the config of the one that has experts counts them."""
+    return (llada_moe if "num_experts" in raw else llada).model(raw, name)
 
 
 REGISTRY: dict[str, Callable[[Mapping[str, Any], str], Model]] = {
     "Fast_dLLM_Qwen": qwen2.fast_dllm_v2,
     "llada2_moe": llada2.model,
+    "llada": _llada,
+    "lladamoe": llada_moe.model,
     "sdar": qwen3.model,
     "sdar_moe": qwen3.model,
 }

@@ -4,8 +4,10 @@ from diffulex_jax.rules.base import Rule, chain, dims_for, stateless
 from diffulex_jax.rules.decide import decide
 from diffulex_jax.rules.edit import edit
 from diffulex_jax.rules.entropy_bounded import entropy_bounded
+from diffulex_jax.rules.factor import factor
 from diffulex_jax.rules.levenshtein import levenshtein
 from diffulex_jax.rules.remask import remask
+from diffulex_jax.rules.scheduled import scheduled
 from diffulex_jax.rules.sequential import sequential
 from diffulex_jax.rules.soft_parallel import soft_parallel
 from diffulex_jax.rules.sub_blocks import in_sub_blocks
@@ -20,9 +22,11 @@ __all__ = [
     "dims_for",
     "edit",
     "entropy_bounded",
+    "factor",
     "in_sub_blocks",
     "levenshtein",
     "remask",
+    "scheduled",
     "sequential",
     "soft_parallel",
     "stateless",

@@ -20,6 +20,7 @@ class Rule(NamedTuple):
       merge: how soft tokens are mixed, where the rule writes merge descriptors; None otherwise.
       candidates: how many of the most probable tokens of each position it reads (``Prediction.top_ids``).
       entropy: whether it reads ``Prediction.entropy``, which costs one more sum over the vocabulary.
+      moves: whether it moves tokens within a block, all of whose positions must then be the block's own.
     """
 
     init: Callable[[Dims], Any]
@@ -27,10 +28,20 @@ class Rule(NamedTuple):
     merge: MergeSpec | None = None
     candidates: int = 0
     entropy: bool = False
+    moves: bool = False
 
 
 def dims_for(
-    rule: Rule, *, slots: int, window: int, block: int, page: int, pages_per_slot: int, mask_id: int, commit_alone: bool = False
+    rule: Rule,
+    *,
+    slots: int,
+    window: int,
+    block: int,
+    page: int,
+    pages_per_slot: int,
+    mask_id: int,
+    commit_alone: bool = False,
+    whole_canvas: bool = False,
 ) -> Dims:
     """The sizes of a state that ``rule`` decodes."""
     merge_top_k = rule.merge.top_k if rule.merge is not None else 0
@@ -44,6 +55,7 @@ def dims_for(
         merge_top_k=merge_top_k,
         candidates=max(merge_top_k, rule.candidates),
         commit_alone=commit_alone,
+        whole_canvas=whole_canvas,
     )
 
 
@@ -87,4 +99,5 @@ def chain(*rules: Rule) -> Rule:
         merge=merges[0] if merges else None,
         candidates=max((rule.candidates for rule in rules), default=0),
         entropy=any(rule.entropy for rule in rules),
+        moves=any(rule.moves for rule in rules),
     )

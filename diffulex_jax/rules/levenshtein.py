@@ -99,7 +99,7 @@ def levenshtein(*, delete_id: int = 156930, split_id: int = 156931) -> Rule:
         seen = jnp.where(at, _digest(after)[..., None], kept.seen)
         return after, LevenshteinState(original, initial, post_steps, seen)
 
-    return Rule(init, update, candidates=4)  # two special tokens, an ordinary one, and a second choice
+    return Rule(init, update, candidates=4, moves=True)  # two special tokens, an ordinary one, and a second choice
 
 
 def _first(prediction: Prediction, allowed: jax.Array) -> tuple[jax.Array, jax.Array]:

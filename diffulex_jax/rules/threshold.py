@@ -16,7 +16,7 @@ from pallas_kernels.remask import decision
 Fallback = Literal["best", "leftmost"]
 
 
-def threshold(*, fallback: Fallback = "best") -> Rule:
+def threshold(*, fallback: Fallback = "best", inclusive: bool = False) -> Rule:
     """Fills every mask whose prediction is above ``accept_threshold`` (strictly), and never fewer than the step's quota.
 
     The quota is ``num_to_transfer``, or what ``denoising_steps`` makes of it. A look-ahead block has one only once its predecessor
@@ -27,6 +27,7 @@ def threshold(*, fallback: Fallback = "best") -> Rule:
       fallback: what is filled where fewer than the quota are above the threshold. ``"best"``: as many as the quota, the most
         confident ones; ties go to the lower position. ``"leftmost"``: the masks among as many positions as the quota, from the first
         mask on, whatever else is above the threshold (JetEngine).
+      inclusive: a prediction at the threshold counts as above it (Fast-dLLM, arXiv 2505.22618).
 
     Raises:
       ValueError: for another ``fallback``.
@@ -37,6 +38,8 @@ def threshold(*, fallback: Fallback = "best") -> Rule:
     def update(prediction: Prediction, state: DecodeState) -> DecodeState:
         open_, least = state.masked & state.editable, quota(state)[..., None]
         limit = state.settings.accept_threshold[:, None, None]
+        if inclusive:
+            limit = jnp.nextafter(limit, -jnp.inf)
         if fallback == "best":
             take = decision.accept(prediction.prob, open_, threshold=limit, least=least)
         else:

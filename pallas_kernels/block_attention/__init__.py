@@ -10,12 +10,22 @@ from typing import Any, Literal
 import jax
 
 from pallas_kernels.block_attention import gpu, reference, tpu
-from pallas_kernels.block_attention.masked import masked_attention
+from pallas_kernels.block_attention.masked import canvas_attention, masked_attention
 from pallas_kernels.block_attention.reference import Keys, split_heads
 from pallas_kernels.target import Target, is_hopper, pick
 
 
-__all__ = ["Backend", "Keys", "block_attention", "choose_backend", "masked_attention", "pool_order", "split_heads", "write_blocks"]
+__all__ = [
+    "Backend",
+    "Keys",
+    "block_attention",
+    "canvas_attention",
+    "choose_backend",
+    "masked_attention",
+    "pool_order",
+    "split_heads",
+    "write_blocks",
+]
 
 Backend = Literal["reference", "gpu", "tpu"]
 

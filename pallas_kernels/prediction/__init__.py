@@ -40,6 +40,8 @@ def predict(
     top_k: int = 0,
     tempered: bool = False,
     entropy: bool = False,
+    counts_all: bool = False,
+    doubted: jax.Array | None = None,
     backend: str | None = None,
 ) -> Best:
     """Reduces each row of logits to the chosen token and the probabilities rules ask for.
@@ -51,7 +53,7 @@ def predict(
     Args:
       logits: ``[R, V]`` float32.
       current: ``[R]`` int32, the token that stands there; its probability is reported.
-      forbidden_id: never chosen and left out of the softmax (the mask).
+      forbidden_id: never chosen, and left out of the softmax unless ``counts_all`` (the mask).
       sampling: rows with temperature above 0 draw from softmax(logits / temperature) cut to top-k, then top-p. None: all are greedy, and
         the device is not asked whether any samples.
       penalized: ``[R]`` int32, a token whose logit is lowered by ``penalty`` (``[R]`` float32); negative: none.
@@ -60,6 +62,9 @@ def predict(
       top_k: how many best tokens to report.
       tempered: all probabilities, and the entropy, are of softmax(logits / temperature) in rows with a temperature above 0.
       entropy: report the entropy of that distribution. The Hopper kernel has none: with it, ``"gpu"`` takes the reference.
+      counts_all: the forbidden id has its share of the softmax, though it is not chosen (LLaDA's confidence, arXiv 2502.09992).
+      doubted: ``[R, M]`` int32, ids that may be chosen but are not counted in the softmax of their row, so that their own probability
+        is 0; negative: none. With it or ``counts_all`` every backend takes the reference.
       backend: see :data:`Backend`; None chooses by the current mesh.
 
     Returns:
@@ -69,8 +74,11 @@ def predict(
       ValueError: for an unknown backend.
     """
     options: dict[str, Any] = {"forbidden_id": forbidden_id, "sampling": sampling, "penalized": penalized, "penalty": penalty}
-    options |= {"tempered": tempered, "entropy": entropy}
-    return pick("prediction", backend, choose_backend, _FROM_LOGITS)(logits, current, **options, banned=banned, top_k=top_k)
+    options |= {"tempered": tempered, "entropy": entropy, "banned": banned, "top_k": top_k}
+    compute = pick("prediction", backend, choose_backend, _FROM_LOGITS)
+    if counts_all or doubted is not None:
+        return reference.predict(logits, current, **options, counts_all=counts_all, doubted=doubted)
+    return compute(logits, current, **options)
 
 
 def predict_from_hidden(
@@ -98,4 +106,9 @@ def predict_from_hidden(
     """
     if vocab_axes:
         options["vocab_axes"] = vocab_axes
-    return pick("prediction", backend, choose_backend, _FROM_HIDDEN)(hidden, lm_head, current, **options)
+    compute = pick("prediction", backend, choose_backend, _FROM_HIDDEN)
+    if options.get("counts_all") or options.get("doubted") is not None:
+        compute = reference.predict_from_hidden
+    else:
+        options = {name: value for name, value in options.items() if name not in ("counts_all", "doubted")}
+    return compute(hidden, lm_head, current, **options)

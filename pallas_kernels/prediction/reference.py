@@ -55,17 +55,19 @@ def predict(
     top_k: int = 0,
     tempered: bool = False,
     entropy: bool = False,
+    counts_all: bool = False,
+    doubted: jax.Array | None = None,
 ) -> Best:
     """See ``prediction.predict``."""
     vocab = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     if penalized is not None:
         assert penalty is not None, "penalized tokens need a penalty"
         logits = jnp.where(vocab == penalized[:, None], logits - penalty[:, None], logits)
-    logits = jnp.where(vocab == forbidden_id, -jnp.inf, logits)
-    if banned is not None:
-        outside = jnp.where(banned < 0, logits.shape[1], banned)
-        logits = logits.at[jnp.arange(len(logits))[:, None], outside].set(-jnp.inf, mode="drop")
-    judged = logits / cooling(sampling)[:, None] if tempered and sampling is not None else logits
+    allowed = logits if counts_all else jnp.where(vocab == forbidden_id, -jnp.inf, logits)
+    allowed = _without(allowed, banned)
+    logits = jnp.where(vocab == forbidden_id, -jnp.inf, allowed)
+    judged = allowed / cooling(sampling)[:, None] if tempered and sampling is not None else allowed
+    judged = _without(judged, doubted)
     peak = judged.max(-1)
     total = jnp.exp(judged - peak[:, None]).sum(-1)
     greedy = _first_largest(logits)
@@ -82,6 +84,14 @@ def predict(
         top_ids = lax.top_k(logits, top_k)[1].astype(jnp.int32)
     best = Best(token, prob_of(token)[:, 0], prob_of(current)[:, 0], top_ids, prob_of(top_ids))
     return best._replace(entropy=_entropy(judged - peak[:, None], total)) if entropy else best
+
+
+def _without(logits: jax.Array, ids: jax.Array | None) -> jax.Array:
+    """``logits [R, V]`` with minus infinity at the ``ids [R, M]`` of each row that are not negative."""
+    if ids is None:
+        return logits
+    at = jnp.where(ids < 0, logits.shape[1], ids)
+    return logits.at[jnp.arange(len(logits))[:, None], at].set(-jnp.inf, mode="drop")
 
 
 def _entropy(below: jax.Array, total: jax.Array) -> jax.Array:

@@ -50,6 +50,10 @@ class Sampling(Strict):
     num_to_transfer: int | None = None
     denoising_steps: int | None = None
     sub_block: int | None = None
+    block_length: int | None = None
+    cfg_scale: float | None = None
+    confidence_factor: float | None = None
+    doubted_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     entropy_bound: float | None = None
     edit_threshold: float | None = None
     max_post_edit_steps: int | None = None

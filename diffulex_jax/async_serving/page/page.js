@@ -2,7 +2,8 @@
 
 // What each strategy is usually asked for. Those of the second list revise no token by a threshold.
 const USUAL = { llada2: { accept_threshold: 0.9 }, llada2_edit: { accept_threshold: 0.5, edit_threshold: 0 }, dmax: { accept_threshold: 0.5 } };
-const NO_EDIT_THRESHOLD = ["llada2", "multi_bd", "d2f", "dmax", "sdar", "sdar_leftmost", "sdar_sequential", "sdar_entropy", "fast_dllm_v2"];
+const NO_EDIT_THRESHOLD = ["llada2", "multi_bd", "d2f", "dmax", "sdar", "sdar_leftmost", "sdar_sequential", "sdar_entropy", "fast_dllm_v2",
+  "llada", "llada_random", "llada_threshold", "llada_factor"];
 const OURS = ["prompt", "strategy", "stream", "stream_mode", "n"];
 let blockSize = 32;
 
