@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from diffulex_jax import decode
 from diffulex_jax.bench.decode import _mid_request, _model_loop
 from diffulex_jax.bench.forward import step_bytes, window_of
-from diffulex_jax.bench.shapes import random_params, shape_model
+from diffulex_jax.bench.shapes import SHAPES, random_params, shape_model
 from diffulex_jax.cli import app
 from diffulex_jax.models.base import leaves
+from diffulex_jax.models.registry import model_of
 from diffulex_jax.rules import dims_for
 from diffulex_jax.strategies import resolve
 from pallas_kernels import REFERENCE, grouped_matmul
@@ -37,9 +38,24 @@ def test_bytes_of_a_step_are_those_counted_by_hand():
     assert extra == 8 * 128 * 40 * 1024
 
 
-def test_the_mini_shape_has_the_parameters_it_is_known_for():
-    total = sum(int(np.prod(param.shape)) for param in leaves(MINI.schema).values())
-    assert total == pytest.approx(16.25e9, rel=0.002)
+@pytest.mark.parametrize(
+    ("shape", "billions"),
+    [
+        ("llada2-mini", 16.256),
+        *(("sdar-1.7b", 2.032), ("sdar-4b", 4.411), ("sdar-8b", 8.191), ("sdar-30b-a3b", 30.532)),
+        *(("fast-dllm-v2-1.5b", 1.544), ("fast-dllm-v2-7b", 7.616)),
+    ],
+)
+def test_a_shape_has_the_parameters_it_is_known_for(shape, billions):
+    total = sum(int(np.prod(param.shape)) for param in leaves(shape_model(shape).schema).values())
+    assert total == pytest.approx(billions * 1e9, rel=5e-4)
+
+
+def test_a_tied_output_matrix_is_read_in_every_step():
+    raw = SHAPES["fast-dllm-v2-1.5b"]
+    tied, untied = (model_of(raw | {"tie_word_embeddings": tied}) for tied in (True, False))
+    sizes = {"batch": 1, "context": 64, "experts": 0}
+    assert step_bytes(tied, 2, **sizes) == step_bytes(untied, 2, **sizes) > 3e9
 
 
 def test_random_params_follow_the_schema():

@@ -41,6 +41,7 @@ _SDAR = {
     "head_dim": 128,
     "eos_token_id": 151_643,
 }
+_FAST_DLLM = {"model_type": "Fast_dLLM_Qwen", "num_hidden_layers": 28, "bd_size": 32, "eos_token_id": 151_645}
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _TINY,
@@ -75,7 +76,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mask_token_id": 156_895,
         "eos_token_id": 156_892,
     },
-    # JetLM's SDAR-4B-Chat, SDAR-8B-Chat and SDAR-30B-A3B-Chat.
+    # JetLM's SDAR-1.7B-Chat, SDAR-4B-Chat, SDAR-8B-Chat and SDAR-30B-A3B-Chat.
+    "sdar-1.7b": _SDAR
+    | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8},
     "sdar-4b": _SDAR | {"hidden_size": 2560, "intermediate_size": 9728},
     "sdar-8b": _SDAR | {"hidden_size": 4096, "intermediate_size": 12_288},
     "sdar-30b-a3b": _SDAR
@@ -87,6 +90,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
+    },
+    # Efficient-Large-Model's Fast_dLLM_v2_1.5B (with the embeddings of its base, Qwen2.5-1.5B, as its output matrix) and Fast_dLLM_v2_7B.
+    "fast-dllm-v2-1.5b": _FAST_DLLM
+    | {
+        "vocab_size": 151_936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "fast-dllm-v2-7b": _FAST_DLLM
+    | {
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
     },
 }
 """The ``config.json`` of each shape."""

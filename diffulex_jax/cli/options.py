@@ -26,7 +26,10 @@ STRATEGY_NAMES = (
 )
 """The names in ``strategies.STRATEGIES``, whose module takes JAX to import."""
 
-SHAPE_NAMES = ("tiny", "cpu-131m", "llada2-mini", "sdar-4b", "sdar-8b", "sdar-30b-a3b")
+SHAPE_NAMES = (
+    *("tiny", "cpu-131m", "llada2-mini", "sdar-1.7b", "sdar-4b", "sdar-8b", "sdar-30b-a3b"),
+    *("fast-dllm-v2-1.5b", "fast-dllm-v2-7b"),
+)
 """The names in ``bench.shapes.SHAPES``, likewise."""
 
 # Settings that every language model has. All others of SamplingParams say how the canvas is denoised.
