@@ -26,7 +26,7 @@ from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import make_mesh, sharding
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import POOL_AXES, STATE_AXES, KVPool
-from diffulex_jax.strategies import dmax
+from diffulex_jax.strategies import dmax, fast_dllm_v2
 from diffulex_jax.weights import checkpoint
 from pallas_kernels import prediction
 
@@ -51,20 +51,39 @@ MODEL = model_of(
         "max_position_embeddings": 256,
     }
 )
+NEXT = model_of(  # biases, a head that is the embeddings, and outputs that speak of the next position
+    {
+        "model_type": "Fast_dLLM_Qwen",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "mask_token_id": 95,
+        "eos_token_id": 94,
+        "tie_word_embeddings": True,
+    }
+)
 SLOTS, WINDOW, BLOCK, PAGES, STEPS = 4, 2, 4, 6, 24
 MASK = MODEL.spec.mask_id
-PROMPTS = (9, 3, 6, 11)  # tokens: two whole blocks, none, one, two
+PROMPTS = (9, 3, 8, 11)  # tokens: two whole blocks, none, two and nothing else, two
 
 
-def decoded(mesh):
+def decoded(mesh, model=MODEL, rule=None):
     """(tokens, forwards, confidences, keys of the pool, the compiled program) of four requests, one of them sampled."""
-    rule = dmax()
-    dims = dims_for(rule, slots=SLOTS, window=WINDOW, block=BLOCK, page=BLOCK, pages_per_slot=PAGES, mask_id=MASK)
-    program = decode.Program(MODEL, dims, rule, pallas_kernels.REFERENCE)
+    rule, alone = dmax() if rule is None else rule, model.spec.commit_alone
+    sizes = {"slots": SLOTS, "window": WINDOW, "block": BLOCK, "page": BLOCK, "pages_per_slot": PAGES}
+    dims = dims_for(rule, **sizes, mask_id=MASK, commit_alone=alone)
+    program = decode.Program(model, dims, rule, pallas_kernels.REFERENCE)
     on_pool, on_slots, everywhere = (sharding(mesh, axes) for axes in (POOL_AXES, STATE_AXES, ()))
-    placed = jax.tree.map(lambda split: NamedSharding(mesh, split), programs.param_specs(MODEL))
-    params = jax.device_put(init(MODEL, jax.random.key(0), scale=0.3), placed)
-    layers = MODEL.spec.layers
+    placed = jax.tree.map(lambda split: NamedSharding(mesh, split), programs.param_specs(model))
+    weights = jax.tree.map_with_path(
+        lambda path, a: jax.random.normal(jax.random.key(1), a.shape) if path[-1].key == "qkv_bias" else a,
+        init(model, jax.random.key(0), scale=0.3),
+    )
+    params = jax.device_put(weights, placed)
+    layers = model.spec.layers
     shape = layers.count, SLOTS * PAGES, BLOCK, layers.kv_heads, layers.head_dim
     pool = jax.device_put(KVPool(jnp.zeros(shape), jnp.zeros(shape)), on_pool)
     state = jax.device_put(request_state.empty_state(dims, rule), on_slots)
@@ -79,14 +98,14 @@ def decoded(mesh):
     denoise = jit(functools.partial(programs.denoise, program, steps=STEPS), (1, 2), out)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         for slot, n in enumerate(PROMPTS):
-            prompt, blocks = rng.integers(0, 90, n).astype(np.int32), n // BLOCK
+            prompt, blocks = rng.integers(0, 90, n).astype(np.int32), n // BLOCK - (alone and n % BLOCK == 0)
             tokens = np.zeros((2, BLOCK), np.int32)
             tokens[:blocks] = prompt[: blocks * BLOCK].reshape(-1, BLOCK)
             counts = {"count": np.int32(blocks), "start": np.int32(0), "length": np.int32(n)}
             pool = prefill(params, pool, tokens, **counts, page_table=table[slot])
             hot = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if slot == 1 else {}
             settings = SamplingParams(max_tokens=10, accept_threshold=0.6, **hot)
-            packed = request_state.make_request(dims, prompt=prompt, params=settings, eos_ids=MODEL.spec.eos_ids)
+            packed = request_state.make_request(dims, prompt=prompt, params=settings, eos_ids=model.spec.eos_ids)
             state = admit(state, np.int32(slot), packed)
         args = params, pool, state
         plan = {"page_table": table, "known": np.zeros(SLOTS, np.int32), "max_steps": np.int32(STEPS), "stop_on_finish": np.bool_(False)}
@@ -156,5 +175,8 @@ if __name__ == "__main__":
     single = decoded(make_mesh())
     meshes = {"2x2x2": {"data": 2, "expert": 2, "tensor": 2}, "1x4x2": {"expert": 4, "tensor": 2}}
     found = {name: difference(single, decoded(make_mesh(**axes))) for name, axes in meshes.items()}
+    single_next = decoded(make_mesh(), NEXT, fast_dllm_v2())
+    found |= {f"{name}, next": difference(single_next, decoded(make_mesh(**axes), NEXT, fast_dllm_v2())) for name, axes in meshes.items()}
     found["loads"] = loads(meshes)
-    print(json.dumps(found | {"generated": int((single[0] != MASK).sum()), "shared_vocabulary": shared_vocabulary()}))
+    generated = {"generated": int((single[0] != MASK).sum()), "generated, next": int((single_next[0] != MASK).sum())}
+    print(json.dumps(found | generated | {"shared_vocabulary": shared_vocabulary()}))

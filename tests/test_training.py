@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from diffulex_jax import Engine, Output, SamplingParams
+from diffulex_jax.bench.shapes import shape_model
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.training import objective, trainer
 from diffulex_jax.training.arithmetic import data, evaluate, export, tasks, tokenizer
@@ -234,3 +235,9 @@ def test_the_embedded_model_answers_held_out_problems(embedded, form):
     figures = evaluate.measure(embedded, problems, prompts, SamplingParams(accept_threshold=0.5))
     assert figures["exact"] == 1
     assert figures["tokens_per_forward"] > 5
+
+
+def test_a_model_whose_outputs_speak_of_the_next_position_is_refused():
+    tokens = jnp.zeros((1, 32), jnp.int32)
+    with pytest.raises(ValueError, match="a model that predicts='next' cannot be trained here"):
+        objective.predict({}, shape_model("fast-dllm-v2-7b"), tokens, tokens)

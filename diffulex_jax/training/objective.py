@@ -58,7 +58,13 @@ def attention_mask(length: int, block: int = BLOCK) -> jax.Array:
 
 
 def predict(params: Params, model: Model, noisy: jax.Array, clean: jax.Array, *, balance: float = 0.0) -> jax.Array:
-    """Logits ``[R, L, V]`` (float32) of the noisy half; ``noisy`` and ``clean`` are ``[R, L]`` token ids."""
+    """Logits ``[R, L, V]`` (float32) of the noisy half; ``noisy`` and ``clean`` are ``[R, L]`` token ids.
+
+    Raises:
+      ValueError: for a model whose outputs speak of the next position, which no objective here is made for.
+    """
+    if model.spec.predicts != "same":
+        raise ValueError(f"a model that predicts={model.spec.predicts!r} cannot be trained here, only one that predicts='same'")
     rows, length = noisy.shape
     # A one-hot product, not a gather: the gradient of a gather is a scatter in which most tokens (masks, end of sequence)
     # fight over the same two rows.
