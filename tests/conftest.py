@@ -47,11 +47,17 @@ SLOW = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What one worker compiled the others, and the next run, read from disk. The key holds program, flags and versions."""
+    """What one worker compiled the others read from disk, and so do processes that tests start, and the next run. The key holds program,
+    flags and versions."""
     compile_sooner()
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    cache = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in cache.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,9 +10,12 @@ import same_answer
 from scripted import RAW
 
 from diffulex_jax import Engine, SamplingParams
+from diffulex_jax.engine.build import plan
+from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models.base import init
 from diffulex_jax.models.registry import model_of
+from diffulex_jax.strategies import STRATEGIES
 from diffulex_jax.weights import checkpoint
 
 
@@ -39,17 +42,22 @@ def sdar(tmp_path_factory):
     return path
 
 
+def planned(path, **settings):
+    """(settings, attention, sizes) of an engine for a checkpoint, which is not built."""
+    return plan(checkpoint.load_model(path).spec, STRATEGIES["sdar"], EngineConfig(max_slots=1, max_model_len=64, **settings))
+
+
 def test_the_checkpoint_says_how_long_a_block_is(sdar):
-    engine = Engine.from_pretrained(str(sdar), strategy="sdar", max_slots=1, max_model_len=32)
-    assert (engine.settings.block_size, engine.settings.page_size, engine.dims.block, engine.dims.page) == (4, 8, 4, 8)
+    settings, _, dims = planned(sdar)
+    assert (settings.block_size, settings.page_size, dims.block, dims.page) == (4, 8, 4, 8)
 
 
 def test_another_block_size_is_refused_unless_forced(sdar):
     with pytest.raises(SettingError, match="block_size=8, but the checkpoint was trained with blocks of 4") as error:
         Engine.from_pretrained(str(sdar), strategy="sdar", block_size=8, max_slots=1, max_model_len=32)
     assert error.value.field == "block_size"
-    forced = Engine.from_pretrained(str(sdar), strategy="sdar", block_size=8, force_block_size=True, max_slots=1, max_model_len=32)
-    assert forced.dims.block == 8
+    _, _, forced = planned(sdar, block_size=8, force_block_size=True)
+    assert forced.block == 8
 
 
 def test_a_block_size_that_no_checkpoint_states_can_be_set(tmp_path):
@@ -57,8 +65,7 @@ def test_a_block_size_that_no_checkpoint_states_can_be_set(tmp_path):
     model = model_of(RAW)
     checkpoint.save(tmp_path, model, init(model, jax.random.key(0)), dtype="float32")
     assert "block_size" not in json.loads((tmp_path / "config.json").read_text())
-    assert Engine.from_pretrained(str(tmp_path), max_slots=1, max_model_len=64).dims.block == 32
-    assert Engine.from_pretrained(str(tmp_path), block_size=4, max_slots=1, max_model_len=64).dims.block == 4
+    assert [planned(tmp_path, **asked)[2].block for asked in ({}, {"block_size": 4})] == [32, 4]
 
 
 @pytest.mark.parametrize(("block", "page"), [(4, 6), (4, 3), (32, 48)])

@@ -83,7 +83,7 @@ def test_exact_length_no_masks_and_the_right_reason(name, block, window, commit_
     ],
 )
 def test_a_real_model_ends_where_the_same_output_without_stops_has_one(engine_of, checkpoint, strategy, block):
-    engine = engine_of(checkpoint, strategy=strategy, block_size=block, force_block_size=True, max_slots=4, max_model_len=256)
+    engine = engine_of(checkpoint, strategy=strategy, block_size=block, force_block_size=True, max_slots=8, max_model_len=256)
     rng = np.random.default_rng(block)
     spec, prompts, free = engine.model.spec, [], []
     for i in range(24):

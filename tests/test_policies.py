@@ -11,7 +11,10 @@ import pytest
 from plain import attend_to, probabilities
 
 from diffulex_jax import Engine, SamplingParams
+from diffulex_jax.engine.build import plan
+from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.parallel.mesh import make_mesh
+from diffulex_jax.strategies import STRATEGIES
 from diffulex_jax.weights import checkpoint
 
 
@@ -32,7 +35,7 @@ def compiled(attend, *, first: int = 0):
 
 
 @pytest.mark.parametrize("n", [5, 16, 21])
-def test_a_full_prefix_sees_all_of_itself(n):
+def test_a_full_prefix_sees_all_of_itself(engine_of, n):
     """The prompt's blocks are computed from the whole prompt, what follows its last whole block included."""
     ids, new = prompt(n), 16
     whole = n // BLOCK * BLOCK
@@ -51,7 +54,7 @@ def test_a_full_prefix_sees_all_of_itself(n):
             fill = prob > 0.6 if (prob > 0.6).any() else prob == prob.max()
             x[whole + open_[fill]] = best[fill]
     settings = SamplingParams(max_tokens=new, ignore_eos=True, accept_threshold=0.6)
-    full = Engine.from_pretrained(str(MODEL), attention="prefix_full", **OPTIONS)
+    full = engine_of("tiny-llada2-trained", attention="prefix_full", **OPTIONS)
     assert full.generate([ids], settings)[0].token_ids == x[n : n + new].tolist()
     assert full.generate([ids], settings)[0].token_ids == x[n : n + new].tolist()
     assert full.stats["prefix_cache_hits"] == 0  # a prefix's KV depends on what follows it
@@ -68,8 +71,9 @@ def test_a_full_prefix_is_not_cut_into_chunks(engine_of):
     ("name", "window", "attention"), [("llada2", 1, "block_causal"), ("multi_bd", 2, "block_causal"), ("d2f", 4, "prefix_full")]
 )
 def test_a_strategy_brings_its_window_and_attention_along(name, window, attention):
-    engine = Engine.from_pretrained(str(MODEL), strategy=name, **OPTIONS)
-    assert (engine.dims.window, engine.settings.buffer_size, engine.settings.attention) == (window, window, attention)
+    settings, policy, dims = plan(NETWORK.spec, STRATEGIES[name], EngineConfig(**OPTIONS))
+    assert (dims.window, settings.buffer_size, settings.attention) == (window, window, attention)
+    assert policy.chunkable == (attention == "block_causal")
 
 
 def test_multi_block_diffusion_in_a_window_of_one_is_single_block_decoding(engine_of):

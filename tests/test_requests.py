@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import pathlib
 
 import pytest
 
 from diffulex_jax import SamplingParams
+from diffulex_jax.engine.admission import check
+from diffulex_jax.engine.build import limits_of
+from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.sampling_params import seeds
 
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODEL = "tiny-llada2-trained"
 OPTIONS = {"max_slots": 8, "max_model_len": 256}
 PROMPT = list(range(40, 53))
@@ -135,14 +140,15 @@ def test_abort_at_any_moment_gives_the_final_tokens_and_the_pages_back(engine):
         engine.abort(id_)
 
 
-def test_a_request_that_could_never_fit_is_refused(engine_of):
-    small = engine_of(MODEL, strategy="llada2_edit", num_pages=2, **OPTIONS)
-    with pytest.raises(ValueError, match="needs 3 pages with max_tokens=60; the pool has 2"):
-        small.generate([PROMPT], SamplingParams(max_tokens=60))
+def test_a_request_that_could_never_fit_is_refused():
+    limits, _ = limits_of(str(GOLDEN / MODEL), "llada2_edit", EngineConfig(num_pages=2, **OPTIONS))
+    with pytest.raises(ValueError, match="prompt needs 3 pages with max_tokens=60; the pool has 2"):
+        check(limits, PROMPT, SamplingParams(max_tokens=60).resolve(), name="prompt")
 
 
-def test_a_wider_window_spends_fewer_forwards(engine_of):
-    params = SamplingParams(max_tokens=96, ignore_eos=True, accept_threshold=0.5)
+def test_a_wider_window_spends_fewer_forwards(engine, engine_of):
+    params = SamplingParams(max_tokens=96, ignore_eos=True, accept_threshold=0.5, edit_threshold=2.0)
     prompts = [PROMPT, PROMPT[:3], PROMPT * 3]
-    nfe = {k: sum(o.nfe for o in engine_of(MODEL, strategy="llada2", buffer_size=k, **OPTIONS).generate(prompts, params)) for k in (1, 2)}
-    assert nfe[2] < nfe[1]
+    wider = engine_of(MODEL, strategy="llada2_edit", buffer_size=2, **OPTIONS)
+    narrow, wide = (sum(output.nfe for output in one.generate(prompts, params)) for one in (engine, wider))
+    assert wide < narrow
