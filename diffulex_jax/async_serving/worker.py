@@ -9,6 +9,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -220,5 +221,11 @@ def _process_main(factory: Factory, pipe: multiprocessing.connection.Connection,
         ticking_since.append(time.monotonic())
         return commands
 
+    def build_and_freeze() -> Engines | Engine:
+        made = factory()
+        gc.collect()
+        gc.freeze()  # as the server does: no search for garbage goes through what stays
+        return made
+
     threading.Thread(target=beat, name="beat", daemon=True).start()
-    own(factory, receive, emit)
+    own(build_and_freeze, receive, emit)
