@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import pathlib
 
@@ -9,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import same_answer
 from plain import attend_to, logits_of
 from scripted import block_of, play, script, shown, update
 
 from diffulex_jax import Engine, SamplingParams, SettingError, chain
+from diffulex_jax.bench.shapes import shape_model
 from diffulex_jax.models.attention import AttentionPolicy
+from diffulex_jax.models.base import leaves
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.rules import factor, levenshtein, scheduled, threshold
@@ -262,6 +267,13 @@ def test_both_have_one_model_type_and_are_told_apart():
     assert model_of(raw(MOE, model_type="lladamoe")) == moe
 
 
+@pytest.mark.parametrize(("shape", "total"), [("llada-8b", 8.016e9), ("llada-moe-7b-a1b", 7.36e9)])
+def test_public_sizes_have_the_parameters_they_are_known_for(shape, total):
+    """16.03 GB in bfloat16 is what the index of LLaDA-8B's files says; of LLaDA-MoE 7 B are known."""
+    found = sum(int(np.prod(param.shape)) for param in leaves(shape_model(shape).schema).values())
+    assert found == pytest.approx(total, rel=0.001)
+
+
 @pytest.mark.parametrize(
     ("path", "changes", "message"),
     [
@@ -317,3 +329,51 @@ def test_families_refuse_what_is_not_for_them(model, options, field, message):
     with pytest.raises(SettingError, match=message) as caught:
         Engine.from_pretrained(model, max_model_len=256, **options)
     assert caught.value.field == field
+
+
+# The same answer
+
+
+REQUESTS = same_answer.requests(6, [0.0, 0.7], vocab=490)
+SETUPS = {"llada": {"model": DENSE, "strategy": "llada", **OPTIONS}, "llada_random": {"model": MOE, "strategy": "llada_random", **OPTIONS}}
+
+
+@pytest.fixture(scope="module", params=SETUPS)
+def setup(request):
+    engine = Engine.from_pretrained(**SETUPS[request.param])
+    lengths = itertools.cycle([0, 8, 24, 1, 40])
+    requests = [
+        (prompt, dataclasses.replace(params, block_length=next(lengths), num_to_transfer=3, cfg_scale=1.0 if i == 3 else 0.0))
+        for i, (prompt, params) in enumerate(REQUESTS)
+    ]
+    return request.param, engine, requests, same_answer.alone(engine, requests)
+
+
+def test_in_a_batch_and_arriving_at_any_moment(setup):
+    _name, engine, requests, alone = setup
+    assert same_answer.together(engine, requests) == alone
+    assert same_answer.arriving(engine, requests, at_once=6) == alone
+    assert engine.stats["pages_held"] == engine.stats["prefix_cache_hits"] == 0
+
+
+def test_preempted_at_every_step(setup):
+    _name, engine, requests, alone = setup
+    assert same_answer.preempted(engine, requests[:3], every=1) == alone[:3]
+
+
+def test_restored_in_another_process(setup, tmp_path, request):
+    name, engine, requests, alone = setup
+    some, cache = slice(2, 4), str(request.config.cache.mkdir("jax"))
+    got = same_answer.restored(engine, requests[some], options=SETUPS[name], steps=5, folder=tmp_path, cache=cache)
+    assert got == alone[some]
+
+
+def test_tokens_come_as_blocks_fill_from_the_left(setup):
+    """What is told of an unfinished request is final: a beginning of its output, the longer the later."""
+    _name, engine, requests, alone = setup
+    (id_,), told, outputs = engine.add(*requests[1]), [], {}
+    while not (outputs := engine.step()):
+        told.append(list(engine.progress(id_).tokens))
+    assert outputs[id_].token_ids == alone[1]
+    assert all(tokens == alone[1][: len(tokens)] for tokens in told)
+    assert len({len(tokens) for tokens in told}) > 2

@@ -237,7 +237,14 @@ def test_the_embedded_model_answers_held_out_problems(embedded, form):
     assert figures["tokens_per_forward"] > 5
 
 
-def test_a_model_whose_outputs_speak_of_the_next_position_is_refused():
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("fast-dllm-v2-7b", "a model that predicts='next' cannot be trained here"),
+        ("llada-8b", "a model that sees its whole canvas cannot be trained here"),
+    ],
+)
+def test_a_model_that_no_objective_is_made_for_is_refused(shape, message):
     tokens = jnp.zeros((1, 32), jnp.int32)
-    with pytest.raises(ValueError, match="a model that predicts='next' cannot be trained here"):
-        objective.predict({}, shape_model("fast-dllm-v2-7b"), tokens, tokens)
+    with pytest.raises(ValueError, match=message):
+        objective.predict({}, shape_model(shape), tokens, tokens)

@@ -109,6 +109,34 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
     },
+    # GSAI-ML's LLaDA-8B-Instruct and inclusionAI's LLaDA-MoE-7B-A1B-Instruct.
+    "llada-8b": {
+        "model_type": "llada",
+        "vocab_size": 126_464,
+        "d_model": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 32,
+        "mlp_hidden_size": 12_288,
+        "max_sequence_length": 4096,
+        "rope_theta": 500_000.0,
+        "mask_token_id": 126_336,
+        "eos_token_id": 126_081,
+    },
+    "llada-moe-7b-a1b": {
+        "model_type": "llada",
+        "vocab_size": 157_184,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "expert_intermediate_size": 1024,
+        "rope_theta": 50_000.0,
+        "mask_token_id": 156_895,
+        "eos_token_id": 156_892,
+    },
 }
 """The ``config.json`` of each shape."""
 

@@ -28,7 +28,7 @@ STRATEGY_NAMES = (
 
 SHAPE_NAMES = (
     *("tiny", "cpu-131m", "llada2-mini", "sdar-1.7b", "sdar-4b", "sdar-8b", "sdar-30b-a3b"),
-    *("fast-dllm-v2-1.5b", "fast-dllm-v2-7b"),
+    *("fast-dllm-v2-1.5b", "fast-dllm-v2-7b", "llada-8b", "llada-moe-7b-a1b"),
 )
 """The names in ``bench.shapes.SHAPES``, likewise."""
 

@@ -61,8 +61,10 @@ def predict(params: Params, model: Model, noisy: jax.Array, clean: jax.Array, *,
     """Logits ``[R, L, V]`` (float32) of the noisy half; ``noisy`` and ``clean`` are ``[R, L]`` token ids.
 
     Raises:
-      ValueError: for a model whose outputs speak of the next position, which no objective here is made for.
+      ValueError: for a model whose outputs speak of the next position, or which sees its whole canvas: no objective here is made for it.
     """
+    if model.spec.attention.canvas == "whole":
+        raise ValueError("a model that sees its whole canvas cannot be trained here, only one that is block-causal")
     if model.spec.predicts != "same":
         raise ValueError(f"a model that predicts={model.spec.predicts!r} cannot be trained here, only one that predicts='same'")
     rows, length = noisy.shape
