@@ -40,7 +40,7 @@ LEFT_TO_STRATEGY: Mapping[str, float | int] = types.MappingProxyType(
 )
 """Settings that a strategy may have defaults of its own for, and their values where it has none."""
 READ_BY_FEW: Mapping[str, Any] = types.MappingProxyType(
-    {"block_length": 0, "cfg_scale": 0.0, "confidence_factor": 1.0, "doubted_token_ids": ()}
+    {"sub_block": 0, "block_length": 0, "cfg_scale": 0.0, "confidence_factor": 1.0, "doubted_token_ids": ()}
 )
 """Settings that other values than these are refused for, unless the strategy reads them (``Strategy.reads``)."""
 

@@ -44,8 +44,8 @@ class Strategy(NamedTuple):
       draws: (temperature > 0) what a position's random draw is tied to. ``"position"``: while the distribution stays, so does the
         sample, until the request masks something again. ``"step"``: every forward draws anew.
       confidence: (temperature > 0) the distribution that a token's probability is read from. ``"model"``: the model's own.
-        ``"tempered"``: the model's at the request's temperature. ``"whole"``: the model's with the mask id's share, and without the
-        request's ``doubted_token_ids``.
+        ``"tempered"``: the model's at the request's temperature. ``"drawn"``: what top-k and top-p leave of that. ``"whole"``: the
+        model's with the mask id's share, and without the request's ``doubted_token_ids``.
       reads: settings of ``sampling_params.READ_BY_FEW`` that requests may set.
       canvas: what it is for: ``"block_causal"``, models whose blocks see none behind them; ``"whole"``, models that see their whole canvas
         (LLaDA). None: both.
@@ -57,7 +57,7 @@ class Strategy(NamedTuple):
     attention: Literal["block_causal", "prefix_full"] | None = None
     defaults: Mapping[str, Any] = MappingProxyType({})
     draws: Literal["position", "step"] = "position"
-    confidence: Literal["model", "tempered", "whole"] = "model"
+    confidence: Literal["model", "tempered", "drawn", "whole"] = "model"
     reads: tuple[str, ...] = ()
     canvas: Literal["block_causal", "whole"] | None = None
 
@@ -213,7 +213,8 @@ STRATEGIES: dict[str, Strategy] = {
             fast_dllm_v2(),
             defaults=MappingProxyType({"accept_threshold": 0.9, "sub_block": 8, "top_p": 0.95}),  # the README's; generate()'s top_p
             draws="step",
-            confidence="tempered",
+            confidence="drawn",
+            reads=("sub_block",),
             canvas="block_causal",
         ),
         _of_llada("llada", llada()),
@@ -290,7 +291,7 @@ def _checked(strategy: Strategy) -> Strategy:
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "attention": (None, "block_causal", "prefix_full"),
     "draws": ("position", "step"),
-    "confidence": ("model", "tempered", "whole"),
+    "confidence": ("model", "tempered", "drawn", "whole"),
     "canvas": (None, "block_causal", "whole"),
 }
 

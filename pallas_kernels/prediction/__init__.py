@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.prediction import gpu, reference, tpu
 from pallas_kernels.prediction.reference import Best, Sampling
-from pallas_kernels.target import Target, is_hopper, pick
+from pallas_kernels.target import Target, anywhere, is_hopper, pick
 
 
 __all__ = ["Backend", "Best", "Sampling", "choose_backend", "predict", "predict_from_hidden"]
@@ -39,6 +41,7 @@ def predict(
     banned: jax.Array | None = None,
     top_k: int = 0,
     tempered: bool = False,
+    cut: bool = False,
     entropy: bool = False,
     counts_all: bool = False,
     doubted: jax.Array | None = None,
@@ -61,6 +64,8 @@ def predict(
       banned: ``[R, M]`` int32, ids that are neither chosen nor counted in the softmax of their row; negative: none.
       top_k: how many best tokens to report.
       tempered: all probabilities, and the entropy, are of softmax(logits / temperature) in rows with a temperature above 0.
+      cut: (``tempered``) and of what top-k and top-p leave of that, renormalised: what such a row's token is drawn from (Fast-dLLM v2,
+        arXiv 2509.26328). For such rows every backend takes the reference.
       entropy: report the entropy of that distribution. The Hopper kernel has none: with it, ``"gpu"`` takes the reference.
       counts_all: the forbidden id has its share of the softmax, though it is not chosen (LLaDA's confidence, arXiv 2502.09992).
       doubted: ``[R, M]`` int32, ids that may be chosen but are not counted in the softmax of their row, so that their own probability
@@ -76,8 +81,8 @@ def predict(
     options: dict[str, Any] = {"forbidden_id": forbidden_id, "sampling": sampling, "penalized": penalized, "penalty": penalty}
     options |= {"tempered": tempered, "entropy": entropy, "banned": banned, "top_k": top_k}
     compute = pick("prediction", backend, choose_backend, _FROM_LOGITS)
-    if counts_all or doubted is not None:
-        return reference.predict(logits, current, **options, counts_all=counts_all, doubted=doubted)
+    if cut or counts_all or doubted is not None:
+        return reference.predict(logits, current, **options, cut=cut, counts_all=counts_all, doubted=doubted)
     return compute(logits, current, **options)
 
 
@@ -107,8 +112,17 @@ def predict_from_hidden(
     if vocab_axes:
         options["vocab_axes"] = vocab_axes
     compute = pick("prediction", backend, choose_backend, _FROM_HIDDEN)
-    if options.get("counts_all") or options.get("doubted") is not None:
-        compute = reference.predict_from_hidden
-    else:
-        options = {name: value for name, value in options.items() if name not in ("counts_all", "doubted")}
-    return compute(hidden, lm_head, current, **options)
+    usual = {name: value for name, value in options.items() if name not in ("cut", "counts_all", "doubted")}
+    if options.get("counts_all") or options.get("doubted") is not None or compute is reference.predict_from_hidden:
+        return reference.predict_from_hidden(hidden, lm_head, current, **options)
+    sampling = options["sampling"]
+    if not options.get("cut") or sampling is None:
+        return compute(hidden, lm_head, current, **usual)
+    hot = sampling.temperature > 0
+    greedy = compute(hidden, lm_head, current, **usual | {"sampling": None})  # to the bit, whoever else samples
+
+    def sampled() -> Best:
+        found = reference.predict_from_hidden(hidden, lm_head, current, **options)
+        return jax.tree.map(lambda a, b: jnp.where(hot.reshape(-1, *[1] * (a.ndim - 1)), a, b), found, greedy)
+
+    return lax.cond(anywhere(hot.any()), sampled, lambda: greedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,7 @@ def predict(
     banned: jax.Array | None = None,
     top_k: int = 0,
     tempered: bool = False,
+    cut: bool = False,
     entropy: bool = False,
     counts_all: bool = False,
     doubted: jax.Array | None = None,
@@ -68,16 +70,17 @@ def predict(
     logits = jnp.where(vocab == forbidden_id, -jnp.inf, allowed)
     judged = allowed / cooling(sampling)[:, None] if tempered and sampling is not None else allowed
     judged = _without(judged, doubted)
+    greedy = token = _first_largest(logits)
+    if sampling is not None:
+        draw = functools.partial(_draw, logits, sampling, greedy, judged if cut else None)
+        token, drawn_from = lax.cond((sampling.temperature > 0).any(), draw, lambda: (greedy, judged if cut else None))
+        judged = drawn_from if cut else judged
     peak = judged.max(-1)
     total = jnp.exp(judged - peak[:, None]).sum(-1)
-    greedy = _first_largest(logits)
 
     def prob_of(token: jax.Array) -> jax.Array:
         return jnp.exp(jnp.take_along_axis(judged, token[..., None] if token.ndim == 1 else token, -1) - peak[:, None]) / total[:, None]
 
-    token = greedy
-    if sampling is not None:
-        token = lax.cond((sampling.temperature > 0).any(), lambda: _sample(logits, sampling, greedy), lambda: greedy)
     if top_k <= 1:
         top_ids = greedy[:, None][:, :top_k]
     else:
@@ -116,8 +119,12 @@ def predict_from_hidden(
     return predict(logits, current, **options)
 
 
-def _sample(logits: jax.Array, sampling: Sampling, greedy: jax.Array) -> jax.Array:
-    """Gumbel-max over the tempered, filtered logits of the rows with temperature above 0; the others keep ``greedy``."""
+def _draw(logits: jax.Array, sampling: Sampling, greedy: jax.Array, judged: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Gumbel-max over the tempered, filtered logits of the rows with temperature above 0; the others keep ``greedy``.
+
+    Returns:
+      The tokens, and, where ``judged`` is given, the logits that they were drawn from, which are ``judged`` where none was.
+    """
     hot = sampling.temperature > 0
     scaled = logits / cooling(sampling)[:, None]
     order = _ordered_bits(scaled)
@@ -127,8 +134,10 @@ def _sample(logits: jax.Array, sampling: Sampling, greedy: jax.Array) -> jax.Arr
     mass = jnp.where(kept, jax.nn.softmax(scaled, -1), 0.0)
     p = jnp.where(sampling.top_p < 1, sampling.top_p * mass.sum(-1), everything)
     kept &= order >= _cutoff(order, mass, p)[:, None]
+    filtered = jnp.where(kept, scaled, -jnp.inf)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(sampling.key)
-    return jnp.where(hot, _first_largest(jnp.where(kept, scaled, -jnp.inf) + noise), greedy)
+    token = jnp.where(hot, _first_largest(filtered + noise), greedy)
+    return token, None if judged is None else jnp.where(hot[:, None], filtered, judged)
 
 
 def _first_largest(x: jax.Array) -> jax.Array:

@@ -45,7 +45,7 @@ def make(seed=0, *, temperature=(0.0, 0.7, 1.5), filters=False, rows=ROWS, vocab
     return hidden, lm_head, jnp.asarray(rng.integers(0, vocab, rows), jnp.int32), options
 
 
-@functools.partial(jax.jit, static_argnames=("function", "interpret", "tile", "forbidden_id", "top_k", "tempered", "entropy"))
+@functools.partial(jax.jit, static_argnames=("function", "interpret", "tile", "forbidden_id", "top_k", "tempered", "cut", "entropy"))
 def call(function, *args, **options):
     return function(*args, **options)
 
@@ -166,6 +166,33 @@ def test_tempered_probabilities_and_entropy(backend):
     np.testing.assert_allclose(best.current_prob, odds[:, 0], rtol=1e-6)
     np.testing.assert_allclose(best.top_probs, odds[:, [2, 1]], rtol=1e-6)
     np.testing.assert_allclose(best.entropy, -(odds * np.log(odds)).sum(-1), rtol=1e-6)
+
+
+def test_cut_probabilities_are_those_of_what_is_drawn_from():
+    """At temperature 1 the odds are 1 : 2 : 3, of which top-p 0.6 leaves 2 : 3 and top-k 1 the best; greedy rows count all."""
+    logits, _ = weighted(1.0, 1.0, 0.0)
+    keys = jax.random.split(jax.random.key(0), 3)
+    cold = jnp.array([1.0, 1.0, 0.0])
+    sampling = prediction.Sampling(keys, cold, jnp.array([0.6, 1.0, 0.6]), jnp.array([0, 1, 0]))
+    best = prediction.predict(logits, jnp.zeros(3, jnp.int32), forbidden_id=3, sampling=sampling, top_k=2, tempered=True, cut=True)
+    odds = np.array([[0, 2 / 5, 3 / 5], [0, 0, 1], [1 / 6, 2 / 6, 3 / 6]])
+    assert best.token[1:].tolist() == [2, 2] and best.token[0] in (1, 2)
+    np.testing.assert_allclose(best.prob, odds[np.arange(3), np.asarray(best.token)], rtol=1e-6)
+    np.testing.assert_allclose(best.current_prob, odds[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(best.top_probs, odds[:, [2, 1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [(0.0,), (0.0, 0.8)])
+def test_the_kernels_leave_cut_probabilities_to_the_reference_where_a_row_samples(temperature):
+    hidden, lm_head, current, options = make(10, temperature=temperature)
+    args = hidden, lm_head, current
+    want = call(reference.predict_from_hidden, *args, tempered=True, cut=True, **options)
+
+    @functools.partial(jax.jit, static_argnames=("forbidden_id", "top_k"))
+    def by_kernel(*args, **options):
+        return prediction.predict_from_hidden(*args, tempered=True, cut=True, backend="gpu", **options)
+
+    assert_same(by_kernel(*args, **options), want)
 
 
 def test_entropy_is_of_the_distribution_that_probabilities_are_of():
