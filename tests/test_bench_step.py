@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,19 @@ import pytest
 from typer.testing import CliRunner
 
 from diffulex_jax import decode
+from diffulex_jax.bench import step
 from diffulex_jax.bench.decode import _mid_request, _model_loop
-from diffulex_jax.bench.forward import step_bytes, window_of
+from diffulex_jax.bench.forward import program_of, shared_part, step_bytes
 from diffulex_jax.bench.shapes import SHAPES, random_params, shape_model
 from diffulex_jax.cli import app
+from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.models.base import leaves
 from diffulex_jax.models.registry import model_of
-from diffulex_jax.rules import dims_for
 from diffulex_jax.strategies import resolve
 from pallas_kernels import REFERENCE, grouped_matmul
 
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 MINI = shape_model("llada2-mini")
 
 
@@ -77,12 +80,12 @@ def test_the_bare_model_runs_the_kernels_of_the_step(monkeypatch):
         return compute(*args, backend=backend, **rest)
 
     monkeypatch.setattr(grouped_matmul, "expert_mlp", asked_for)
-    tiny, rule = shape_model("tiny"), resolve("llada2").rule
+    tiny = shape_model("tiny")
     params = random_params(tiny, jnp.float32)
-    dims = dims_for(rule, slots=1, window=1, block=8, page=8, pages_per_slot=4, mask_id=tiny.spec.mask_id)
-    program, pool, state = _mid_request(tiny, params, rule, prompt_tokens=8, dims=dims, kernels=REFERENCE)
+    settings = EngineConfig(block_size=8, max_slots=1, max_model_len=32)
+    program, pool, state = _mid_request(program_of(tiny, resolve("llada2"), settings, REFERENCE), params, prompt_tokens=8)
     tables = jnp.zeros((1, program.dims.pages_per_slot), jnp.int32)
-    jax.eval_shape(functools.partial(_model_loop, program), params, pool, window_of(state), page_table=tables, steps=1)
+    jax.eval_shape(functools.partial(_model_loop, program), params, pool, shared_part(state), page_table=tables, steps=1)
     bare = set(asked)
     asked.clear()
     options = {"known": jnp.zeros(1, jnp.int32), "steps": 1, "max_steps": 1, "stop_on_finish": False}
@@ -90,21 +93,35 @@ def test_the_bare_model_runs_the_kernels_of_the_step(monkeypatch):
     assert bare == set(asked) == {REFERENCE.grouped_matmul}
 
 
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-fast-dllm-v2-trained"])
+def test_a_step_of_every_family_is_the_engines(monkeypatch, name):
+    """A canvas that every forward sees whole, and a step that does nothing but commit."""
+    config = GOLDEN / "families" / name / "config.json"
+    monkeypatch.setitem(SHAPES, name, json.loads(config.read_text()))
+    report = step.run(shape=name, batches=[2], strategies=[None], contexts=[32], dtype="float32", repeats=1)
+    (figures,) = report["steps"]
+    model = shape_model(name)
+    assert figures["strategy"] == model.spec.strategy
+    assert 0 < figures["floor_ms"] < figures["ms_median"]
+    cached = 64 if model.spec.attention.paged else 0
+    assert figures["gigabytes"] * 1e9 == pytest.approx(step_bytes(model, 4, batch=2, context=cached, experts=0))
+
+
 def test_it_reports_every_combination_and_every_kernel():
     command = "bench step --shape tiny --batch 2 --strategy dmax,llada2 --context 32 --repeats 1 --dtype float32 --json"
     result = CliRunner().invoke(app, command.split(), catch_exceptions=False)
     assert result.exit_code == 0
     report = json.loads(result.stdout)
-    step, other = report["steps"]
+    figures, other = report["steps"]
     assert other["strategy"] == "llada2"
-    assert (step["strategy"], step["batch"], step["context"]) == ("dmax", 2, 32)
-    assert 0 < step["floor_ms"] < step["ms_median"]
-    assert step["floor_ratio"] == pytest.approx(step["ms_median"] / step["floor_ms"])
-    assert 0 <= step["host_share"] < 1
-    assert 4 <= step["experts_touched"] <= 16
+    assert (figures["strategy"], figures["batch"], figures["context"]) == ("dmax", 2, 32)
+    assert 0 < figures["floor_ms"] < figures["ms_median"]
+    assert figures["floor_ratio"] == pytest.approx(figures["ms_median"] / figures["floor_ms"])
+    assert 0 <= figures["host_share"] < 1
+    assert 4 <= figures["experts_touched"] <= 16
     # 32 cached positions, and the block before: 4 layers x 2 x 2 heads x 16 x float32 each, twice for two rows.
-    assert step["gigabytes"] * 1e9 == pytest.approx(
-        step_bytes(shape_model("tiny"), 4, batch=2, context=64, experts=step["experts_touched"])
+    assert figures["gigabytes"] * 1e9 == pytest.approx(
+        step_bytes(shape_model("tiny"), 4, batch=2, context=64, experts=figures["experts_touched"])
     )
     assert [row["kernel"] for row in report["kernel_times"]] == ["experts", "prediction", "token merge", "block attention"]
     assert all(row["ms"] > 0 and row["floor_ms"] > 0 and row["tokens"] == 64 for row in report["kernel_times"])

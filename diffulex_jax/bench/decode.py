@@ -16,18 +16,19 @@ from jax import lax
 from tqdm import tqdm
 
 from diffulex_jax import decode, request_state
-from diffulex_jax.bench.forward import Window, bare, window_of
+from diffulex_jax.bench.forward import bare, program_of, shared_part
 from diffulex_jax.bench.shapes import shape_model
+from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.device import empty
 from diffulex_jax.engine.engine import Engine
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models.base import Model, ModelSpec, Params, init, logits
 from diffulex_jax.parallel.mesh import make_mesh
-from diffulex_jax.rules import Rule
 from diffulex_jax.sampling_params import SamplingParams
-from diffulex_jax.state import DecodeState, Dims, KVPool
+from diffulex_jax.state import DecodeState, KVPool
 from diffulex_jax.strategies import for_model, resolve
 from diffulex_jax.weights import checkpoint
-from pallas_kernels import Kernels, choose
+from pallas_kernels import choose
 
 
 QUESTIONS = (
@@ -79,7 +80,6 @@ def run(
     sizes: dict[str, Any] = {"block_size": block_size, "buffer_size": buffer_size, "max_slots": max_slots}
     network, params, tokenizer = _model(model, shape, dtype)
     found = [for_model(network.spec, strategy) for strategy in strategies]
-    rules = {strategy.name: strategy.rule for strategy in found}
     if model == "embedded" and tokenizer is not None and prompt_tokens is None:
         prompts = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in QUESTIONS]
     else:
@@ -88,13 +88,15 @@ def run(
     longest = max(map(len, prompts))
 
     results = {}
-    for name, rule in tqdm(rules.items(), disable=not progress, unit="strategy"):
+    kernels = choose(jax.devices()[0])
+    for chosen in tqdm(found, disable=not progress, unit="strategy"):
         began = time.perf_counter()
-        engine = Engine(network, params, strategy=name, dtype=dtype, **sizes, **settings)
+        engine = Engine(network, params, strategy=chosen, dtype=dtype, **sizes, **settings)
         start_seconds = time.perf_counter() - began
         figures = measure(engine, prompts, sampling, repeats=repeats)
-        figures |= measure_step(network, params, rule, prompt_tokens=longest, dims=engine.dims)
-        results[name] = {"start_seconds": start_seconds} | figures
+        program = program_of(network, chosen, EngineConfig(dtype=dtype, **sizes, **settings), kernels)
+        figures |= measure_step(program, params, prompt_tokens=longest)
+        results[chosen.name] = {"start_seconds": start_seconds} | figures
     device = jax.devices()[0]
     return {
         "device": f"{device.platform}: {device.device_kind}",
@@ -143,26 +145,23 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling
     }
 
 
-def measure_step(
-    model: Model, params: Params, rule: Rule, *, prompt_tokens: int, dims: Dims, rounds: int = 7, kernels: Kernels | None = None
-) -> dict[str, float]:
+def measure_step(program: decode.Program, params: Params, *, prompt_tokens: int, rounds: int = 7) -> dict[str, float]:
     """Times a denoise step against the bare model (embeddings, layers, vocabulary logits) of the same shapes and the same kernels.
 
     Both run as a loop of steps on the device, turn about in one process; what a step has beyond the model is the
     prediction, the rules, the cache and the bookkeeping. The step is the common one, with no finished block to write along.
 
     Args:
-      model, params: the network.
-      rule: the strategy.
+      program: what is run: half of a block is decoded, one token a step, and the first block of the window is active.
+      params: of the network.
       prompt_tokens: cached positions in front of the block, rounded down to whole pages.
-      dims: sizes of the state; half of a block is decoded, one token a step, and the first block of the window is active.
       rounds: measurements of each; medians are returned.
-      kernels: default: those of the device.
 
     Returns:
       ``step_ms``, ``model_ms`` and ``outside_model_share`` = 1 - model / step of each turn.
     """
-    program, pool, state = _mid_request(model, params, rule, prompt_tokens=prompt_tokens, dims=dims, kernels=kernels)
+    program, pool, state = _mid_request(program, params, prompt_tokens=prompt_tokens)
+    dims = program.dims
     whole = jax.jit(functools.partial(decode.denoise, program, steps=dims.block), donate_argnums=(1, 2))
     alone = jax.jit(functools.partial(_model_loop, program))
     steps = np.int32(max(1, dims.block // 2))
@@ -176,27 +175,25 @@ def measure_step(
                 whole(params, pool, own, page_table=tables, known=known, max_steps=steps, stop_on_finish=np.bool_(False))
             )
             middle = time.perf_counter()
-            jax.block_until_ready(alone(params, pool, window_of(state), page_table=tables, steps=steps))
+            jax.block_until_ready(alone(params, pool, shared_part(state), page_table=tables, steps=steps))
             spent.append((1e3 * (middle - began) / int(report.nfe.max()), 1e3 * (time.perf_counter() - middle) / int(steps)))
     spent = spent[1:]  # the first compiled
     step_ms, model_ms = (statistics.median(times) for times in zip(*spent, strict=True))
     return {"step_ms": step_ms, "model_ms": model_ms, "outside_model_share": statistics.median(1 - m / s for s, m in spent)}
 
 
-def _mid_request(
-    model: Model, params: Params, rule: Rule, *, prompt_tokens: int, dims: Dims, kernels: Kernels | None
-) -> tuple[decode.Program, KVPool, DecodeState]:
+def _mid_request(program: decode.Program, params: Params, *, prompt_tokens: int) -> tuple[decode.Program, KVPool, DecodeState]:
     """Every slot at the first block after its prompt, which fills one mask a step. The pool is empty: its content takes no time."""
-    sampling = SamplingParams(max_tokens=dims.block, accept_threshold=2.0, add_block_threshold=2.0, ignore_eos=True)
-    prompt = np.zeros(max(1, prompt_tokens // dims.block * dims.block), np.int32)
-    dims = dataclasses.replace(dims, pages_per_slot=-(-(len(prompt) + dims.block) // dims.page))
-    layers = model.spec.layers
-    pool = jnp.zeros((layers.count, dims.slots * dims.pages_per_slot, dims.page, layers.kv_heads, layers.head_dim), params["embed"].dtype)
-    state = request_state.empty_state(dims, rule)
+    block = program.dims.block
+    sampling = SamplingParams(max_tokens=block, accept_threshold=2.0, add_block_threshold=2.0, ignore_eos=True)
+    prompt = np.zeros(max(1, prompt_tokens // block * block), np.int32)
+    dims = dataclasses.replace(program.dims, pages_per_slot=-(-(len(prompt) + block) // program.dims.page))
+    program = program._replace(dims=dims)
+    pool, state = empty(program, params["embed"].dtype, dims.slots * dims.pages_per_slot)
     request = request_state.make_request(dims, prompt=prompt, params=sampling, eos_ids=())
     for slot in range(dims.slots):
-        state = request_state.admit(dims, rule, state, jnp.int32(slot), request)
-    return decode.Program(model, dims, rule, kernels or choose(jax.devices()[0])), KVPool(pool, jnp.copy(pool)), state
+        state = request_state.admit(dims, program.rule, state, jnp.int32(slot), request)
+    return program, pool, state
 
 
 def _page_tables(state: DecodeState, pool: KVPool) -> jax.Array:
@@ -206,19 +203,18 @@ def _page_tables(state: DecodeState, pool: KVPool) -> jax.Array:
 
 
 def _model_loop(
-    program: decode.Program, params: Params, pool: KVPool, window: Window, *, page_table: jax.Array, steps: jax.Array
+    program: decode.Program, params: Params, pool: KVPool, state: DecodeState, *, page_table: jax.Array, steps: jax.Array
 ) -> jax.Array:
-    """``steps`` forwards over the window, and the logits of the last."""
-    tokens, positions, written_upto, active = window
+    """``steps`` forwards over the window of a ``shared_part``, and the logits of the last."""
 
     def forward(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens, _ = carry
-        found = logits(program.model, params, bare(program, params, pool, (tokens, positions, written_upto, active), page_table))
+        found = logits(program.model, params, bare(program, params, pool, state.replace(tokens=tokens), page_table))
         # What goes in next depends on what came out, as in decoding: no forward can be left out or moved out of the loop.
         return jnp.where(jnp.isnan(found[..., 0]).reshape(tokens.shape), 0, tokens), found
 
-    shape = (len(tokens), tokens[0].size, program.model.spec.vocab_size)
-    return lax.fori_loop(0, steps, forward, (tokens, jnp.zeros(shape)))[1]
+    shape = (len(state.tokens), state.tokens[0].size, program.model.spec.vocab_size)
+    return lax.fori_loop(0, steps, forward, (state.tokens, jnp.zeros(shape)))[1]
 
 
 def _model(model: str | None, shape: str | None, dtype: str) -> tuple[Model, Params, Tokenizer | None]:

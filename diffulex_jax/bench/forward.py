@@ -8,45 +8,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffulex_jax.decode.canvas import canvas_forward
 from diffulex_jax.decode.forward import forward
 from diffulex_jax.decode.program import Program
+from diffulex_jax.engine.build import plan
+from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.models.base import Model, Params, leaves
 from diffulex_jax.models.ops import Ops
 from diffulex_jax.state import DecodeState, KVPool
-from pallas_kernels import expert_choice
+from diffulex_jax.strategies import Strategy
+from pallas_kernels import Kernels, expert_choice
 from pallas_kernels.block_attention import Keys
 
 
-Window = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+def program_of(model: Model, strategy: Strategy, settings: EngineConfig, kernels: Kernels) -> Program:
+    """The program that an engine of these settings runs, where no row samples.
+
+    Raises:
+      ValueError: for a setting that will not do.
+    """
+    _, attention, dims = plan(model.spec, strategy, settings)
+    kinds = {"draws": strategy.draws, "confidence": strategy.confidence}
+    return Program(model, dims, strategy.rule, kernels, attention, greedy=True, **kinds)
 
 
-def window_of(state: DecodeState) -> Window:
-    """What a forward needs of the state, the same for every strategy: tokens, positions, what is cached, and which blocks are active."""
-    return state.tokens, state.positions, state.written_upto, state.active & state.live[:, None]
+def shared_part(state: DecodeState) -> DecodeState:
+    """What a forward needs of a state, which is the same for every strategy."""
+    return state.replace(rule=(), merge=(), pending=())
 
 
 def bare(
     program: Program,
     params: Params,
     pool: KVPool,
-    window: Window,
+    state: DecodeState,
     page_table: jax.Array,
     *,
     watch: Callable[[Ops], Ops] = lambda ops: ops,
 ) -> jax.Array:
-    """Hidden states ``[S, K B, D]`` of a window: embeddings and layers by the very operations that a denoise step uses."""
-    tokens, positions, written_upto, active = window
-    slots = len(tokens)
-    keys = Keys(pool.k, pool.v, page_table, written_upto, active)
-    x = params["embed"][tokens.reshape(slots, -1)]
-    return forward(program, params, x, positions.reshape(slots, -1), keys=keys, watch=watch)[0]
+    """Hidden states ``[S, K B, D]`` of the window of a :func:`shared_part`: embeddings and layers by the very operations that a denoise
+    step uses."""
+    if not program.attention.paged:
+        return canvas_forward(program, params, state, watch=watch)
+    slots = len(state.tokens)
+    keys = Keys(pool.k, pool.v, page_table, state.written_upto, state.active & state.live[:, None])
+    x = params["embed"][state.tokens.reshape(slots, -1)]
+    return forward(program, params, x, state.positions.reshape(slots, -1), keys=keys, watch=watch)[0]
 
 
 def touch_counter(program: Program) -> tuple[Callable[..., jax.Array], list[int]]:
     """A :func:`bare` forward that counts the experts its tokens go to.
 
     Returns:
-      ``(forward(params, pool, window_of(state), page_table), counts)``; each run appends a number for each mixture-of-experts layer to
+      ``(forward(params, pool, shared_part(state), page_table), counts)``; each run appends a number for each mixture-of-experts layer to
       ``counts`` by the time ``jax.effects_barrier`` returns.
     """
     counts: list[int] = []
@@ -61,14 +75,15 @@ def touch_counter(program: Program) -> tuple[Callable[..., jax.Array], list[int]
 
         return ops._replace(experts=experts)
 
-    def count(params: Params, pool: KVPool, window: Window, page_table: jax.Array) -> jax.Array:
-        return bare(program, params, pool, window, page_table, watch=counting)
+    def count(params: Params, pool: KVPool, state: DecodeState, page_table: jax.Array) -> jax.Array:
+        return bare(program, params, pool, state, page_table, watch=counting)
 
     return count, counts
 
 
 def step_bytes(model: Model, itemsize: int, *, batch: int, context: int, experts: float) -> float:
-    """What a denoise step must read: each weight once, of the routed experts ``experts`` a layer, and the cached context once.
+    """What a denoise step must read: each weight once, of the routed experts ``experts`` a layer, and the cached context once, where the
+    model's attention lets it be cached.
 
     Activations stay in caches and are not counted, nor is the embedding, of which a few rows are looked up, unless it is the output
     matrix too.
@@ -80,7 +95,8 @@ def step_bytes(model: Model, itemsize: int, *, batch: int, context: int, experts
             size *= experts / param.shape[param.axes.index("expert")]
         total += 0 if path == ("embed",) and ("lm_head",) in leaves(model.schema) else size
     layers = model.spec.layers
-    return total + 2 * layers.count * layers.kv_heads * layers.head_dim * context * batch * itemsize
+    cached = context * batch if model.spec.attention.paged else 0
+    return total + 2 * layers.count * layers.kv_heads * layers.head_dim * cached * itemsize
 
 
 def expert_stacks(params: Params) -> list[jax.Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,14 +19,14 @@ from diffulex_jax.bench import forward, traffic
 from diffulex_jax.bench import kernels as kernel_times
 from diffulex_jax.bench.shapes import random_params, shape_model
 from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.device import empty
 from diffulex_jax.engine.dispatch import Plan, exact, packed_denoise
-from diffulex_jax.models.base import Model, Params
+from diffulex_jax.models.base import Params
 from diffulex_jax.parallel.mesh import make_mesh
-from diffulex_jax.rules import Rule, dims_for
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import DecodeState, KVPool
 from diffulex_jax.strategies import for_model
-from pallas_kernels import REFERENCE, Kernels, choose
+from pallas_kernels import REFERENCE, choose
 
 
 BLOCK, STEPS = 32, EngineConfig().steps_per_dispatch
@@ -69,7 +70,6 @@ def run(
         if bad := [n for n in numbers if n < 1 or (name == "context" and n % BLOCK)]:
             raise ValueError(f"{name}={bad[0]} must be positive" + (f" and a multiple of {BLOCK}" if name == "context" else ""))
     found = [for_model(model.spec, name) for name in strategies]
-    rules = {strategy.name: strategy.rule for strategy in found}
     device = jax.devices()[0]
     chosen = choose(device) if settings.kernels == "auto" else REFERENCE
     with jax.set_mesh(make_mesh()):
@@ -88,19 +88,28 @@ def run(
             "kernel_times": [],
         }
         progress(_head(report))
-        cases = [(context, batch, name) for context in contexts for batch in batches for name in rules]
+        cases = [(context, batch, strategy.name) for context in contexts for batch in batches for strategy in found]
         with ThreadPoolExecutor() as threads:  # everything is compiled before anything is timed
             compiled, counters = {}, {}
-            for context, batch, name in cases:
-                program, arguments = _program(model, params, rules[name], chosen, context=context, batch=batch)
+            for (context, batch, name), strategy in zip(cases, itertools.cycle(found), strict=False):
+                sizes: dict[str, Any] = {
+                    "block_size": BLOCK,
+                    "force_block_size": True,
+                    "page_size": BLOCK,
+                    "buffer_size": 1,
+                    "max_slots": batch,
+                }
+                asked = EngineConfig(dtype=dtype, max_model_len=context + 3 * BLOCK, **sizes)
+                program = forward.program_of(model, strategy, asked, chosen)
+                arguments = _arguments(program, params)
                 dispatch = jax.jit(
                     exact(functools.partial(packed_denoise, program=program, steps=STEPS), settings.jax_dtype), donate_argnums=(1, 2)
                 )
                 compiled[context, batch, name] = program, threads.submit(dispatch.lower(*arguments).compile)
                 if (context, batch) not in counters:
                     count, counts = forward.touch_counter(program)
-                    window = jax.eval_shape(forward.window_of, arguments[2])
-                    lowered = jax.jit(count).lower(*arguments[:2], window, _page_tables(program))
+                    state = jax.eval_shape(forward.shared_part, arguments[2])
+                    lowered = jax.jit(count).lower(*arguments[:2], state, _page_tables(program))
                     counters[context, batch] = threads.submit(lowered.compile), counts
         for context, batch, name in cases:
             program, executable = compiled[context, batch, name]
@@ -148,7 +157,7 @@ def measure(
     batch, pages = program.dims.slots, _page_tables(program)
     plan = Plan(pages, known=0, max_steps=STEPS, stop_on_finish=False).pack()
     counts.clear()
-    jax.block_until_ready(counter(params, pool, forward.window_of(state), pages))
+    jax.block_until_ready(counter(params, pool, forward.shared_part(state), pages))
 
     def block(pool: KVPool, state: DecodeState, *, read: bool) -> tuple[KVPool, DecodeState, list[float]]:
         times = [time.perf_counter()]
@@ -162,7 +171,7 @@ def measure(
         return pool, state, [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
 
     pool, state, _ = block(pool, state, read=True)  # the first block
-    jax.block_until_ready(counter(params, pool, forward.window_of(state), pages))
+    jax.block_until_ready(counter(params, pool, forward.shared_part(state), pages))
     jax.effects_barrier()
     spent: dict[bool, list[list[float]]] = {True: [], False: []}
     for _ in range(repeats):
@@ -189,24 +198,10 @@ def measure(
     }
 
 
-def _program(
-    model: Model, params: Params, rule: Rule, kernels: Kernels, *, context: int, batch: int
-) -> tuple[decode.Program, tuple[Any, ...]]:
-    """What is measured, and the shapes of its arguments."""
-    dims = dims_for(
-        rule,
-        slots=batch,
-        window=1,
-        block=BLOCK,
-        page=BLOCK,
-        pages_per_slot=context // BLOCK + 3,
-        mask_id=model.spec.mask_id,
-        commit_alone=model.spec.commit_alone,
-    )
-    program = decode.Program(model, dims, rule, kernels, greedy=True)
-    pool = jax.eval_shape(lambda: KVPool(*[jnp.zeros(_pool_shape(program), params["embed"].dtype)] * 2))
-    state = jax.eval_shape(lambda: request_state.empty_state(dims, rule))
-    return program, (params, pool, state, Plan(_page_tables(program), known=0, max_steps=STEPS, stop_on_finish=False).pack())
+def _arguments(program: decode.Program, params: Params) -> tuple[Any, ...]:
+    """The shapes of what a dispatch is called with."""
+    pool, state = jax.eval_shape(functools.partial(empty, program, params["embed"].dtype, _page_tables(program).size))
+    return params, pool, state, Plan(_page_tables(program), known=0, max_steps=STEPS, stop_on_finish=False).pack()
 
 
 def _page_tables(program: decode.Program) -> np.ndarray:
@@ -215,18 +210,13 @@ def _page_tables(program: decode.Program) -> np.ndarray:
     return np.arange(dims.slots * dims.pages_per_slot, dtype=np.int32).reshape(dims.slots, -1)
 
 
-def _pool_shape(program: decode.Program) -> tuple[int, ...]:
-    layers, dims = program.model.spec.layers, program.dims
-    return layers.count, dims.slots * dims.pages_per_slot, dims.page, layers.kv_heads, layers.head_dim
-
-
 def _mid_request(program: decode.Program, params: Params, *, context: int) -> tuple[KVPool, DecodeState]:
     """Every row behind ``context`` cached positions, with nothing decoded."""
     dims, rule = program.dims, program.rule
-    pool = KVPool(*(jax.random.normal(jax.random.key(i), _pool_shape(program), params["embed"].dtype) for i in range(2)))
+    pool, state = empty(program, params["embed"].dtype, _page_tables(program).size)
+    pool = KVPool(*(jax.random.normal(jax.random.key(i), a.shape, a.dtype) for i, a in enumerate((pool.k, pool.v))))
     sampling = SamplingParams(max_tokens=3 * BLOCK, accept_threshold=2.0, ignore_eos=True)
     admit = jax.jit(functools.partial(request_state.admit, dims, rule), donate_argnums=0)
-    state = request_state.empty_state(dims, rule)
     for slot in range(dims.slots):
         prompt = np.random.default_rng(slot).integers(0, program.model.spec.vocab_size // 2, context).astype(np.int32)
         state = admit(state, np.int32(slot), request_state.make_request(dims, prompt=prompt, params=sampling, eos_ids=()))
