@@ -18,7 +18,6 @@ from diffulex_jax import Engine, SamplingParams
 from diffulex_jax.models import hf_config, layers, registry
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, init, leaves
 from diffulex_jax.models.names import Names, put, take
-from diffulex_jax.models.ops import gated
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.weights import checkpoint
 
@@ -64,7 +63,7 @@ def run(c, params, x, positions, ops):
         heads = layers.rotated_heads(ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i), p["q_norm"][i], p["k_norm"][i], table, eps=1e-5)
         out, fresh = ops.attend(at, heads)
         x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
-        return x + ops.total(gated(ops.linear, norm(x, p["mlp_norm"][i]), (p["mlp_gate_up"], p["mlp_down"]), i), "mlp"), fresh
+        return x + ops.total(ops.mlp(norm(x, p["mlp_norm"][i]), (p["mlp_gate_up"], p["mlp_down"]), i), "mlp"), fresh
 
     x, fresh = layers.run(layer, x, layers.spans(["all"] * c.depth), ops)
     return norm(x, params["norm"]), fresh

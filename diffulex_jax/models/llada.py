@@ -14,7 +14,7 @@ from diffulex_jax.models import layers as parts
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Params
 from diffulex_jax.models.names import Names, Tensor
-from diffulex_jax.models.ops import Ops, gated
+from diffulex_jax.models.ops import Ops
 
 
 MASK_ID = 126_336  # <|mdm_mask|>
@@ -53,7 +53,7 @@ def layers(c: LLaDAConfig, params: Params, x: jax.Array, positions: jax.Array, o
             x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
         with jax.named_scope("mlp"):
             h = norm(x, p["mlp_norm"][i])
-            return x + ops.total(gated(ops.linear, h, (p["mlp_gate_up"], p["mlp_down"]), i), "mlp"), fresh
+            return x + ops.total(ops.mlp(h, (p["mlp_gate_up"], p["mlp_down"]), i), "mlp"), fresh
 
     x, fresh = parts.run(layer, x, parts.spans(("dense",) * c.n_layers), ops)
     return norm(x, params["norm"]), fresh

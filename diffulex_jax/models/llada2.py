@@ -14,7 +14,7 @@ from diffulex_jax.models import layers as parts
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Param, Params
 from diffulex_jax.models.layers import Span
 from diffulex_jax.models.names import Names, Tensor
-from diffulex_jax.models.ops import Ops, gated
+from diffulex_jax.models.ops import Ops
 from pallas_kernels.expert_choice import Router
 
 
@@ -61,7 +61,7 @@ def layers(c: LLaDA2Config, params: Params, x: jax.Array, positions: jax.Array, 
             x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
         with jax.named_scope("mlp"):
             h = norm(x, p["mlp_norm"][i])
-            y = ops.experts(h, p, i, router) if kind == "moe" else gated(ops.linear, h, (p["mlp_gate_up"], p["mlp_down"]), i)
+            y = ops.experts(h, p, i, router) if kind == "moe" else ops.mlp(h, (p["mlp_gate_up"], p["mlp_down"]), i)
             return x + ops.total(y, "mlp"), fresh
 
     x, fresh = parts.run(layer, x, c.spans, ops)

@@ -25,6 +25,8 @@ class Ops(NamedTuple):
 
     Attributes:
       linear: ``linear(x [R, T, ...], stack [L, ..., ...], layer)``: the last axes of ``x`` contracted with the first of matrix ``layer``.
+      mlp: ``mlp(x [R, T, D], stacks, layer) -> [R, T, D]``: ``(silu(x Wg) * (x Wu)) Wd``; ``stacks`` are ``[L, D, 2, F]``, which holds
+        Wg and Wu, and ``[L, F, D]``.
       experts: ``experts(x [R, T, D], stacks, layer, router) -> [R, T, D]``: a mixture of experts, its router and its shared expert, if
         ``stacks`` has one.
       attend: see :data:`Attend`.
@@ -33,6 +35,7 @@ class Ops(NamedTuple):
     """
 
     linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    mlp: Callable[[jax.Array, tuple[jax.Array, jax.Array], jax.Array], jax.Array]
     experts: Callable[[jax.Array, dict[str, jax.Array], jax.Array, Router], jax.Array]
     attend: Attend
     total: Callable[[jax.Array, str], jax.Array] = add_up
@@ -58,6 +61,9 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
 
     def linear(x: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
         return apart(lambda x: linear_kernels.linear(x, stack, layer, backend=kernels.linear), x)
+
+    def mlp(x: jax.Array, stacks: tuple[jax.Array, jax.Array], layer: jax.Array) -> jax.Array:
+        return apart(lambda x: linear_kernels.mlp(x, *stacks, layer, backend=kernels.linear), x)
 
     def experts(x: jax.Array, stacks: dict[str, jax.Array], layer: jax.Array, router: Router) -> jax.Array:
         def flat(a: jax.Array) -> jax.Array:
@@ -89,12 +95,6 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
             counted=counted,
             backend=kernels.grouped_matmul,
         ).reshape(x.shape)
-        return y + gated(linear, x, shared, layer) if shared is not None and kernels.rows_apart else y
+        return y + mlp(x, shared, layer) if shared is not None and kernels.rows_apart else y
 
-    return Ops(linear, experts, attend, add_up, kernels.layers_per_turn)
-
-
-def gated(linear: Callable[..., jax.Array], x: jax.Array, stacks: tuple[jax.Array, jax.Array], layer: jax.Array) -> jax.Array:
-    """``(silu(x Wg) * (x Wu)) Wd``; ``stacks`` are ``[L, D, 2, F]``, which holds Wg and Wu, and ``[L, F, D]``."""
-    h = linear(x, stacks[0], layer)
-    return linear(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], stacks[1], layer)
+    return Ops(linear, mlp, experts, attend, add_up, kernels.layers_per_turn)

@@ -13,7 +13,7 @@ from diffulex_jax.models import hf_config
 from diffulex_jax.models import layers as parts
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Params
 from diffulex_jax.models.names import Names, Tensor
-from diffulex_jax.models.ops import Ops, gated
+from diffulex_jax.models.ops import Ops
 
 
 MASK_ID = 151_665  # |<MASK>|; the configs on the hub do not say so
@@ -56,7 +56,7 @@ def layers(c: Qwen2Config, params: Params, x: jax.Array, positions: jax.Array, o
             out, fresh = ops.attend(at, parts.rotated(heads, table))
             x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
         with jax.named_scope("mlp"):
-            y = gated(ops.linear, norm(x, p["mlp_norm"][i]), (p["mlp_gate_up"], p["mlp_down"]), i)
+            y = ops.mlp(norm(x, p["mlp_norm"][i]), (p["mlp_gate_up"], p["mlp_down"]), i)
             return x + ops.total(y, "mlp"), fresh
 
     x, fresh = parts.run(layer, x, parts.spans(["dense"] * c.num_hidden_layers), ops)

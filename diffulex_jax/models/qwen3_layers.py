@@ -11,7 +11,7 @@ import jax
 from diffulex_jax.models import layers as parts
 from diffulex_jax.models.base import Params
 from diffulex_jax.models.names import Names, Tensor
-from diffulex_jax.models.ops import Ops, gated
+from diffulex_jax.models.ops import Ops
 from pallas_kernels.expert_choice import Router
 
 
@@ -30,7 +30,7 @@ def layers(c: Shape, params: Params, x: jax.Array, positions: jax.Array, ops: Op
             x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
         with jax.named_scope("mlp"):
             h = norm(x, p["mlp_norm"][i])
-            y = ops.experts(h, p, i, router) if kind == "moe" else gated(ops.linear, h, (p["mlp_gate_up"], p["mlp_down"]), i)
+            y = ops.experts(h, p, i, router) if kind == "moe" else ops.mlp(h, (p["mlp_gate_up"], p["mlp_down"]), i)
             return x + ops.total(y, "mlp"), fresh
 
     x, fresh = parts.run(layer, x, parts.spans(c.kinds), ops)

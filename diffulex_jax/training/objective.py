@@ -18,10 +18,10 @@ import optax
 
 from diffulex_jax.models.attention import AttentionPolicy, positions_of
 from diffulex_jax.models.base import Model, Params, logits
-from diffulex_jax.models.ops import Ops, gated
+from diffulex_jax.models.ops import Ops
 from pallas_kernels import expert_choice
 from pallas_kernels.block_attention import masked_attention, split_heads
-from pallas_kernels.linear import linear
+from pallas_kernels.linear import linear, mlp
 
 
 BLOCK = 32
@@ -92,10 +92,12 @@ def differentiable_ops(mask: jax.Array, *, balance: float = 0.0) -> Ops:
         y = dense_experts(flat, ids, weights, stacks["experts_gate_up"][layer], stacks["experts_down"][layer], balance=balance)
         y = y.reshape(x.shape)
         shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None
-        return y if shared is None else y + gated(plain, x, shared, layer)
+        return y if shared is None else y + mlp(x, *shared, layer, backend="sliced")
 
-    plain = functools.partial(linear, backend="sliced")
-    return Ops(plain, experts, attend, lambda x, axis: x)
+    def plain_mlp(x: jax.Array, stacks: tuple[jax.Array, jax.Array], layer: jax.Array) -> jax.Array:
+        return mlp(x, *stacks, layer, backend="sliced")
+
+    return Ops(functools.partial(linear, backend="sliced"), plain_mlp, experts, attend, lambda x, axis: x)
 
 
 def dense_experts(

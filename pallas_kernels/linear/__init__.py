@@ -1,7 +1,8 @@
-"""Linear: activations times one matrix of a stack of layers."""
+"""Linear: activations times one matrix of a stack of layers, and the gated MLP that is made of it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -12,19 +13,20 @@ from pallas_kernels.linear import reference
 from pallas_kernels.target import Target, is_hopper, pick
 
 
-__all__ = ["Backend", "choose_backend", "linear"]
+__all__ = ["Backend", "choose_backend", "linear", "mlp"]
 
 Backend = Literal["sliced", "gpu"]
 
 
-def _hopper(*args: Any) -> jax.Array:
+def _hopper(function: str, *args: Any) -> jax.Array:
     from pallas_kernels.linear import gpu  # Mosaic GPU is imported where it is used
 
-    return gpu.linear(*args)
+    return getattr(gpu, function)(*args)
 
 
-_BACKENDS: dict[str, Callable[..., jax.Array]] = {"sliced": reference.linear, "gpu": _hopper}
-assert tuple(_BACKENDS) == get_args(Backend)
+_LINEAR: dict[str, Callable[..., jax.Array]] = {"sliced": reference.linear, "gpu": functools.partial(_hopper, "linear")}
+_MLP: dict[str, Callable[..., jax.Array]] = {"sliced": reference.mlp, "gpu": functools.partial(_hopper, "mlp")}
+assert tuple(_LINEAR) == tuple(_MLP) == get_args(Backend)
 
 
 def choose_backend(target: Target) -> Backend:
@@ -48,4 +50,22 @@ def linear(x: jax.Array, stack: jax.Array, layer: ArrayLike, *, backend: str | N
     Raises:
       ValueError: for an unknown backend.
     """
-    return pick("linear", backend, choose_backend, _BACKENDS)(x, stack, layer)
+    return pick("linear", backend, choose_backend, _LINEAR)(x, stack, layer)
+
+
+def mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array, layer: ArrayLike, *, backend: str | None = None) -> jax.Array:
+    """``(silu(x Wg) * (x Wu)) Wd`` with the matrices of one layer of a stack.
+
+    Args:
+      x: ``[R, T, D]``.
+      gate_up: ``[L, D, 2, F]``, Wg and Wu side by side.
+      down: ``[L, F, D]``.
+      layer, backend: as for :func:`linear`. ``"gpu"`` gates before the first product leaves the registers.
+
+    Returns:
+      ``[R, T, D]`` in the dtype of ``x``.
+
+    Raises:
+      ValueError: for an unknown backend.
+    """
+    return pick("linear", backend, choose_backend, _MLP)(x, gate_up, down, layer)

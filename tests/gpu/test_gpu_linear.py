@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.linear import linear
+from pallas_kernels.linear import linear, mlp
 
 
 @pytest.mark.parametrize("rows", [1, 32, 100, 256, 1024, 1100])
@@ -20,6 +20,31 @@ def test_linear_is_a_slice_and_a_matmul(key, relative_error, rows):
         want = jnp.einsum("rtd,dkh->rtkh", x.astype(jnp.float32), stack[2].astype(jnp.float32))
     assert got.dtype == jnp.bfloat16
     assert relative_error(got, want) < 3e-3
+
+
+@pytest.mark.parametrize("rows", [1, 32, 100, 256, 1024])
+def test_a_deep_and_narrow_matrix_is_multiplied_in_parts(key, relative_error, rows):
+    keys = jax.random.split(key, 2)
+    x = jax.random.normal(keys[0], (1, rows, 8960), jnp.bfloat16)
+    stack = (jax.random.normal(keys[1], (2, 8960, 1536)) * 0.05).astype(jnp.bfloat16)
+    got = jax.jit(lambda *a: linear(*a, backend="gpu"))(x, stack, jnp.int32(1))
+    with jax.default_matmul_precision("highest"):
+        want = x.astype(jnp.float32) @ stack[1].astype(jnp.float32)
+    assert relative_error(got, want) < 4e-3
+
+
+@pytest.mark.parametrize("rows", [1, 32, 100, 256, 1024, 1100])
+def test_a_gated_mlp(key, relative_error, rows):
+    keys = jax.random.split(key, 3)
+    x = jax.random.normal(keys[0], (1, rows, 512), jnp.bfloat16)
+    gate_up = (jax.random.normal(keys[1], (3, 512, 2, 896)) * 0.05).astype(jnp.bfloat16)
+    down = (jax.random.normal(keys[2], (3, 896, 512)) * 0.05).astype(jnp.bfloat16)
+    got = jax.jit(lambda *a: mlp(*a, backend="gpu"))(x, gate_up, down, jnp.int32(2))
+    with jax.default_matmul_precision("highest"):
+        wide, deep = (a[2].astype(jnp.float32) for a in (gate_up, down))
+        gate, up = (x.astype(jnp.float32) @ wide[:, half] for half in (0, 1))
+        want = jax.nn.silu(gate) * up @ deep
+    assert relative_error(got, want) < 5e-3
 
 
 def test_float32_is_a_slice_and_a_matmul_to_the_bit(key):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.linear import choose_backend, linear
+from pallas_kernels.linear import choose_backend, linear, mlp
 from pallas_kernels.target import Target
 
 
@@ -18,6 +18,16 @@ def test_the_last_axes_of_x_meet_the_first_of_the_matrix(backend):
     got = jax.jit(lambda *a: linear(*a, backend=backend))(jnp.asarray(x, jnp.float32), jnp.asarray(stack, jnp.float32), jnp.int32(2))
     assert got.shape == (2, 3, 6, 7)
     np.testing.assert_allclose(got, np.einsum("rtab,abcd->rtcd", x, stack[2]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sliced", "gpu", None])
+def test_a_gated_mlp(backend):
+    rng = np.random.default_rng(1)
+    x, gate_up, down = (rng.standard_normal(shape) for shape in ((2, 3, 4), (3, 4, 2, 5), (3, 5, 4)))
+    arrays = [jnp.asarray(a, jnp.float32) for a in (x, gate_up, down)]
+    got = jax.jit(lambda *a: mlp(*a, backend=backend))(*arrays, jnp.int32(2))
+    gate, up = x @ gate_up[2, :, 0], x @ gate_up[2, :, 1]
+    np.testing.assert_allclose(got, (gate / (1 + np.exp(-gate)) * up) @ down[2], rtol=1e-4, atol=1e-5)
 
 
 def test_choice_of_backend():
