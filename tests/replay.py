@@ -227,8 +227,8 @@ def _llada_left_out(case: Case) -> str | None:
         return "the peer gives masks out as tokens"
     if case.settings.get("remasking") == "random":
         return "the peer draws the order by a generator of its own"
-    if case.settings.get("cache", "none") != "none":
-        return "the peer goes on with old keys and values; ours keeps none"
+    if case.settings.get("cache") == "dual" and case.recorded.get("quirk"):
+        return case.recorded["quirk"]  # it gives up on a block after its steps
     if any(margin is not None and margin < LEAST_MARGIN for margin in margins):
         return f"its choices hang on less than {LEAST_MARGIN:g}"
     return None
@@ -312,12 +312,12 @@ def decode(cases: Sequence[Case], engine_for: Callable[..., Engine]) -> dict[tup
 
     ``engine_for(strategy=..., block_size=..., ...)`` builds an engine.
     """
-    groups: dict[tuple[str, int], list[Case]] = {}
+    groups: dict[tuple[str, int, str | None], list[Case]] = {}
     for case in cases:
         groups.setdefault(engine_key(case), []).append(case)
     decoded = {}
-    for (strategy, block), group in groups.items():
-        engine = engine_of(group, strategy, block, engine_for)
+    for group in groups.values():
+        engine = engine_of(group, engine_for)
         jobs = list(_jobs(group))
         outputs = engine.generate([case.prompt for case, _, _ in jobs], [params for *_, params in jobs])
         by_job = {(case.peer, case.id, whole): output for (case, whole, _), output in zip(jobs, outputs, strict=True)}
@@ -327,17 +327,21 @@ def decode(cases: Sequence[Case], engine_for: Callable[..., Engine]) -> dict[tup
     return decoded
 
 
-def engine_key(case: Case) -> tuple[str, int]:
-    """The strategy and block size of the engine for a case. On a whole canvas one engine takes blocks of many lengths."""
-    return reading(case).strategy, -(-case.block // 64) * 64 if case.peer in LLADA else case.block
+def engine_key(case: Case) -> tuple[str, int, str | None]:
+    """The strategy, block size and cache of the engine for a case. On a whole canvas one engine takes blocks of many lengths."""
+    if case.peer in LLADA:
+        return reading(case).strategy, -(-case.block // 64) * 64, case.settings.get("cache", "none")
+    return reading(case).strategy, case.block, None
 
 
-def engine_of(cases: Sequence[Case], strategy: str, block: int, engine_for: Callable[..., Engine]) -> Engine:
-    """The engine for the cases of one strategy and block size."""
+def engine_of(cases: Sequence[Case], engine_for: Callable[..., Engine]) -> Engine:
+    """The engine for cases of one :func:`engine_key`."""
+    strategy, block, cache = engine_key(cases[0])
     longest = max(len(case.prompt) + case.max_tokens for case in cases) + (block if cases[0].peer not in LLADA else 0)
     room = max(64, block)
     length = max(256, -(-longest // room) * room)
-    return engine_for(strategy=strategy, block_size=block, force_block_size=True, max_slots=4, max_model_len=length)
+    cached = {} if cache is None else {"cache": cache}
+    return engine_for(strategy=strategy, block_size=block, force_block_size=True, max_slots=4, max_model_len=length, **cached)
 
 
 def _jobs(cases: Sequence[Case]) -> Iterator[tuple[Case, bool, SamplingParams]]:
@@ -423,8 +427,7 @@ def first_steps(case: Case, engine_for: Callable[..., Engine]) -> list[tuple[lis
     trajectory = [(step["start"], step["after"]) for step in case.recorded.get("trajectory", []) if "after" in step]
     steps = case.recorded.get("steps", trajectory)[: min(FIRST_STEPS, case.recorded.get("fp64_agree_steps", [FIRST_STEPS])[0])]
     steps = [(start, tokens) for start, tokens in steps if start <= len(case.prompt)]
-    strategy, params = reading(case)
-    engine = engine_of([case], strategy, case.block, engine_for)
+    params, engine = reading(case).params, engine_of([case], engine_for)
     budgets = [dataclasses.replace(params, ignore_eos=True, max_nfe=n + 1) for n in range(len(steps))]
     outputs = engine.generate([case.prompt] * len(steps), budgets)
     pairs = []

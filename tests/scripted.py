@@ -194,8 +194,11 @@ def play(
     }
     pool = KVPool(jnp.zeros((1, pages)), jnp.zeros((1, pages)))
     tables = np.tile(np.arange(pages, dtype=np.int32), (len(scripts), 1))
-    policy = AttentionPolicy("whole", canvas="whole") if dims.whole_canvas else AttentionPolicy()
-    program, no_forward = decode.Program(MODEL, dims, rule, KERNELS, policy), mock.patch.object(loop, "canvas_forward")
+    policy = AttentionPolicy("whole", canvas="whole", cache="none") if dims.whole_canvas else AttentionPolicy()
+    program, no_forward = (
+        decode.Program(MODEL, dims, rule, KERNELS, policy),
+        mock.patch.object(loop, "canvas_forward", lambda *a: (None, a[2])),
+    )
     with mock.patch.object(loop, "predict", predict), mock.patch.object(loop, "_forward", forward), no_forward:
         known, options = np.zeros(len(scripts), np.int32), {"steps": steps, "max_steps": steps, "stop_on_finish": False}
         _, state, report, trace = _denoise(program, arrays, pool, state, page_table=tables, known=known, **options)

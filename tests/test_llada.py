@@ -219,6 +219,20 @@ def test_a_step_is_a_forward_over_the_prompt_and_all_masks():
     assert engine._device.pool.k.size == 0
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_is_an_approximation_that_the_first_forward_of_a_block_knows_nothing_of(engine_of, cache):
+    """With one step a block there is no other. With more, keys and values that are not made anew change what is said."""
+    exact, cached = (engine_of("families/tiny-llada", strategy="llada", cache=name, **OPTIONS) for name in ("none", cache))
+    prompts = [[97, 250, 407, 289, 392], [9] * 20]
+    for steps, same in ((1, True), (8, False)):
+        params = SamplingParams(max_tokens=32, block_length=8, denoising_steps=steps, ignore_eos=True)
+        one, other = ([(o.token_ids, o.nfe) for o in engine.generate(prompts, params)] for engine in (exact, cached))
+        assert (one == other) == same
+        assert [nfe for _, nfe in one] == [nfe for _, nfe in other] == [4 * steps] * 2
+    with pytest.raises(SettingError, match="cfg_scale=1.0 means nothing to this engine's strategy"):
+        cached.generate(prompts, SamplingParams(cfg_scale=1.0))
+
+
 SETTINGS = {
     "block_length": 8,
     "cfg_scale": 2.0,
@@ -256,7 +270,7 @@ def test_a_config_is_written_as_it_is_read(path):
     model = model_of(raw(path))
     again = model_of(model.config.to_hf())
     assert again == model and again.spec == model.spec
-    assert model.spec.attention == AttentionPolicy("whole", canvas="whole") and model.spec.strategy == "llada"
+    assert model.spec.attention == AttentionPolicy("whole", canvas="whole", cache="none") and model.spec.strategy == "llada"
 
 
 def test_both_have_one_model_type_and_are_told_apart():
@@ -316,6 +330,13 @@ def test_what_a_config_may_not_ask_for(path, changes, message):
         (DENSE, {"strategy": "llada", "attention": "block_causal"}, "attention", "attention='block_causal' is not for this model"),
         (DENSE, {"strategy": "llada", "buffer_size": 2}, "buffer_size", "buffer_size=2 must be 1 for this model"),
         (DENSE, {"strategy": "llada", "num_pages": 9}, "num_pages", "num_pages=9 is not for this model, which sees its whole canvas"),
+        (DENSE, {"strategy": "llada", "page_size": 8}, "page_size", "page_size=8 is not for this model, which sees its whole canvas"),
+        (
+            str(GOLDEN / "tiny-sdar"),
+            {"strategy": "sdar", "cache": "dual"},
+            "cache",
+            "cache='dual' is not for this model, which is block-causal",
+        ),
         (
             str(GOLDEN / "tiny-sdar"),
             {"strategy": "llada"},
@@ -335,15 +356,21 @@ def test_families_refuse_what_is_not_for_them(model, options, field, message):
 
 
 REQUESTS = same_answer.requests(6, [0.0, 0.7], vocab=490)
-SETUPS = {"llada": {"model": DENSE, "strategy": "llada", **OPTIONS}, "llada_random": {"model": MOE, "strategy": "llada_random", **OPTIONS}}
+SETUPS = {
+    "llada": {"model": DENSE, "strategy": "llada", **OPTIONS},
+    "llada_random": {"model": MOE, "strategy": "llada_random", **OPTIONS},
+    "dual": {"model": DENSE, "strategy": "llada", "cache": "dual", **OPTIONS},
+    "prefix": {"model": DENSE, "strategy": "llada_threshold", "cache": "prefix", **OPTIONS},
+}
 
 
 @pytest.fixture(scope="module", params=SETUPS)
 def setup(request):
     engine = Engine.from_pretrained(**SETUPS[request.param])
     lengths = itertools.cycle([0, 8, 24, 1, 40])
+    scale = 0.0 if "cache" in SETUPS[request.param] else 1.0
     requests = [
-        (prompt, dataclasses.replace(params, block_length=next(lengths), num_to_transfer=3, cfg_scale=1.0 if i == 3 else 0.0))
+        (prompt, dataclasses.replace(params, block_length=next(lengths), num_to_transfer=3, cfg_scale=scale if i == 3 else 0.0))
         for i, (prompt, params) in enumerate(REQUESTS)
     ]
     return request.param, engine, requests, same_answer.alone(engine, requests)

@@ -49,7 +49,7 @@ def bare(
     """Hidden states ``[S, K B, D]`` of the window of a :func:`shared_part`: embeddings and layers by the very operations that a denoise
     step uses."""
     if not program.attention.paged:
-        return canvas_forward(program, params, state, watch=watch)
+        return canvas_forward(program, params, pool, state, watch=watch)[0]
     slots = len(state.tokens)
     keys = Keys(pool.k, pool.v, page_table, state.written_upto, state.active & state.live[:, None])
     x = params["embed"][state.tokens.reshape(slots, -1)]

@@ -95,7 +95,6 @@ def run(
                 sizes: dict[str, Any] = {
                     "block_size": BLOCK,
                     "force_block_size": True,
-                    "page_size": BLOCK,
                     "buffer_size": 1,
                     "max_slots": batch,
                 }

@@ -103,7 +103,7 @@ def step(
     if program.attention.paged:
         hidden, pool, state = _forward(program, params, pool, state, page_table=page_table, writes=writes)
     else:
-        hidden = canvas_forward(program, params, state)
+        hidden, pool = canvas_forward(program, params, pool, state)
     with jax.named_scope("prediction"):
         prediction = predict(program, params, hidden, _without_draws(state, commits) if program.dims.commit_alone else state)
     with jax.named_scope("rules"):

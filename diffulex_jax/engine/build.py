@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -112,7 +112,7 @@ def limits_of(model: str, strategy: AnyStrategy | None, settings: EngineConfig) 
     chosen = for_model(spec, strategy)
     s, _, dims = plan(spec, chosen, settings)
     num_pages = None if dims.whole_canvas else s.num_pages or s.max_slots * dims.units_per_slot
-    return Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, num_pages, chosen.reads), chosen
+    return Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, num_pages, _reads(chosen, s)), chosen
 
 
 def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[EngineConfig, AttentionPolicy, Dims]:
@@ -134,9 +134,13 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
         raise SettingError(
             "max_model_len", f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={spec.max_positions}"
         )
-    policy = spec.attention if whole_canvas else AttentionPolicy("whole" if attention == "prefix_full" else "block_causal")
+    if whole_canvas:
+        cache: Any = s.cache or "none"
+        s, policy = dataclasses.replace(s, cache=cache), dataclasses.replace(spec.attention, cache=cache)
+    else:
+        policy = AttentionPolicy("whole" if attention == "prefix_full" else "block_causal")
     block = block_size(spec, s)
-    page = page_size(block, s)
+    page = -(-s.max_model_len // block) * block if whole_canvas else page_size(block, s)
     unit = max(block, page)
     dims = dims_for(
         strategy.rule,
@@ -152,6 +156,11 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
     return dataclasses.replace(s, block_size=block, page_size=page), policy, dims
 
 
+def _reads(strategy: Strategy, settings: EngineConfig) -> tuple[str, ...]:
+    """What the strategy reads; the second forward of guidance has no cache of its own."""
+    return tuple(name for name in strategy.reads if name != "cfg_scale" or settings.cache == "none")
+
+
 def _check_canvas(strategy: Strategy, settings: EngineConfig, *, whole: bool) -> None:
     sees = "sees its whole canvas" if whole else "is block-causal"
     fitting = [name for name, known in STRATEGIES.items() if known.canvas == ("whole" if whole else "block_causal")]
@@ -162,16 +171,17 @@ def _check_canvas(strategy: Strategy, settings: EngineConfig, *, whole: bool) ->
     if (settings.attention == "full") != whole and settings.attention is not None:
         raise SettingError("attention", f"attention={settings.attention!r} is not for this model, which {sees}; leave it out")
     if not whole:
+        if settings.cache is not None:
+            raise SettingError("cache", f"cache={settings.cache!r} is not for this model, which {sees} and cached exactly; leave it out")
         return
     if strategy.rule.moves or strategy.rule.merge is not None:
         does = "moves tokens within a block" if strategy.rule.moves else "makes soft tokens"
         raise SettingError("strategy", f"strategy {strategy.name!r} {does}, which a model that {sees} cannot do")
     if (blocks := settings.buffer_size or strategy.window) > 1:
         raise SettingError("buffer_size", f"buffer_size={blocks} must be 1 for this model, which {sees} and decodes one block at a time")
-    if settings.num_pages is not None:
-        raise SettingError(
-            "num_pages", f"num_pages={settings.num_pages} is not for this model, which {sees} and keeps no pages; leave it out"
-        )
+    for name in ("num_pages", "page_size"):
+        if (value := getattr(settings, name)) is not None:
+            raise SettingError(name, f"{name}={value} is not for this model, which {sees} and has one page for each slot; leave it out")
 
 
 def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memory_share: float) -> Parts:
@@ -184,10 +194,11 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     if mesh.axis_names != MESH_AXES or mesh.shape["data"] > 1:
         raise ValueError(f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {mesh.shape}")
     s, policy, dims = plan(spec, strategy, settings)
-    kept = spec.layers.count if policy.paged else 0
-    unit_bytes = 2 * kept * dims.unit * spec.layers.kv_heads * spec.layers.head_dim * s.jax_dtype.itemsize
+    unit_bytes = 2 * spec.layers.count * dims.unit * spec.layers.kv_heads * spec.layers.head_dim * s.jax_dtype.itemsize
     needed = s.max_slots * dims.units_per_slot
-    num_pages = s.num_pages or default_num_pages(mesh.devices.flat[0], unit_bytes, needed=needed, share=memory_share)
+    num_pages = needed
+    if policy.paged:
+        num_pages = s.num_pages or default_num_pages(mesh.devices.flat[0], unit_bytes, needed=needed, share=memory_share)
     # Soft inputs leave other KV than a prompt of the same tokens would, and where a prompt sees all of itself its KV depends on
     # what follows: such pages must not be found by their tokens.
     shareable = policy.shareable and (rule.merge is None or not rule.merge.commit_soft)
@@ -210,6 +221,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         "dtype": s.dtype,
         "block_size": str(dims.block),
         "attention": str(s.attention),
+        "cache": policy.cache,
     }
     scheduler = Scheduler(
         device,
@@ -232,7 +244,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         "positions": str(dims.positions),
     }
     paged_limit = num_pages if policy.paged else None
-    limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, paged_limit, strategy.reads)
+    limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, paged_limit, _reads(strategy, s))
     return Parts(s, dims, limits, pages, device, scheduler, same_kv | same_state)
 
 

@@ -11,6 +11,7 @@ from diffulex_jax.errors import SettingError
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "attention": (None, "block_causal", "prefix_full", "full"),
+    "cache": (None, "none", "prefix", "dual"),
     "kernels": ("auto", "reference"),
 }
 
@@ -30,8 +31,10 @@ class EngineConfig:
         strategy names, else 1.
       attention: what a prompt sees of itself: ``"block_causal"``, its blocks up to the position's own, or ``"prefix_full"``, all of it
         (D2F; such prompts share no prefixes and are prefilled in one piece). ``"full"``: everything sees the whole canvas, masks included,
-        and no keys and values are kept; for models made so (LLaDA), and all that they do. Default: what the strategy names, else the
-        model's.
+        which is what models made so do (LLaDA). Default: what the strategy names, else the model's.
+      cache: for models that see their whole canvas. ``"none"``: every forward is over all of it, which is exact. ``"prefix"``: a block's
+        first forward is, and the others take the keys and values of what lies before the block from it. ``"dual"``: they take those of all
+        but the block. Both are approximations, in which ``cfg_scale`` is not to be had (Fast-dLLM, arXiv 2505.22618). Default: ``"none"``.
       max_slots: requests decoded together.
       max_model_len: most tokens of a prompt and its output. Where a model sees its whole canvas, every forward costs so many for each
         slot.
@@ -49,6 +52,7 @@ class EngineConfig:
     page_size: int | None = None
     buffer_size: int | None = None
     attention: str | None = None
+    cache: str | None = None
     max_slots: int = 8
     max_model_len: int = 2048
     num_pages: int | None = None

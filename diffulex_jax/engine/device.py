@@ -97,19 +97,19 @@ class JaxDevice:
     def save(self, request: Tracked) -> request_state.Saved:
         with jax.set_mesh(self.mesh):
             row = self._jit_take(self.state, _slot(request))
-            kv = self._jit_read(self.pool, self._table(request.pages))
+            kv = self._jit_read(self.pool, self._table(self._pages_held(request)))
         row, kv = jax.device_get((row, kv))
-        count = self._pages_of(request.written)
+        count = self._pages_written(request)
         return request_state.Saved(row, kv.k[:, :count].copy(), kv.v[:, :count].copy())
 
     def restore(self, request: Tracked) -> None:
         saved, dims = request.saved, self.program.dims
         padding = [(0, 0)] * 5
-        count = self._pages_of(request.written)
+        count = self._pages_written(request)
         padding[1] = (0, dims.pages_per_slot - count)
         kv = KVPool(*(jnp.asarray(np.pad(a, padding)) for a in (saved.k, saved.v)))
         with jax.set_mesh(self.mesh):
-            self.pool = self._jit_write(self.pool, kv, self._table(request.pages, count))
+            self.pool = self._jit_write(self.pool, kv, self._table(self._pages_held(request), count))
             self.state = self._jit_put(self.state, _slot(request), saved.row)
 
     def release(self, slot: int) -> None:
@@ -151,10 +151,14 @@ class JaxDevice:
             self.pool, self.state, report, trace = denoise(self._params, self.pool, self.state, plan.pack())
         return report, trace
 
-    def _pages_of(self, blocks: int) -> int:
-        """Pages of the pool that hold so many first blocks of a request."""
+    def _pages_held(self, request: Tracked) -> Sequence[int]:
+        """The scheduler's pages of a request; where it gives none, that of its slot."""
+        return request.pages if self.program.attention.paged else [int(_slot(request))]
+
+    def _pages_written(self, request: Tracked) -> int:
+        """Pages of the pool that hold what was written of a request."""
         dims = self.program.dims
-        return -(-blocks * dims.block // dims.page)
+        return -(-request.written * dims.block // dims.page) if self.program.attention.paged else dims.pages_per_slot
 
     def _table(self, pages: Sequence[int], count: int | None = None) -> np.ndarray:
         """``[P]`` int32: a request's pages as the device knows them, the first ``count`` of them; one past the pool elsewhere."""
@@ -193,7 +197,7 @@ class JaxDevice:
 def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, DecodeState]:
     """A pool of zeros and a state whose slots are all free. Where no keys and values are kept, the pool has no layers."""
     layers, dims = program.model.spec.layers, program.dims
-    shape = (layers.count if program.attention.paged else 0, num_pages, dims.page, layers.kv_heads, layers.head_dim)
+    shape = (0 if program.attention.cache == "none" else layers.count, num_pages, dims.page, layers.kv_heads, layers.head_dim)
     state = request_state.empty_state(dims, program.rule)
     return KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), state
 
@@ -202,14 +206,13 @@ def default_num_pages(device: jax.Device, page_bytes: int, *, needed: int, share
     """How many pages of ``page_bytes`` to make, now that the parameters are on the device.
 
     ``share`` of what accelerators have left, less a tenth of their memory for the step's temporaries, up to eight times ``needed``:
-    beyond that even a prefix cache gains nothing. A CPU shares its memory with everything else; there it is what all slots need, as where
-    a page is empty.
+    beyond that even a prefix cache gains nothing. A CPU shares its memory with everything else; there it is what all slots need.
 
     Raises:
       ValueError: when no page fits.
     """
     stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats or not page_bytes:
+    if "bytes_limit" not in stats:
         return needed
     free = int(share * (0.9 * stats["bytes_limit"] - stats["bytes_in_use"]))
     if free < page_bytes:

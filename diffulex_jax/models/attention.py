@@ -31,17 +31,22 @@ class AttentionPolicy:
       canvas: what other positions see: ``"block_causal"``, the prompt and the blocks up to their own, or ``"whole"``, all of the
         canvas, the prompt and what is still masked included (LLaDA). Then a prompt sees the whole canvas too, and keys and values change
         with every token that is written.
+      cache: ``"exact"``: keys and values that can no longer change are kept (block-causal canvases). ``"none"``: every forward makes all
+        anew. ``"prefix"``, ``"dual"``: only the first forward of a block does; the others take those of what lies before the block, or of
+        all but the block, as that one made them, which is an approximation (Fast-dLLM, arXiv 2505.22618).
     """
 
     prompt: Literal["block_causal", "whole"] = "block_causal"
     canvas: Literal["block_causal", "whole"] = "block_causal"
+    cache: Literal["exact", "none", "prefix", "dual"] = "exact"
 
     def __post_init__(self) -> None:
         assert self.canvas == "block_causal" or self.prompt == "whole", "a canvas that sees all of itself has a prompt that does"
+        assert (self.canvas == "block_causal") == (self.cache == "exact"), "what changes with every token is not cached exactly"
 
     @property
     def paged(self) -> bool:
-        """Whether keys and values of prompts and of finished blocks are kept, in pages. Otherwise every forward makes them anew."""
+        """Whether keys and values of prompts and of finished blocks are kept, in pages that requests take as they need them."""
         return self.canvas == "block_causal"
 
     @property

@@ -35,7 +35,7 @@ def model(raw: Mapping[str, Any], name: str) -> Model:
         block_stated=False,
         strategy="llada",
         layers=LayerKind(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.head_dim),
-        attention=AttentionPolicy("whole", canvas="whole"),
+        attention=AttentionPolicy("whole", canvas="whole", cache="none"),
     )
     return Model(c, spec, schema(c), tuple(tensors(c)), functools.partial(layers, c), lambda params: params["lm_head"])
 

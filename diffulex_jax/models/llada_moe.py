@@ -32,7 +32,7 @@ def model(raw: Mapping[str, Any], name: str) -> Model:
         strategy="llada",
         layers=LayerKind(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim),
         experts_per_token=c.num_experts_per_tok,
-        attention=AttentionPolicy("whole", canvas="whole"),
+        attention=AttentionPolicy("whole", canvas="whole", cache="none"),
     )
     return Model(c, spec, schema(c), tuple(tensors(c)), functools.partial(layers, c), lambda params: params["lm_head"])
 
