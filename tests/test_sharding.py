@@ -9,7 +9,11 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from diffulex_jax.parallel.mesh import MESH_AXES, add_up, spec, spread
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +54,19 @@ def test_a_checkpoint_is_read_onto_a_mesh(found, mesh, size):
     assert read["same"]
     assert read["placed"]
     assert read["held"] < 0.5
+
+
+def test_arrays_without_elements_stay_outside():
+    """XLA for GPUs crashes on them: what each device does makes its own."""
+    slots, devices = spec("slot"), AbstractMesh((2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def function(both):
+        assert both["nothing"].shape == (2, 0)
+        return add_up(both["x"], "kv_heads"), both["nothing"] + 1
+
+    with jax.sharding.use_abstract_mesh(devices):
+        run = spread(function, (slots,), (slots, slots))
+        jaxpr = jax.make_jaxpr(run)({"nothing": jnp.zeros((4, 0), jnp.int32), "x": jnp.ones((4, 3))})
+    (mapped,) = (e for e in jaxpr.eqns if e.primitive.name == "shard_map")
+    assert [a.aval.shape for a in mapped.invars] == [(4, 3)]
+    assert [(a.aval.shape, a.aval.dtype) for a in mapped.outvars] == [((4, 3), jnp.float32), ((4, 0), jnp.int32)]

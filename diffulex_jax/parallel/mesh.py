@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -83,7 +84,24 @@ def spread(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Calla
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def run(*args: Any) -> Any:
+        arrays, tree = jax.tree.flatten(args)
+        specs = jax.tree.leaves(jax.tree.broadcast(in_specs, args))
+
+        def local(*parts: jax.Array) -> Any:
+            given = iter(parts)
+            return function(*tree.unflatten(next(given) if a.size else empty(a, split) for a, split in zip(arrays, specs, strict=True)))
+
+        def empty(a: jax.Array, split: PartitionSpec) -> jax.Array:
+            return jnp.zeros(NamedSharding(mesh, split).shard_shape(a.shape), a.dtype)
+
+        # XLA for GPUs (JAX 0.11.2) crashes where an array without elements goes into the part of a program that is one device's, and out.
+        split = tuple(s for a, s in zip(arrays, specs, strict=True) if a.size)
+        parts = jax.shard_map(local, in_specs=split, out_specs=out_specs, check_vma=False)
+        return parts(*(a for a in arrays if a.size))
+
+    return run
 
 
 def shared_by(axis: str) -> tuple[str, ...]:
