@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
-from diffulex_jax import SamplingParams, decode, request_state
+from diffulex_jax import Engine, SamplingParams, decode, request_state
 from diffulex_jax.engine import programs
 from diffulex_jax.models.base import init, leaves
 from diffulex_jax.models.registry import model_of
@@ -170,6 +170,28 @@ def loads(meshes):
         return {name: {size: loaded(make_mesh(**axes), folder, most) for size, most in sizes.items()} for name, axes in meshes.items()}
 
 
+def engines(meshes):
+    """Whether engines over ``meshes``, given as text, generate what one on a single device does, and what is said of a bad one."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 90, n).tolist() for n in PROMPTS]
+    settings = [SamplingParams(max_tokens=10), SamplingParams(max_tokens=10, temperature=0.8, seed=1)] * 2
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(folder, MODEL, init(MODEL, jax.random.key(0), scale=0.3), dtype="float32")
+        sizes = {"strategy": "llada2_edit", "block_size": BLOCK, "force_block_size": True, "max_model_len": 32, "max_slots": 2}
+
+        def answers(mesh):
+            return [o.token_ids for o in Engine.from_pretrained(folder, mesh=mesh, **sizes).generate(prompts, settings)]
+
+        def refused(mesh):
+            try:
+                Engine.from_pretrained(folder, mesh=mesh, **sizes)
+            except ValueError as error:
+                return str(error)
+
+        single = answers(None)
+        return {"same": {mesh: answers(mesh) == single for mesh in meshes}, "tokens": sum(map(len, single)), "refused": refused("tensor=3")}
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     single = decoded(make_mesh())
@@ -177,6 +199,6 @@ if __name__ == "__main__":
     found = {name: difference(single, decoded(make_mesh(**axes))) for name, axes in meshes.items()}
     single_next = decoded(make_mesh(), NEXT, fast_dllm_v2())
     found |= {f"{name}, next": difference(single_next, decoded(make_mesh(**axes), NEXT, fast_dllm_v2())) for name, axes in meshes.items()}
-    found["loads"] = loads(meshes)
+    found |= {"loads": loads(meshes), "engines": engines(["expert=4,tensor=2", "tensor=2"])}
     generated = {"generated": int((single[0] != MASK).sum()), "generated, next": int((single_next[0] != MASK).sum())}
     print(json.dumps(found | generated | {"shared_vocabulary": shared_vocabulary()}))

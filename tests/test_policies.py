@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from plain import attend_to, probabilities
 from diffulex_jax import Engine, SamplingParams
 from diffulex_jax.engine.build import plan
 from diffulex_jax.engine.config import EngineConfig
-from diffulex_jax.parallel.mesh import make_mesh
+from diffulex_jax.errors import SettingError
+from diffulex_jax.parallel.mesh import make_mesh, mesh_of
 from diffulex_jax.strategies import STRATEGIES
 from diffulex_jax.weights import checkpoint
 
@@ -168,3 +170,24 @@ def test_a_row_that_is_not_a_number_ends_alone_and_leaves_nothing_behind():
 def test_a_mesh_of_other_axes_or_several_data_shards_is_refused():
     with pytest.raises(ValueError, match="takes a mesh of axes"):
         Engine(NETWORK, PARAMS, mesh=jax.make_mesh((1,), ("x",)), **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("tensor=2", "mesh='tensor=2': a 1x1x2 mesh needs 2 devices; there are 1"),
+        ("expert=1, tensor=0", "'tensor=0' is not AXIS=DEVICES with an axis of data, expert, tensor, as in expert=2,tensor=2"),
+        ("model=1", "'model=1' is not AXIS=DEVICES"),
+        ("tensor", "'tensor' is not AXIS=DEVICES"),
+        ("", "'' is not AXIS=DEVICES"),
+        ("tensor=1,tensor=1", "tensor stands there twice"),
+    ],
+)
+def test_a_mesh_as_text_that_will_not_do(text, message):
+    with pytest.raises(SettingError, match=re.escape(message)) as error:
+        Engine.from_pretrained(str(MODEL), mesh=text, **OPTIONS)
+    assert error.value.field == "mesh"
+
+
+def test_a_mesh_as_text():
+    assert dict(mesh_of("tensor=1, data=1").shape) == dict(mesh_of(None).shape) == {"data": 1, "expert": 1, "tensor": 1}

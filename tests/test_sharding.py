@@ -56,6 +56,12 @@ def test_a_checkpoint_is_read_onto_a_mesh(found, mesh, size):
     assert read["held"] < 0.5
 
 
+def test_an_engine_over_a_mesh_that_is_given_as_text(found):
+    assert found["engines"]["same"] == {"expert=4,tensor=2": True, "tensor=2": True}
+    assert found["engines"]["tokens"] > 20
+    assert "=2 cannot be split over 3 devices (mesh axes tensor); it can over 2" in found["engines"]["refused"]
+
+
 def test_arrays_without_elements_stay_outside():
     """XLA for GPUs crashes on them: what each device does makes its own."""
     slots, devices = spec("slot"), AbstractMesh((2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 3)

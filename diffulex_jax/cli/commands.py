@@ -64,6 +64,10 @@ def main(
 
 
 _Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")]
+_Mesh = Annotated[
+    str | None,
+    typer.Option(help="How devices share each layer: expert=2,tensor=2. Default: one device.", rich_help_panel="The engine"),
+]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _STRATEGIES = f"{', '.join(STRATEGY_NAMES)}, or the import path of one of your own, my_module:my_rule"
 _USUAL = "Default: the one that the model's authors decode it with."
@@ -83,6 +87,7 @@ def generate(
     ] = None,
     prompt_ids: Annotated[list[str] | None, typer.Option(help="The prompt as token ids: 1,2,3. May be given several times.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt through the model's chat template.")] = False,
+    mesh: _Mesh = None,
     as_json: _AsJson = False,
     **settings: Any,
 ) -> None:
@@ -99,7 +104,7 @@ def generate(
 
             configured = EngineConfig(max_slots=slots, **engine_settings)
             asked = preflight.prepare(model, strategy, asked, chat=chat, sampling=sampling, settings=configured)
-            engine = Engine.from_pretrained(model, strategy=strategy, max_slots=slots, **engine_settings)
+            engine = Engine.from_pretrained(model, strategy=strategy, max_slots=slots, mesh=mesh, **engine_settings)
         start_seconds = time.perf_counter() - began
         outputs = engine.generate(asked, sampling)
     if not as_json:
@@ -137,6 +142,7 @@ def serve(
     ] = 3.0,
     tick_seconds: Annotated[float, typer.Option(help="Longest time one step may take in a process.", rich_help_panel=_PROCESS)] = 120.0,
     compile_cache: Annotated[pathlib.Path | None, typer.Option(help=_CACHE)] = None,
+    mesh: _Mesh = None,
     **settings: Any,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, and some of its own."""
@@ -150,7 +156,7 @@ def serve(
         engine_settings = {k: v for k, v in settings.items() if k not in mine}
         http.log_as_json()
         engine = AsyncEngine(
-            functools.partial(http.build_engines, model, strategy or [None], **engine_settings),
+            functools.partial(http.build_engines, model, strategy or [None], mesh=mesh, **engine_settings),
             isolation=isolation.value,
             compile_cache=compile_cache,
             silence_seconds=silence_seconds,

@@ -21,7 +21,7 @@ from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import Model, ModelSpec, Params
-from diffulex_jax.parallel.mesh import MESH_AXES, make_mesh
+from diffulex_jax.parallel.mesh import mesh_of
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import Dims
 from diffulex_jax.strategies import STRATEGIES, AnyStrategy, Strategy, for_model, resolve
@@ -72,12 +72,15 @@ class Parts(NamedTuple):
     fingerprint: Mapping[str, str]
 
 
-def load(model: str, strategies: Sequence[AnyStrategy | None], mesh: Mesh | None, settings: EngineConfig) -> tuple[Network, list[Strategy]]:
+def load(
+    model: str, strategies: Sequence[AnyStrategy | None], mesh: Mesh | str | None, settings: EngineConfig
+) -> tuple[Network, list[Strategy]]:
     """Reads a model, and finds the strategies that are to decode it; see ``Engine.for_strategies``.
 
     Raises:
-      ValueError: for a model or a strategy that will not do.
+      ValueError: for a model, a strategy or a mesh that will not do.
     """
+    mesh = mesh_of(mesh)
     for strategy in strategies:
         if strategy is not None:
             resolve(strategy)  # an unknown one should not cost a download
@@ -92,7 +95,6 @@ def load(model: str, strategies: Sequence[AnyStrategy | None], mesh: Mesh | None
     tokenizer, eos_ids = Tokenizer.load(path), checkpoint.load_end_ids(path)
     for strategy in found:
         plan(spec, strategy, settings)  # a setting that will not do should not cost a load either
-    mesh = make_mesh() if mesh is None else mesh
     network, params = checkpoint.load(path, mesh, dtype=settings.jax_dtype)
     return Network(network, params, tokenizer, eos_ids, str(model), mesh), found
 
@@ -188,11 +190,9 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     """Compiles everything an engine will run.
 
     Raises:
-      ValueError: for a mesh or a setting that will not do, naming it.
+      ValueError: for a setting that will not do, naming it.
     """
     spec, mesh, rule = network.model.spec, network.mesh, strategy.rule
-    if mesh.axis_names != MESH_AXES or mesh.shape["data"] > 1:
-        raise ValueError(f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {mesh.shape}")
     s, policy, dims = plan(spec, strategy, settings)
     unit_bytes = 2 * spec.layers.count * dims.unit * spec.layers.kv_heads * spec.layers.head_dim * s.jax_dtype.itemsize
     needed = s.max_slots * dims.units_per_slot

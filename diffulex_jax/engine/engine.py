@@ -20,7 +20,7 @@ from diffulex_jax.engine.results import Output, Progress
 from diffulex_jax.engine.snapshot import Snapshot
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models.base import Model, Params
-from diffulex_jax.parallel.mesh import make_mesh
+from diffulex_jax.parallel.mesh import mesh_of
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.strategies import AnyStrategy, for_model
 
@@ -43,7 +43,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         eos_ids: tuple[int, ...] | None = None,
         model_id: str = "",
-        mesh: Mesh | None = None,
+        mesh: Mesh | str | None = None,
         memory_share: float = 1.0,
         **settings: Any,
     ):
@@ -57,7 +57,7 @@ class Engine:
           tokenizer: for prompts and outputs as text.
           eos_ids: tokens that end an output; default: the config's.
           model_id: keeps cached prefixes and snapshots of different models apart.
-          mesh: where to run; default: the first device.
+          mesh: where to run: a mesh, or the sizes of its axes, as in ``"expert=2,tensor=2"``; default: the first device.
           memory_share: of the memory that is free now, how much the KV pool may take where ``num_pages`` is not given.
           **settings: see :class:`EngineConfig`.
 
@@ -67,14 +67,14 @@ class Engine:
         compile_cache.enable()
         chosen, ends = for_model(model.spec, strategy), model.spec.eos_ids if eos_ids is None else eos_ids
         self.strategy, self._defaults = chosen.name, chosen.defaults
-        self.model, self.tokenizer, self.mesh = model, tokenizer, make_mesh() if mesh is None else mesh
+        self.model, self.tokenizer, self.mesh = model, tokenizer, mesh_of(mesh)
         network = Network(model, params, tokenizer, ends, model_id, self.mesh)
         parts = build(network, chosen, EngineConfig(**settings), memory_share=memory_share)
         self.settings, self.dims, self._limits, self._pages, self._device, self._scheduler, self._fingerprint = parts
         self._desk = Desk(self._scheduler, tokenizer)
 
     @classmethod
-    def from_pretrained(cls, model: str, *, strategy: AnyStrategy | None = None, mesh: Mesh | None = None, **settings: Any) -> Engine:
+    def from_pretrained(cls, model: str, *, strategy: AnyStrategy | None = None, mesh: Mesh | str | None = None, **settings: Any) -> Engine:
         """Loads a model and compiles everything it will run.
 
         Args:
@@ -89,7 +89,7 @@ class Engine:
 
     @classmethod
     def for_strategies(
-        cls, model: str, strategies: Sequence[AnyStrategy | None], *, mesh: Mesh | None = None, **settings: Any
+        cls, model: str, strategies: Sequence[AnyStrategy | None], *, mesh: Mesh | str | None = None, **settings: Any
     ) -> dict[str, Engine]:
         """An engine for each strategy by its name, with slots and pages of its own, all over the same parameters.
 

@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffulex_jax.errors import SettingError
+
 
 MESH_AXES = ("data", "expert", "tensor")
 
@@ -50,6 +52,36 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = 1, exp
     return Mesh(np.array(devices[:need]).reshape(data, expert, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def mesh_of(mesh: Mesh | str | None) -> Mesh:
+    """The mesh of an engine: one as it is, or as a text says, ``"expert=2,tensor=2"``; None is the first device.
+
+    Raises:
+      SettingError: for a text that is not such a list, other axes, more devices than exist, or ``data`` above 1.
+    """
+    try:
+        made = mesh if isinstance(mesh, Mesh) else make_mesh(None, **({} if mesh is None else _sizes(mesh)))
+    except ValueError as error:
+        raise SettingError("mesh", f"mesh={mesh!r}: {error}") from None
+    if made.axis_names != MESH_AXES or made.shape["data"] > 1:
+        raise SettingError(
+            "mesh", f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {dict(made.shape)}"
+        )
+    return made
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """``"expert=2,tensor=2"`` as ``{"expert": 2, "tensor": 2}``."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in MESH_AXES or not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"{part.strip()!r} is not AXIS=DEVICES with an axis of {', '.join(MESH_AXES)}, as in expert=2,tensor=2")
+        if axis in sizes:
+            raise ValueError(f"{axis} stands there twice")
+        sizes[axis] = int(size)
+    return sizes
+
+
 def spec(*axes: str | None) -> PartitionSpec:
     """How an array whose dimensions carry the logical names ``axes`` (None: unnamed, replicated) is split."""
     return PartitionSpec(*(None if axis is None else LOGICAL_AXES[axis] for axis in axes))
@@ -64,13 +96,18 @@ def check_split(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None], na
     """Checks that every device of ``mesh`` gets an equal part of an array.
 
     Raises:
-      ValueError: naming the array ``name``, its axis and its size, and the devices that do not divide it.
+      ValueError: naming the array ``name``, its axis and its size, the devices that do not divide it, and how many would.
     """
     for size, axis, names in zip(shape, axes, spec(*axes), strict=True):
         names = (names,) if isinstance(names, str) else names or ()
         devices = math.prod(mesh.shape[n] for n in names)
         if size % devices:
-            raise ValueError(f"{name}: {axis}={size} cannot be split over {devices} devices (mesh axes {', '.join(names)})")
+            fitting = [n for n in range(1, size + 1) if size % n == 0]
+            nearest = [max(n for n in fitting if n < devices), *[n for n in fitting if n > devices][:1]]
+            raise ValueError(
+                f"{name}: {axis}={size} cannot be split over {devices} devices (mesh axes {', '.join(names)}); "
+                f"it can over {' or '.join(map(str, nearest))}"
+            )
 
 
 def spread(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -91,7 +128,8 @@ def spread(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Calla
 
         def local(*parts: jax.Array) -> Any:
             given = iter(parts)
-            return function(*tree.unflatten(next(given) if a.size else empty(a, split) for a, split in zip(arrays, specs, strict=True)))
+            all_parts = [next(given) if a.size else empty(a, split) for a, split in zip(arrays, specs, strict=True)]
+            return function(*jax.tree.unflatten(tree, all_parts))
 
         def empty(a: jax.Array, split: PartitionSpec) -> jax.Array:
             return jnp.zeros(NamedSharding(mesh, split).shard_shape(a.shape), a.dtype)
