@@ -32,6 +32,7 @@ class Dims:
       merge_top_k: M, candidates mixed into a soft token.
       candidates: most probable tokens that a prediction lists, at least M.
       commit_alone: a block's KV is written in a step that does nothing else for its row but decide the first token of the next block.
+      sub_block_cache: tokens of a sub-block that goes through the network by itself, beside old keys and values of its block; 0: none does.
     """
 
     slots: int
@@ -44,6 +45,7 @@ class Dims:
     merge_top_k: int = 0
     candidates: int = 0
     commit_alone: bool = False
+    sub_block_cache: int = 0
 
     @property
     def positions(self) -> int:

@@ -204,8 +204,6 @@ def left_out(case: Case) -> str | None:
         if s["eos_early_stop"] and s["editing_threshold"] and case.wanted[1] == "stop":
             return "an EOS ends it although tokens before it would still be edited"
     if case.peer in FAST_DLLM:
-        if s["use_block_cache"]:
-            return "use_block_cache: an approximation, in which a sub-block is decoded beside old keys and values of the others"
         if len(case.prompt) == case.block:
             return "a prompt of exactly one block is not read at all by the peer"
         if not case.recorded["output"]:
@@ -312,7 +310,7 @@ def decode(cases: Sequence[Case], engine_for: Callable[..., Engine]) -> dict[tup
 
     ``engine_for(strategy=..., block_size=..., ...)`` builds an engine.
     """
-    groups: dict[tuple[str, int, str | None], list[Case]] = {}
+    groups: dict[EngineKey, list[Case]] = {}
     for case in cases:
         groups.setdefault(engine_key(case), []).append(case)
     decoded = {}
@@ -327,21 +325,37 @@ def decode(cases: Sequence[Case], engine_for: Callable[..., Engine]) -> dict[tup
     return decoded
 
 
-def engine_key(case: Case) -> tuple[str, int, str | None]:
-    """The strategy, block size and cache of the engine for a case. On a whole canvas one engine takes blocks of many lengths."""
+class EngineKey(NamedTuple):
+    """What cases must have in common to go through one engine.
+
+    Attributes:
+      strategy, block: its name, and the block size. On a whole canvas one engine takes blocks of many lengths.
+      more: other settings of the engine, each with its value.
+    """
+
+    strategy: str
+    block: int
+    more: tuple[tuple[str, Any], ...] = ()
+
+
+def engine_key(case: Case) -> EngineKey:
+    """The engine for a case."""
+    strategy, s = reading(case).strategy, case.settings
     if case.peer in LLADA:
-        return reading(case).strategy, -(-case.block // 64) * 64, case.settings.get("cache", "none")
-    return reading(case).strategy, case.block, None
+        return EngineKey(strategy, -(-case.block // 64) * 64, (("cache", s.get("cache", "none")),))
+    if case.peer in FAST_DLLM and s["use_block_cache"]:
+        return EngineKey(strategy, case.block, (("sub_block_cache", s["small_block_size"]),))
+    return EngineKey(strategy, case.block)
 
 
 def engine_of(cases: Sequence[Case], engine_for: Callable[..., Engine]) -> Engine:
     """The engine for cases of one :func:`engine_key`."""
-    strategy, block, cache = engine_key(cases[0])
-    longest = max(len(case.prompt) + case.max_tokens for case in cases) + (block if cases[0].peer not in LLADA else 0)
-    room = max(64, block)
+    key = engine_key(cases[0])
+    longest = max(len(case.prompt) + case.max_tokens for case in cases) + (key.block if cases[0].peer not in LLADA else 0)
+    room = max(64, key.block)
     length = max(256, -(-longest // room) * room)
-    cached = {} if cache is None else {"cache": cache}
-    return engine_for(strategy=strategy, block_size=block, force_block_size=True, max_slots=4, max_model_len=length, **cached)
+    sizes = {"block_size": key.block, "force_block_size": True, "max_slots": 4, "max_model_len": length}
+    return engine_for(strategy=key.strategy, **sizes, **dict(key.more))
 
 
 def _jobs(cases: Sequence[Case]) -> Iterator[tuple[Case, bool, SamplingParams]]:

@@ -43,8 +43,9 @@ class Row:
 class ShadowDevice:
     """See the module; blocks finish by the roll of a die."""
 
-    def __init__(self, *, slots: int, seed: int, page: int, commit_alone: bool = False):
+    def __init__(self, *, slots: int, seed: int, page: int, commit_alone: bool = False, keeps_window: bool = False):
         self.slots, self.random, self.per_page, self.commit_alone = slots, random.Random(seed), page // BLOCK, commit_alone
+        self.keeps_window = keeps_window
         self.content: dict[Place, tuple[int, ...]] = {}
         self.rows: dict[int, Row] = {}
         self.reads = 0
@@ -98,7 +99,8 @@ class ShadowDevice:
         assert running.keys() == self.rows.keys()
         live = set(running)
         for _ in range(max_steps):
-            starved = any(self.rows[s].ready and len(running[s].pages) * self.per_page <= self.rows[s].start // BLOCK for s in live)
+            last = {s: self.rows[s].start // BLOCK + self.keeps_window for s in live}
+            starved = any(self.rows[s].ready and len(running[s].pages) * self.per_page <= last[s] for s in live)
             if not live or starved or (stop_on_finish and len(live) < len(running)):
                 break
             for slot in sorted(live):
@@ -123,6 +125,7 @@ class ShadowDevice:
         if row.ready:
             row.start, row.pending, row.ready = row.start + BLOCK, True, False
         self.check(pages, row.tokens, row.written // BLOCK)
+        assert not self.keeps_window or row.start // BLOCK < len(pages) * self.per_page, "a window without its pages"
         if row.pending:
             self.write(pages, row.tokens, row.start // BLOCK - 1)
             row.written, row.pending = row.start, False
@@ -137,13 +140,14 @@ class ShadowDevice:
 class World:
     """A scheduler over a shadow device, and what a random user does to it."""
 
-    def __init__(self, *, pool: float, seed: int, page: int = BLOCK, device: type[ShadowDevice] = ShadowDevice, commit_alone: bool = False):
+    def __init__(self, *, pool: float, seed: int, page: int = BLOCK, device: type[ShadowDevice] = ShadowDevice, **kind: bool):
+        """``kind``: ``commit_alone`` and ``keeps_window``, of the scheduler and the device."""
         self.random = random.Random(seed)
         slots, longest = 4, POSITIONS // page
         self.pages = PagePool(max(longest, int(pool * longest)))
-        self.device = device(slots=slots, seed=seed, page=page, commit_alone=commit_alone)
+        self.device = device(slots=slots, seed=seed, page=page, **kind)
         sizes = {"slots": slots, "block": BLOCK, "page": page, "window": 1, "max_batched_tokens": 24, "steps_per_dispatch": 4}
-        self.scheduler = Scheduler(self.device, self.pages, **sizes, root=b"", commit_alone=commit_alone)
+        self.scheduler = Scheduler(self.device, self.pages, **sizes, root=b"", **kind)
         self.requests: dict[int, Tracked] = {}
         self.ended: list[Ended] = []
         self.count = 0

@@ -116,6 +116,7 @@ def test_settings_of_several_values_are_given_several_times(asked):
 
 def test_every_engine_setting_is_an_option(asked):
     settings = {"strategy": "llada2"} | {f.name: f.default for f in dataclasses.fields(EngineConfig) if f.name != "max_slots"}
+    elsewhere = {name: settings.pop(name) for name in ("cache", "sub_block_cache")}  # of other models, and refused for this one
     names = {"strategy": "dmax", "dtype": "bfloat16", "kernels": "reference", "attention": "prefix_full"}
     wanted = {name: 5 for name, default in settings.items() if type(default) in (int, type(None))} | names
     arguments = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -125,8 +126,11 @@ def test_every_engine_setting_is_an_option(asked):
     arguments += [f"--{'no-' * default}{name.replace('_', '-')}" for name, default in flags.items()]
     assert run("generate", "--prompt-ids", "5, 6", *arguments).exit_code == 0
     assert asked["model"] == "embedded"
-    assert asked["engine"] == wanted | {"max_slots": 1}
+    assert asked["engine"] == wanted | elsewhere | {"max_slots": 1}
     assert asked["prompts"] == [[5, 6]]
+    for name, value in (("cache", "dual"), ("sub_block_cache", "8")):
+        refused = run("generate", "--prompt-ids", "5", f"--{name.replace('_', '-')}", value)
+        assert refused.exit_code == 2 and f"error: {name}=" in refused.output and "is not for this model" in refused.output
 
 
 def test_prompts_come_from_arguments_options_files_and_standard_input(asked, tmp_path):

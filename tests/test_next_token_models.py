@@ -10,7 +10,7 @@ import pytest
 from plain import attend_to, probabilities, sees
 from test_qwen2 import RAW
 
-from diffulex_jax import Engine, SamplingParams
+from diffulex_jax import Engine, SamplingParams, SettingError
 from diffulex_jax.models.base import init
 from diffulex_jax.models.registry import model_of
 
@@ -146,3 +146,53 @@ def test_look_ahead_blocks_end_with_what_was_asked_for():
     together = engine.generate(PROMPTS, params)
     assert [len(o.token_ids) for o in together] == [17] * len(PROMPTS)
     assert [engine.generate([prompt], full(17, accept_threshold=0.3))[0].token_ids for prompt in PROMPTS] == [o.token_ids for o in together]
+
+
+# Sub-blocks beside old keys and values
+
+
+def cached(**settings) -> Engine:
+    return Engine(MODEL, PARAMS, sub_block_cache=2, max_slots=4, max_model_len=LONGEST, **settings)
+
+
+def test_what_a_row_does_beside_old_keys_never_depends_on_the_others():
+    """Rows that need a forward over the whole block go first; the others wait, and spend nothing."""
+    engine = cached()
+    params = [full(15, accept_threshold=0.3, sub_block=2, seed=i, temperature=0.5 * (i % 2)) for i in range(len(PROMPTS))]
+    together = engine.generate(PROMPTS, params, trace=True)
+    alone = [engine.generate([prompt], one)[0] for prompt, one in zip(PROMPTS, params, strict=True)]
+    assert [(o.token_ids, o.nfe) for o in together] == [(o.token_ids, o.nfe) for o in alone]
+    assert all(len(o.trace) == o.nfe for o in together)
+
+
+def test_old_keys_are_an_approximation_that_spends_as_many_forwards(engine):
+    """At a token a step."""
+    params = [full(21, sub_block=2) for _ in PROMPTS]
+    exact, approximate = (one.generate(PROMPTS, params) for one in (engine, cached()))
+    assert [o.nfe for o in approximate] == [o.nfe for o in exact]
+    assert [o.token_ids for o in approximate] != [o.token_ids for o in exact]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sub_block_cache": 3}, "sub_block_cache=3 must divide the block_size=4"),
+        ({"sub_block_cache": 2, "buffer_size": 2}, "sub_block_cache=2 does not go with buffer_size=2"),
+        ({"sub_block_cache": 2, "page_size": 4}, "sub_block_cache=2 does not go with page_size=4"),
+        ({"sub_block_cache": 2, "strategy": "llada2"}, "sub_block_cache=2 is not for strategy 'llada2'"),
+        ({"sub_block_cache": 0}, "sub_block_cache=0 must be a positive integer"),
+    ],
+)
+def test_what_does_not_go_with_a_cache_of_sub_blocks(settings, message):
+    with pytest.raises(SettingError, match=message):
+        Engine(MODEL, PARAMS, max_slots=1, max_model_len=LONGEST, **settings)
+
+
+def test_a_cache_of_sub_blocks_is_refused_where_outputs_speak_of_their_own_position(golden_model):
+    with pytest.raises(SettingError, match="sub_block_cache=8 is not for this model"):
+        Engine.from_pretrained(golden_model, strategy="fast_dllm_v2", sub_block_cache=8)
+
+
+def test_a_requests_sub_block_is_the_engines():
+    with pytest.raises(SettingError, match="sub_block=3 must be 2, the engine's sub_block_cache"):
+        cached().generate([[1]], full(4, sub_block=3))

@@ -28,6 +28,7 @@ SETUPS = {
     "sdar-32": {"model": SDAR, "strategy": "sdar_leftmost", "block_size": 32, "force_block_size": True, **OPTIONS},
     "fast-8": {"model": FAST, "strategy": "fast_dllm_v2", "block_size": 8, "force_block_size": True, "page_size": 16, **OPTIONS},
     "fast-32": {"model": FAST, "strategy": "fast_dllm_v2", **OPTIONS},
+    "fast-cached": {"model": FAST, "strategy": "fast_dllm_v2", "sub_block_cache": 8, **OPTIONS},
 }
 
 
@@ -78,7 +79,7 @@ def test_preempted_at_every_step(setup, every):
     assert same_answer.preempted(engine, requests[:3], every=every) == alone[:3]
 
 
-@pytest.mark.parametrize("name", ["dmax", "sdar-4", "sdar-32", "fast-8"])
+@pytest.mark.parametrize("name", ["dmax", "sdar-4", "sdar-32", "fast-8", "fast-cached"])
 def test_restored_in_another_process(tmp_path, request, name):
     options, some = options_of(name), requests_of(name)[:2]
     engine = Engine.from_pretrained(**options)

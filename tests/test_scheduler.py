@@ -36,10 +36,13 @@ def test_a_thousand_episodes_read_nothing_stale(pool, blocks_of_a_page):
         assert sum(world.scheduler.preemptions for world in worlds) > 1000
 
 
+@pytest.mark.parametrize("keeps_window", [False, True])
 @pytest.mark.parametrize("blocks_of_a_page", [1, 2])
 @pytest.mark.parametrize("pool", POOLS)
-def test_the_last_block_of_a_prompt_may_be_left_to_the_first_step(pool, blocks_of_a_page):
-    worlds = [episode(pool=pool, seed=seed, page=blocks_of_a_page * BLOCK, commit_alone=True) for seed in range(300)]
+def test_the_last_block_of_a_prompt_may_be_left_to_the_first_step(pool, blocks_of_a_page, keeps_window):
+    """And a window may need its pages before it is committed."""
+    kind = {"commit_alone": True, "keeps_window": keeps_window}
+    worlds = [episode(pool=pool, seed=seed, page=blocks_of_a_page * BLOCK, **kind) for seed in range(300)]
     assert sum(world.pages.hits for world in worlds) > 300 / blocks_of_a_page**2
 
 

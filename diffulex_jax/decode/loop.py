@@ -14,6 +14,7 @@ from diffulex_jax.decode.canvas import canvas_forward
 from diffulex_jax.decode.forward import forward, pages_of, write
 from diffulex_jax.decode.prediction import predict
 from diffulex_jax.decode.program import Program
+from diffulex_jax.decode.sub_block import current_sub_block, forward_sub_block
 from diffulex_jax.decode.window import advance, choose_rows, count_step, finish, seen, settled_positions, write_window
 from diffulex_jax.models.base import Params
 from diffulex_jax.state import DecodeState, KVPool, Merge, Prediction, StepReport, Trace
@@ -55,7 +56,9 @@ def denoise(
         finished = (live_before & ~state.live).any()
         starved = jnp.bool_(False)
         if program.attention.paged:
-            none = (pages_of(program, page_table, state.start) >= pool.k.shape[1]).any(1)
+            # Old keys and values of a window lie in its pages, which it must have before it moves there.
+            last = state.start + program.dims.block if program.dims.sub_block_cache else state.start
+            none = (pages_of(program, page_table, last) >= pool.k.shape[1]).any(1)
             starved = (state.live & state.ready & none).any()
         going, halt = anywhere(jnp.stack([state.live.any(), starved | (stop_on_finish & finished)]))
         return (i < max_steps) & going & ~halt
@@ -99,30 +102,75 @@ def step(
 
     ``writes`` says, where it is known when the program is traced, whether some row has a pending block.
     """
+    if program.dims.sub_block_cache:
+        return _step_of_a_kind(program, params, pool, state, page_table=page_table)
     commits = state.pending.live & state.live
     if program.attention.paged:
         hidden, pool, state = _forward(program, params, pool, state, page_table=page_table, writes=writes)
     else:
         hidden, pool = canvas_forward(program, params, pool, state)
+    # Where a commit is alone, no output of this forward speaks of the window's first position, which was decided before.
+    fixed = _first(state) if program.dims.commit_alone else jnp.zeros_like(state.frozen)
+    return pool, _decide(program, params, hidden, state, commits=commits, fixed=fixed)
+
+
+def _step_of_a_kind(
+    program: Program, params: Params, pool: KVPool, state: DecodeState, *, page_table: jax.Array
+) -> tuple[KVPool, DecodeState]:
+    """As :func:`step`, where ``dims.sub_block_cache``: a row commits or feeds its whole window, or it feeds one sub-block.
+
+    As long as a row needs the former, those that need the latter wait: what a row does never depends on the others.
+    """
+    commits = state.pending.live & state.live
+    low, renew = current_sub_block(program, state)
+    wide = anywhere((state.live & (commits | renew)).any())
+    acts = state.live & ((commits | renew) == wide)
+    acting = state.replace(live=acts)
+
+    def feed_window(pool: KVPool) -> tuple[KVPool, DecodeState]:
+        hidden, pool, after = _forward_pending_or_window(program, params, pool, acting, page_table=page_table)
+        return pool, _decide(program, params, hidden, after, commits=commits, fixed=_first(state))
+
+    def feed_sub_block(pool: KVPool) -> tuple[KVPool, DecodeState]:
+        hidden, pool = forward_sub_block(program, params, pool, acting, low, page_table=page_table)
+        at = jnp.arange(program.dims.block) - low[:, None, None]
+        fixed = (at <= 0) | (at >= program.dims.sub_block_cache)
+        return pool, _decide(program, params, hidden, acting, commits=jnp.zeros_like(commits), fixed=fixed)
+
+    pool, after = lax.cond(wide, feed_window, feed_sub_block, pool)
+    return pool, choose_rows(acts, after, state)
+
+
+def _decide(
+    program: Program, params: Params, hidden: jax.Array, state: DecodeState, *, commits: jax.Array, fixed: jax.Array
+) -> DecodeState:
+    """What the rules and the finish test make of a forward.
+
+    Args:
+      program, params: the static part, and model parameters.
+      hidden: ``[S, K B, D]`` hidden states that speak of the window.
+      state: as the forward left it.
+      commits: ``[S]`` bool, rows that wrote a pending block; what it means where they do so alone, see :func:`_decide_first`.
+      fixed: ``[S, K, B]`` bool, positions that no rule may write in this step, because ``hidden`` does not speak of them.
+    """
     with jax.named_scope("prediction"):
         prediction = predict(program, params, hidden, _without_draws(state, commits) if program.dims.commit_alone else state)
     with jax.named_scope("rules"):
         before = state
-        state = _apply_rule(program, prediction, before)
+        state = _apply_rule(program, prediction, before, fixed)
         if program.dims.commit_alone:
             state = choose_rows(commits, _decide_first(prediction, before), state)
         # Rules say what is masked; that masked positions read as the mask id is kept here, for every rule.
         state = state.replace(tokens=jnp.where(state.masked, program.dims.mask_id, state.tokens))
         # A row whose prediction is not a number has nothing to go on with; the others never see it.
         broken = (~jnp.isfinite(prediction.prob) & before.editable).any((1, 2))
-        return pool, finish(count_step(before, state), broken)
+        return finish(count_step(before, state), broken)
 
 
-def _apply_rule(program: Program, prediction: Prediction, state: DecodeState) -> DecodeState:
-    """What the rule makes of a prediction, and the end of blocks that took too long."""
+def _apply_rule(program: Program, prediction: Prediction, state: DecodeState, fixed: jax.Array) -> DecodeState:
+    """What the rule makes of a prediction, and the end of blocks that took too long. Nothing that is ``fixed`` changes."""
     given = state.frozen
-    if program.dims.commit_alone:  # no output of this forward speaks of the window's first position, which was decided before
-        state = state.replace(frozen=given | _first(state))
+    state = state.replace(frozen=given | fixed)
     state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
     with remask.decided_by(program.kernels.remask):
         state, rule_state = program.rule.update(prediction, state, state.rule)
@@ -209,7 +257,8 @@ def _forward_pending_or_window(
 
     The output at a position speaks of the next one, so the hidden state of each position of the window is that of the one before it.
     For a row that commits, that is the last of the pending block for the first position; what it has for the others means nothing.
-    In the other rows it is the first position's that means nothing: it was decided before.
+    In the other rows it is the first position's that means nothing: it was decided before. Where ``dims.sub_block_cache``, the keys and
+    values of windows are kept too, until the block is committed.
     """
     slots, window, block = state.tokens.shape
     commits = state.pending.live & state.live
@@ -226,7 +275,8 @@ def _forward_pending_or_window(
     keys = Keys(pool.k, pool.v, page_table, state.written_upto, lanes)
     hidden, (k, v) = forward(program, params, x, at, keys=keys, keep=True)
     k, v = k[:, :, :block], v[:, :, :block]
-    pool = write(program, pool, k, v, page_table=page_table, start=state.start - block, where=commits)
+    kept = state.live if program.dims.sub_block_cache else commits
+    pool = write(program, pool, k, v, page_table=page_table, start=at[:, 0], where=kept)
     before = jnp.clip(positions - 1 - at[:, :1], 0, window * block - 1)
     return jnp.take_along_axis(hidden, before[..., None], 1), pool, _committed(state, commits)
 

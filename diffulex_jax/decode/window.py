@@ -38,7 +38,7 @@ def seen(before: DecodeState, after: DecodeState) -> Trace:
     filled = before.editable & ~before.masked
     return Trace(
         start=after.start,
-        live=before.live,
+        live=before.live & (after.nfe > before.nfe),
         tokens=after.tokens,
         masked=after.masked,
         confidence=after.confidence,

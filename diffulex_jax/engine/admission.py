@@ -88,6 +88,8 @@ def check(limits: Limits, prompt: Prompt, params: SamplingParams, *, name: str) 
         raise SettingError("block_length", f"{name}: block_length={length} is more than the engine's block_size={most}")
     if steps > length:
         raise SettingError("denoising_steps", f"{name}: denoising_steps={steps} is more than the tokens of a block, {length}")
+    if (size := limits.dims.sub_block_cache) and params.sub_block != size:
+        raise SettingError("sub_block", f"{name}: sub_block={params.sub_block} must be {size}, the engine's sub_block_cache")
     for field in ("pinned", "init_tokens"):
         for offset, token in (getattr(params, field) or {}).items():
             if token >= limits.vocab_size or token == limits.dims.mask_id:

@@ -142,7 +142,8 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
     else:
         policy = AttentionPolicy("whole" if attention == "prefix_full" else "block_causal")
     block = block_size(spec, s)
-    page = -(-s.max_model_len // block) * block if whole_canvas else page_size(block, s)
+    _check_sub_blocks(spec, strategy, s, block)
+    page = -(-s.max_model_len // block) * block if whole_canvas else s.sub_block_cache or page_size(block, s)
     unit = max(block, page)
     dims = dims_for(
         strategy.rule,
@@ -153,6 +154,7 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
         pages_per_slot=-(-s.max_model_len // unit) * (unit // page),
         mask_id=spec.mask_id,
         commit_alone=spec.commit_alone,
+        sub_block_cache=s.sub_block_cache or 0,
         whole_canvas=whole_canvas,
     )
     return dataclasses.replace(s, block_size=block, page_size=page), policy, dims
@@ -184,6 +186,26 @@ def _check_canvas(strategy: Strategy, settings: EngineConfig, *, whole: bool) ->
     for name in ("num_pages", "page_size"):
         if (value := getattr(settings, name)) is not None:
             raise SettingError(name, f"{name}={value} is not for this model, which {sees} and has one page for each slot; leave it out")
+
+
+def _check_sub_blocks(spec: ModelSpec, strategy: Strategy, settings: EngineConfig, block: int) -> None:
+    size = settings.sub_block_cache
+    if size is None:
+        return
+
+    def refuse(why: str) -> SettingError:
+        return SettingError("sub_block_cache", f"sub_block_cache={size} {why}")
+
+    if not spec.commit_alone:
+        raise refuse("is not for this model, only for those whose outputs speak of the next position; leave it out")
+    if "sub_block" not in strategy.reads or strategy.rule.merge is not None:
+        raise refuse(f"is not for strategy {strategy.name!r}, which does not decode sub-block by sub-block")
+    if settings.buffer_size != 1:
+        raise refuse(f"does not go with buffer_size={settings.buffer_size}; one block is denoised at a time")
+    if block % size:
+        raise refuse(f"must divide the block_size={block}")
+    if settings.page_size not in (None, size):
+        raise refuse(f"does not go with page_size={settings.page_size}; pages are as long as a sub-block")
 
 
 def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memory_share: float) -> Parts:
@@ -234,6 +256,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         steps_per_dispatch=s.steps_per_dispatch,
         whole_prompts=not policy.chunkable,
         commit_alone=dims.commit_alone,
+        keeps_window=dims.sub_block_cache > 0,
         paged=policy.paged,
         root=chain_digest(repr(same_kv).encode(), np.zeros(0, np.int32)),
     )
@@ -241,6 +264,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         "strategy": strategy_id(strategy),
         "buffer_size": str(dims.window),
         "page": str(dims.page),
+        "sub_block_cache": str(dims.sub_block_cache),
         "positions": str(dims.positions),
     }
     paged_limit = num_pages if policy.paged else None

@@ -35,6 +35,9 @@ class EngineConfig:
       cache: for models that see their whole canvas. ``"none"``: every forward is over all of it, which is exact. ``"prefix"``: a block's
         first forward is, and the others take the keys and values of what lies before the block from it. ``"dual"``: they take those of all
         but the block. Both are approximations, in which ``cfg_scale`` is not to be had (Fast-dLLM, arXiv 2505.22618). Default: ``"none"``.
+      sub_block_cache: (Fast-dLLM v2) most forwards of a block are over one sub-block of so many tokens, the request's ``sub_block``, beside
+        old keys and values of the others; one over the whole block renews them where the sub-block's first position is a mask. An
+        approximation, the authors' ``use_block_cache``. Default: every forward is over the whole block.
       max_slots: requests decoded together.
       max_model_len: most tokens of a prompt and its output. Where a model sees its whole canvas, every forward costs so many for each
         slot.
@@ -53,6 +56,7 @@ class EngineConfig:
     buffer_size: int | None = None
     attention: str | None = None
     cache: str | None = None
+    sub_block_cache: int | None = None
     max_slots: int = 8
     max_model_len: int = 2048
     num_pages: int | None = None

@@ -105,7 +105,7 @@ class JaxDevice:
     def restore(self, request: Tracked) -> None:
         saved, dims = request.saved, self.program.dims
         padding = [(0, 0)] * 5
-        count = self._pages_written(request)
+        count = saved.k.shape[1]
         padding[1] = (0, dims.pages_per_slot - count)
         kv = KVPool(*(jnp.asarray(np.pad(a, padding)) for a in (saved.k, saved.v)))
         with jax.set_mesh(self.mesh):
@@ -158,7 +158,10 @@ class JaxDevice:
     def _pages_written(self, request: Tracked) -> int:
         """Pages of the pool that hold what was written of a request."""
         dims = self.program.dims
-        return -(-request.written * dims.block // dims.page) if self.program.attention.paged else dims.pages_per_slot
+        if not self.program.attention.paged:
+            return dims.pages_per_slot
+        blocks = request.written + (dims.sub_block_cache > 0)  # and old keys and values of the window
+        return min(-(-blocks * dims.block // dims.page), len(self._split(request.pages)))
 
     def _table(self, pages: Sequence[int], count: int | None = None) -> np.ndarray:
         """``[P]`` int32: a request's pages as the device knows them, the first ``count`` of them; one past the pool elsewhere."""

@@ -69,6 +69,7 @@ class Scheduler:
         root: bytes,
         whole_prompts: bool = False,
         commit_alone: bool = False,
+        keeps_window: bool = False,
         paged: bool = True,
     ):
         """Makes one.
@@ -78,6 +79,7 @@ class Scheduler:
           whole_prompts: a prompt is prefilled in one piece, however long.
           commit_alone: see ``state.Dims``. The last block of a prompt that ends with one is left to the first step, which decides the
             token behind it.
+          keeps_window: a block has its pages from its first step on, not only when it is committed.
           paged: otherwise requests take no pages, and their prompts are not prefilled.
         """
         self.device, self.pages = device, pages
@@ -90,6 +92,7 @@ class Scheduler:
         self.preemptions = 0
         self._free_slots = list(range(slots - 1, -1, -1))
         self._root, self._whole_prompts, self._commit_alone, self._paged = root, whole_prompts, commit_alone, paged
+        self._keeps_window = keeps_window
         self._admitted = 0
         self._flight: Flight | None = None
         self._ended: list[Ended] = []
@@ -256,10 +259,13 @@ class Scheduler:
         return whole - (self._commit_alone and left == 0)
 
     def _provide_page(self, request: Tracked) -> None:
-        """Makes sure the window's first block can be committed; the youngest others give way when pages run out."""
+        """Makes sure the window's first block can be committed, and, where it must, that the window can move on; the youngest others give
+        way when pages run out."""
         if not self._paged:
             return
-        missing = self._pages_of(request.start // self.block + 1) - len(request.pages)
+        blocks = request.start // self.block + 1 + self._keeps_window
+        last = -(-(len(request.prompt) + request.params.max_tokens) // self.block)
+        missing = self._pages_of(min(blocks, last)) - len(request.pages)
         while missing > 0 and self.pages.num_available < missing:
             youngest = max([*self.running.values(), *self.prefilling], key=lambda r: r.order)
             self.preempt(youngest)

@@ -41,6 +41,7 @@ def dims_for(
     pages_per_slot: int,
     mask_id: int,
     commit_alone: bool = False,
+    sub_block_cache: int = 0,
     whole_canvas: bool = False,
 ) -> Dims:
     """The sizes of a state that ``rule`` decodes."""
@@ -55,6 +56,7 @@ def dims_for(
         merge_top_k=merge_top_k,
         candidates=max(merge_top_k, rule.candidates),
         commit_alone=commit_alone,
+        sub_block_cache=sub_block_cache,
         whole_canvas=whole_canvas,
     )
 
