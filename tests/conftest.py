@@ -36,6 +36,7 @@ SLOW = (
     "test_sharding.py",
     "test_policies.py",
     "test_output_contract.py",
+    "test_llada.py",
     "test_bench_step.py",
     "test_notebooks.py",
     "serving",

@@ -40,9 +40,10 @@ PEERS = {
     "generate": "modeling.py generate()",
     "llada_generate": "LLaDA@",
     "fastdllm": "Fast-dLLM v1",
+    "dinfer_fastdllm": "dInfer",
 }
 FAST_DLLM = ("generate", "batch_sample")  # of Fast-dLLM v2
-LLADA = ("llada_generate", "fastdllm")
+LLADA = ("llada_generate", "fastdllm", "dinfer_fastdllm")
 DROPS_EOS = ("dinfer_threshold", "dmax_soft_parallel")
 
 _EVERY = {"gen_length", "block_length", "threshold"}
@@ -63,6 +64,7 @@ SETTINGS = {
     **dict.fromkeys(FAST_DLLM, {"threshold", "max_new_tokens", "block_size", "small_block_size", "stop_token", "use_block_cache"}),
     "llada_generate": _LLADA | {"cfg_scale", "left_pad", "remasking", "seed", "logits_eos_inf", "confidence_eos_eot_inf"},
     "fastdllm": _LLADA | {"cache", "threshold", "factor"},
+    "dinfer_fastdllm": _LLADA | {"cache", "threshold", "factor", "early_stop", "eos_id"},
 }
 
 # Ours for each of a peer's strategies; None where it says nothing about ours: see `left_out`.
@@ -225,6 +227,8 @@ def _llada_left_out(case: Case) -> str | None:
         return "the peer gives masks out as tokens"
     if case.settings.get("remasking") == "random":
         return "the peer draws the order by a generator of its own"
+    if case.settings.get("early_stop") and case.settings["eos_id"] in case.recorded["output"]:
+        return "early_stop: the peer puts EOS behind the first one before all in front of it is filled"
     if case.settings.get("cache") == "dual" and case.recorded.get("quirk"):
         return case.recorded["quirk"]  # it gives up on a block after its steps
     if any(margin is not None and margin < LEAST_MARGIN for margin in margins):
