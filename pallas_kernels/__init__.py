@@ -42,13 +42,13 @@ class Kernels(NamedTuple):
     pending_apart: bool = True
     pool_order: tuple[int, ...] | None = None
 
-    def for_layers(self, dtype: Any, *, shared: bool) -> Kernels:
-        """The kernels of layers whose weights are of ``dtype``; ``shared``: several devices have a part of each layer.
+    def for_layers(self, dtype: Any) -> Kernels:
+        """The kernels of layers whose weights are of ``dtype``.
 
-        The Hopper kernels that read stacks of layers in place are for bfloat16 and for whole layers. Other layers are plain XLA, and in
-        float32 independent of the rows beside them.
+        The Hopper kernels that read stacks of layers in place are for bfloat16. Other layers are plain XLA, and in float32 independent of
+        the rows beside them.
         """
-        if self.rows_apart or (jnp.dtype(dtype) == jnp.bfloat16 and not shared):
+        if self.rows_apart or jnp.dtype(dtype) == jnp.bfloat16:
             return self
         return self._replace(expert_choice="sorted", linear="sliced", layers_per_turn=1, rows_apart=True)
 

@@ -115,9 +115,9 @@ def test_settings_of_several_values_are_given_several_times(asked):
 
 
 def test_every_engine_setting_is_an_option(asked):
-    settings = {"strategy": "llada2"} | {f.name: f.default for f in dataclasses.fields(EngineConfig) if f.name != "max_slots"}
+    settings = {"strategy": "llada2", "mesh": None} | {f.name: f.default for f in dataclasses.fields(EngineConfig) if f.name != "max_slots"}
     elsewhere = {name: settings.pop(name) for name in ("cache", "sub_block_cache")}  # of other models, and refused for this one
-    names = {"strategy": "dmax", "dtype": "bfloat16", "kernels": "reference", "attention": "prefix_full"}
+    names = {"strategy": "dmax", "dtype": "bfloat16", "kernels": "reference", "attention": "prefix_full", "mesh": "tensor=1"}
     wanted = {name: 5 for name, default in settings.items() if type(default) in (int, type(None))} | names
     arguments = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     wanted |= {name: not default for name, default in settings.items() if type(default) is bool}
@@ -206,6 +206,7 @@ def test_readable_output_names_tokens_forwards_and_edits(asked):
         (["--model", MODEL, "--prompt-ids", "1", "--top-p", "nan"], "top_p=nan"),
         (["--model", MODEL, "--prompt-ids", "1", "--strategy", "nope"], "unknown strategy 'nope'"),
         (["--model", MODEL, "--prompt-ids", "1", "--dtype", "int8"], "dtype='int8'"),
+        (["--model", MODEL, "--prompt-ids", "1", "--mesh", "tensor=two"], "'tensor=two' is not AXIS=DEVICES"),
         (["--model", "/no/such/model", "--prompt-ids", "1"], "'/no/such/model'"),
         (["--model", str(pathlib.Path(MODEL).parent), "--prompt-ids", "1"], "no config.json"),
     ],

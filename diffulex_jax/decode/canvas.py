@@ -13,7 +13,6 @@ from jax import lax
 from diffulex_jax.decode.program import Program
 from diffulex_jax.models.base import Params
 from diffulex_jax.models.ops import Ops, machine_ops
-from diffulex_jax.parallel.mesh import shared_by
 from diffulex_jax.state import DecodeState, KVPool
 from pallas_kernels.block_attention import canvas_attention, split_heads
 from pallas_kernels.target import anywhere
@@ -122,7 +121,7 @@ def _pass(
     width = width or total
     first = jnp.minimum(state.start, total - width)[:, None]
     row, positions = jnp.arange(slots)[:, None], first + jnp.arange(width, dtype=jnp.int32)
-    kernels = program.kernels.for_layers(params["embed"].dtype, shared=any(map(shared_by, ("expert", "mlp", "kv_heads"))))
+    kernels = program.kernels.for_layers(params["embed"].dtype)
 
     def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
         q, *own = split_heads(heads)

@@ -13,7 +13,6 @@ from diffulex_jax.decode.program import Program
 from diffulex_jax.models.attention import Where
 from diffulex_jax.models.base import Params
 from diffulex_jax.models.ops import Ops, machine_ops
-from diffulex_jax.parallel.mesh import shared_by
 from diffulex_jax.state import KVPool
 from pallas_kernels.block_attention import Keys, block_attention, split_heads, write_blocks
 
@@ -48,7 +47,7 @@ def forward(
       ``(hidden [R, T, D], (k, v))``, keys and values ``[L, R, kept positions, KV, H]``; an empty tuple where nothing is kept.
     """
     block = program.dims.block
-    kernels = program.kernels.for_layers(params["embed"].dtype, shared=any(map(shared_by, ("expert", "mlp", "kv_heads"))))
+    kernels = program.kernels.for_layers(params["embed"].dtype)
     attention = functools.partial(block_attention, block=block, backend=kernels.block_attention)
 
     def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:

@@ -81,6 +81,8 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
             (ids, weights), counted = map(flat, apart(choose_rows, x, valid)), None
         else:
             ids, weights, counted = choose(flat(x), matrix, bias, valid=kept)
+        # A device that has a part of the shared expert has other widths of it than of a routed one.
+        alone = kernels.rows_apart or bool(shared_by("mlp"))
         shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None
         y = grouped_matmul.expert_mlp(
             flat(x),
@@ -91,10 +93,10 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
             layer=layer,
             valid=kept,
             first_expert=first_index("expert", stacks["experts_down"].shape[1]) if shared_by("expert") else None,
-            shared=None if kernels.rows_apart else shared,
+            shared=None if alone else shared,
             counted=counted,
             backend=kernels.grouped_matmul,
         ).reshape(x.shape)
-        return y + mlp(x, shared, layer) if shared is not None and kernels.rows_apart else y
+        return y + mlp(x, shared, layer) if shared is not None and alone else y
 
     return Ops(linear, mlp, experts, attend, add_up, kernels.layers_per_turn)

@@ -72,7 +72,7 @@ def expert_mlp(
         backend, which reads the stack in place.
       valid: ``[T]`` bool; False rows route nowhere, give zeros, and their ``x``, ids and weights mean nothing.
       first_expert: int32 scalar: the matrices hold only the experts from this id on, and the result is their share of the sum. Devices
-        that share the experts add theirs up. Always by ``lax.ragged_dot``.
+        that share the experts add theirs up. By ``lax.ragged_dot``, or ``"gpu"``.
       shared: ``(gate_up [D, 2, S], down [S, D])`` of an expert that is added, unweighted, for every token; with ``layer`` both
         have a leading L.
       counted: what ``expert_choice.choose`` counted, with the same ``valid``, if it did. For backend ``"gpu"``, which counts otherwise.
@@ -88,10 +88,11 @@ def expert_mlp(
     compute = pick("grouped_matmul", backend, choose_backend, _BACKENDS)
     _check_shapes(x, expert_ids, weights, gate_up, down, layer, valid)
     with jax.named_scope("expert_mlp"):
+        if compute is _hopper:
+            hints = {"first_expert": first_expert, "shared": shared, "counted": counted}
+            return compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, **hints)
         if first_expert is not None:
             routed = ragged(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, first_expert=first_expert)
-        elif compute is _hopper:
-            return compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, shared=shared, counted=counted)
         else:
             routed = compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
         return add_shared(routed, x, shared, layer=layer, valid=valid)

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from pallas_kernels.grouped_matmul.gpu_dispatch import dispatch
 from pallas_kernels.grouped_matmul.gpu_kernel import Groups, Tile, fits, matmul
 from pallas_kernels.grouped_matmul.reference import add_shared
-from pallas_kernels.grouped_matmul.routing import combine
+from pallas_kernels.grouped_matmul.routing import combine, held_here
 from pallas_kernels.grouped_matmul.xla import ragged
 
 
@@ -37,13 +37,14 @@ def hopper(
     *,
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
+    first_expert: ArrayLike | None = None,
     shared: tuple[jax.Array, jax.Array] | None = None,
     counted: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """See ``expert_mlp``. For bfloat16 and widths that tiles of 64 divide; anything else goes through ``lax.ragged_dot``."""
     alike = shared is None or shared[1].shape[-2] == down.shape[-2]
     if x.dtype != jnp.bfloat16 or gate_up.dtype != x.dtype or not alike or not fits(gate_up.shape[-2:], down.shape[-2:]):
-        routed = ragged(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
+        routed = ragged(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, first_expert=first_expert)
         return add_shared(routed, x, shared, layer=layer, valid=valid)
     if layer is None:
         layer, gate_up, down = 0, gate_up[None], down[None]
@@ -51,13 +52,15 @@ def hopper(
     num_groups, mean, along = gate_up.shape[1], expert_ids.size / gate_up.shape[1], int(shared is not None)
     if shared is not None:
         shared = (shared[0].reshape(*shared[0].shape[:2], -1), shared[1])
-    tile = _rows_per_tile(mean)
+    tile, held = _rows_per_tile(mean), None
+    if first_expert is not None:
+        expert_ids, held = held_here(expert_ids, first_expert, num_groups)
     place_rows = _sorted_by_comparing if expert_ids.size <= COMPARED_PAIRS else functools.partial(_sorted_by_counting, counted=counted)
-    rows, place, groups = place_rows(x, expert_ids, valid, num_groups=num_groups, along=along, tile_rows=tile)
+    rows, place, groups = place_rows(x, expert_ids, valid, held=held, num_groups=num_groups, along=along, tile_rows=tile)
     index, extra = jnp.asarray(layer, jnp.int32), shared or (None, None)
     hidden = matmul(rows, gate_up, extra[0], index, groups, swiglu=True, tile=Tile(tile, 128))
     out = matmul(hidden, down, extra[1], index, groups, swiglu=False, tile=Tile(tile, 256))
-    return combine(out, place, weights, valid=valid).astype(x.dtype)
+    return combine(out, place, weights, valid=valid, held=held).astype(x.dtype)
 
 
 def _rows_per_tile(mean: float) -> int:
@@ -73,9 +76,18 @@ Sorted = tuple[jax.Array, jax.Array, Groups]
 
 
 def _sorted_by_comparing(
-    x: jax.Array, expert_ids: jax.Array, valid: jax.Array | None, *, num_groups: int, along: int, tile_rows: int
+    x: jax.Array,
+    expert_ids: jax.Array,
+    valid: jax.Array | None,
+    *,
+    held: jax.Array | None = None,
+    num_groups: int,
+    along: int,
+    tile_rows: int,
 ) -> Sorted:
     """A pair's place is how many come before it. Few kernels, each over all pairs at once."""
+    if held is not None:
+        expert_ids = jnp.where(held, expert_ids, num_groups + along)  # behind the shared expert
     expert_ids = jnp.pad(expert_ids, ((0, 0), (0, along)), constant_values=num_groups)  # of a shared expert every token is sure
     num_groups += along
     if valid is not None:
@@ -96,17 +108,23 @@ def _sorted_by_counting(
     expert_ids: jax.Array,
     valid: jax.Array | None,
     *,
+    held: jax.Array | None = None,
     num_groups: int,
     along: int,
     tile_rows: int,
     counted: tuple[jax.Array, jax.Array] | None,
 ) -> Sorted:
-    """Experts one after the other, the tokens of each in their order, behind them all tokens for a shared expert."""
-    nth, size = counted or _count(expert_ids, valid, num_groups)
+    """Experts one after the other, the tokens of each in their order, behind them all tokens for a shared expert. Of experts that are
+    not ``held``, the rows go to one behind all others, which nobody reads."""
+    nth, size = counted if counted and held is None else _count(expert_ids, valid, num_groups)
     size = jnp.append(size, jnp.full(along, len(x)))
     group = jnp.arange(len(size))
     start = jnp.sum(jnp.where(group < group[:, None], size, 0), 1, dtype=jnp.int32)
-    rows, place = dispatch(x, expert_ids, nth, start, valid, count=-(-(expert_ids.size + along * len(x)) // 8) * 8, shared=bool(along))
+    ids, starts, room = expert_ids, start, expert_ids.size + along * len(x)
+    if held is not None:
+        ids, nth, room = jnp.where(held, ids, len(size)), jnp.where(held, nth, 0), room + 1
+        starts = jnp.concatenate([start, size.sum(dtype=jnp.int32)[None], start[num_groups:]])  # the shared expert's stays the last
+    rows, place = dispatch(x, ids, nth, starts, valid, count=-(-room // 8) * 8, shared=bool(along))
     return rows, place, Groups.of(start, size, len(size), tile_rows)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
 class Routing(NamedTuple):
@@ -32,14 +33,23 @@ def route(expert_ids: jax.Array, *, num_experts: int, valid: jax.Array | None) -
     return Routing(order // expert_ids.shape[1], pairs[order], place)
 
 
-def combine(rows: jax.Array, place: jax.Array, weights: jax.Array, *, valid: jax.Array | None) -> jax.Array:
+def held_here(expert_ids: jax.Array, first_expert: ArrayLike, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """``expert_ids`` counted from ``first_expert`` on, ``num_experts`` for those beyond; and which are not."""
+    expert_ids = expert_ids - first_expert
+    held = (expert_ids >= 0) & (expert_ids < num_experts)
+    return jnp.where(held, expert_ids, num_experts), held
+
+
+def combine(rows: jax.Array, place: jax.Array, weights: jax.Array, *, valid: jax.Array | None, held: jax.Array | None = None) -> jax.Array:
     """``[T, D]`` float32: each token's weighted sum of its ``rows[place[t]]``, added in the order of its choices.
 
-    Where ``place`` has more columns than ``weights``, what is there counts whole.
+    Where ``place`` has more columns than ``weights``, what is there counts whole. ``held [T, k]`` bool: other choices add nothing.
     """
     total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
     for j in range(place.shape[1]):
-        row = rows[place[:, j]]
-        total += weights[:, j, None] * row if j < weights.shape[1] else row
+        row, whole = rows[place[:, j]], j >= weights.shape[1]
+        if held is not None and not whole:
+            row = jnp.where(held[:, j, None], row, 0)
+        total += row if whole else weights[:, j, None] * row
     # A select, not a product: what stands in rows that were never computed may be NaN.
     return total if valid is None else jnp.where(valid[:, None], total, 0)

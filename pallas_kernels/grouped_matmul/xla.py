@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from pallas_kernels.grouped_matmul.routing import combine, route
+from pallas_kernels.grouped_matmul.routing import combine, held_here, route
 
 
 def ragged(
@@ -26,10 +26,9 @@ def ragged(
     With ``first_expert`` the matrices hold only the experts from that id on, and what the others would add is left out.
     """
     num_experts = gate_up.shape[-3]
+    held = None
     if first_expert is not None:
-        expert_ids = expert_ids - first_expert
-        here = (expert_ids >= 0) & (expert_ids < num_experts)
-        expert_ids, weights = jnp.where(here, expert_ids, num_experts), jnp.where(here, weights, 0)
+        expert_ids, held = held_here(expert_ids, first_expert, num_experts)
     routing = route(expert_ids, num_experts=num_experts, valid=valid)
     sizes = jnp.sum(routing.expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     if layer is not None:
@@ -40,6 +39,4 @@ def ragged(
     gate, up = jnp.split(both, 2, axis=-1)
     hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
     out = lax.ragged_dot(hidden, down, sizes, preferred_element_type=jnp.float32)
-    if first_expert is not None:
-        out = jnp.where((routing.expert < num_experts)[:, None], out, 0)
-    return combine(out, routing.place, weights, valid=valid).astype(x.dtype)
+    return combine(out, routing.place, weights, valid=valid, held=held).astype(x.dtype)

@@ -63,6 +63,15 @@ def test_the_kernels_compute_the_formula(key, relative_error, tokens, crowded):
     assert together < 5e-3
 
 
+@pytest.mark.parametrize("tokens", [1, 32, 512, 1024])
+def test_devices_that_share_the_experts_add_up(key, relative_error, tokens):
+    args = make(key, tokens)
+    x, ids, weights, gate_up, down, _ = args
+    halves = [(first, (x, ids, weights, *(a[:, first : first + EXPERTS // 2] for a in (gate_up, down)))) for first in (0, EXPERTS // 2)]
+    got = sum(run(half, first_expert=jnp.int32(first)).astype(jnp.float32) for first, half in halves)
+    assert relative_error(got, exact(*args, 1)[0]) < 6e-3  # each half is rounded once more
+
+
 @pytest.mark.parametrize("tokens", [600, 1024])
 def test_many_tokens_are_routed_by_a_kernel_and_computed(key, relative_error, tokens):
     experts, embed, width = 256, 512, 128

@@ -61,7 +61,7 @@ def test_layers_of_the_hopper_kernels_are_the_layers(key, relative_error, pendin
     def hidden(params, x, kernels):
         return MODEL.layers(params, x, positions, machine_ops(kernels, attend_with(pending), pending=pending, valid=valid))
 
-    plain_kernels, own = REFERENCE._replace(grouped_matmul="dense"), choose(jax.devices()[0]).for_layers(jnp.bfloat16, shared=False)
+    plain_kernels, own = REFERENCE._replace(grouped_matmul="dense"), choose(jax.devices()[0]).for_layers(jnp.bfloat16)
     (plain, plain_kv), (got, got_kv) = hidden(params, x, plain_kernels), hidden(params, x, own)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
     with jax.default_matmul_precision("highest"):

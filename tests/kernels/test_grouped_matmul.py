@@ -223,3 +223,50 @@ def test_the_hopper_kernels_in_the_simulator(tokens, compared, monkeypatch):
     want = expert_mlp(x, ids, weights, *stacks, layer=1, valid=valid, shared=shared, backend="dense")
     error = jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(want.astype(jnp.float32))
     assert float(error) < 8e-3
+
+
+def _rows_times_groups(x, weights, extra, layer, groups, *, swiglu, tile):
+    """What ``gpu_kernel.matmul`` is to compute: rows of no group are not written, and may hold anything."""
+    weights = weights[layer] if extra is None else jnp.concatenate([weights[layer], extra[layer][None]])
+    start, size = (a[: len(groups.upto), None] for a in (groups.start, groups.size))
+    mine = (jnp.arange(len(x)) >= start) & (jnp.arange(len(x)) < start + size)
+    out = jnp.einsum("gm,mk,gkn->mn", mine.astype(x.dtype), jnp.where(mine.any(0)[:, None], x, 0), weights)
+    if swiglu:
+        gate, up = jnp.split(out, 2, axis=-1)
+        out = jax.nn.silu(gate) * up
+    return jnp.where(mine.any(0)[:, None], out, jnp.nan).astype(x.dtype)
+
+
+def _rows_to_places(x, ids, nth, start, valid, *, count, shared):
+    """What ``gpu_dispatch.dispatch`` is to compute."""
+    place = start[ids] + nth
+    if shared:
+        place = jnp.concatenate([place, (start[-1] + jnp.arange(len(x)))[:, None]], 1)
+    valid = jnp.ones(len(x), bool) if valid is None else valid
+    at = jnp.where(valid[:, None], place, count)
+    rows = jnp.full((count, x.shape[1]), jnp.nan, x.dtype).at[at].set(x[:, None], mode="drop")
+    return rows, jnp.where(valid[:, None], place, 0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("compared", [4096, 0])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_devices_that_share_the_experts_of_a_gpu_add_up(tokens, compared, shared, monkeypatch):
+    """Around the kernels: what belongs to another device goes nowhere and adds nothing, and what is not written is not read."""
+    monkeypatch.setattr(gpu, "COMPARED_PAIRS", compared)
+    monkeypatch.setattr(gpu, "matmul", _rows_times_groups)
+    monkeypatch.setattr(gpu, "dispatch", _rows_to_places)
+    x, ids, weights, gate_up, down = make(3, tokens=tokens, experts=6, embed=128, width=128, dtype=jnp.bfloat16)
+    along = (gate_up[:1].reshape(1, 128, 2, 128), down[:1]) if shared else None
+    valid = jnp.arange(tokens) != 2
+
+    def part(first, count):
+        mine = (a[None, first : first + count] for a in (gate_up, down))
+        once = along if first == 0 else None
+        options = {"layer": jnp.int32(0), "valid": valid, "shared": once, "first_expert": jnp.int32(first), "backend": "gpu"}
+        return expert_mlp(x, ids, weights, *mine, **options).astype(jnp.float32)
+
+    got = part(0, 2) + part(2, 1) + part(3, 3)
+    want = expert_mlp(x, ids, weights, gate_up[None], down[None], layer=0, valid=valid, shared=along, backend="dense").astype(jnp.float32)
+    error = jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+    assert float(error) < 1.2e-2

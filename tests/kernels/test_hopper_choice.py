@@ -61,7 +61,6 @@ def test_what_follows_from_the_device():
 
 
 @pytest.mark.parametrize("kernels", [REFERENCE, REFERENCE._replace(linear="gpu", expert_choice="gpu", rows_apart=False, layers_per_turn=2)])
-def test_layers_in_place_are_for_bfloat16_and_one_device(kernels):
-    assert kernels.for_layers(jnp.bfloat16, shared=False) == kernels
-    for dtype, shared in ((jnp.float32, False), (jnp.bfloat16, True)):
-        assert kernels.for_layers(dtype, shared=shared) == REFERENCE
+def test_layers_in_place_are_for_bfloat16(kernels):
+    assert kernels.for_layers(jnp.bfloat16) == kernels
+    assert kernels.for_layers(jnp.float32) == REFERENCE
