@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from diffulex_jax.rules.base import Rule
+from diffulex_jax.rules.noise_levels import step_counts
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import RUNNING, Canvas, DecodeState, Dims, Merge, Pending, Settings
 
@@ -69,6 +70,7 @@ def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_
     for chosen, at in ((params.pinned, given), (params.init_tokens, initial)):
         for offset, token in (chosen or {}).items():
             sequence[n + offset], at[n + offset] = token, True
+    counts = _step_counts(dims, params.resolve(), known=int((given | initial).sum()) - n)
     return Request(
         sequence=sequence,
         given=given,
@@ -76,16 +78,27 @@ def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_
         prompt_len=np.asarray(n, np.int32),
         limit=np.asarray(n + params.max_tokens, np.int32),
         seed=np.array([(params.seed or 0) >> 32, (params.seed or 0) & 0xFFFFFFFF], np.uint32),
-        settings=settings_row(params, eos_ids),
+        settings=settings_row(params, eos_ids, counts),
     )
 
 
-def settings_row(params: SamplingParams, eos_ids: Sequence[int]) -> Settings:
+def _step_counts(dims: Dims, params: SamplingParams, *, known: int) -> np.ndarray:
+    """``Settings.step_counts`` of a request, ``known`` of whose generated positions are no masks."""
+    counts = np.zeros(dims.block if dims.one_block else 0, np.int32)
+    if dims.one_block:
+        assert params.eps is not None, "resolved"
+        fills = step_counts(params.max_tokens - known, steps=params.denoising_steps or params.max_tokens, eps=params.eps)
+        counts[: len(fills)] = fills
+    return counts
+
+
+def settings_row(params: SamplingParams, eos_ids: Sequence[int], step_counts: np.ndarray) -> Settings:
     """The settings of one request as it stands in a row of the state; what is left to the strategy takes its usual value."""
     params = params.resolve()
     stop_ids = ([] if params.ignore_eos else list(eos_ids)) + list(params.stop_token_ids)
     lists = {"stop_ids": stop_ids, "doubted_ids": list(params.doubted_token_ids)}
     row: dict[str, Any] = {name: np.array(ids + [-1] * (MAX_STOP_IDS - len(ids)), np.int32) for name, ids in lists.items()}
+    row["step_counts"] = step_counts
     for name in Settings.__dataclass_fields__.keys() - row.keys():
         value = getattr(params, name)
         if value is None:  # max_nfe: no limit
@@ -155,7 +168,7 @@ def empty_state(dims: Dims, rule: Rule) -> DecodeState:
         return Canvas(tokens, zeros(jnp.float32, *shape), zeros(jnp.int32, *shape), zeros(jnp.int32, *shape))
 
     window = canvas(k, b)
-    defaults = settings_row(SamplingParams(), ())
+    defaults = settings_row(SamplingParams(), (), np.zeros(b if dims.one_block else 0, np.int32))
     return DecodeState(
         tokens=window.tokens,
         masked=jnp.ones((s, k, b), bool),

@@ -27,6 +27,8 @@ LEFT_TO_STRATEGY: Mapping[str, float | int] = types.MappingProxyType(
         "block_length": 0,
         "cfg_scale": 0.0,
         "confidence_factor": 1.0,
+        "eps": 1e-3,
+        "alg_temp": 0.0,
         "entropy_bound": 0.35,
         "edit_threshold": 0.5,
         "max_post_edit_steps": 16,
@@ -40,7 +42,7 @@ LEFT_TO_STRATEGY: Mapping[str, float | int] = types.MappingProxyType(
 )
 """Settings that a strategy may have defaults of its own for, and their values where it has none."""
 READ_BY_FEW: Mapping[str, Any] = types.MappingProxyType(
-    {"sub_block": 0, "block_length": 0, "cfg_scale": 0.0, "confidence_factor": 1.0, "doubted_token_ids": ()}
+    {"sub_block": 0, "block_length": 0, "cfg_scale": 0.0, "confidence_factor": 1.0, "eps": 1e-3, "alg_temp": 0.0, "doubted_token_ids": ()}
 )
 """Settings that other values than these are refused for, unless the strategy reads them (``Strategy.reads``)."""
 
@@ -56,7 +58,8 @@ class SamplingParams:
       max_tokens: real tokens to generate: exactly that many, unless EOS comes first.
       temperature: 0 is greedy; above 0 tokens are drawn from softmax(logits / temperature). Default: 0.
       top_p: (temperature > 0) keep the smallest set of tokens whose probability reaches this; 1 keeps all. Default: 1.
-      top_k: (temperature > 0) keep this many tokens; 0 keeps all. Default: 0.
+      top_k: (temperature > 0) keep this many tokens; 0 keeps all. Default: 0. With ``dream`` and its variants, top-p and top-k change
+        confidences at temperature 0 too.
       seed: (temperature > 0) of the request's own random key, below 2**64; the same seed gives the same tokens alone and in any batch.
         None: a fresh one for every request and prompt. ``Output.seed`` tells the one used.
       ignore_eos: go on after EOS, to ``max_tokens``.
@@ -78,6 +81,8 @@ class SamplingParams:
       num_to_transfer: masks filled per block and step at the least (``llada2``, ``llada2_edit``, ``sdar``). Default: 1.
       denoising_steps: steps over which a block's masks are shared out, in place of ``num_to_transfer``: of B masks, step i of S fills
         floor(B / S) at the least, and one more while i < B mod S. At most the block size; 0 leaves it to ``num_to_transfer``. Default: 0.
+        (``dream`` and its variants) steps over which the noise level falls, at most four times the block size; 0: as many as
+        ``max_tokens``. Steps that would fill no mask are left out, and are no forwards.
       sub_block: (``fast_dllm_v2``) masks are filled only in the first of a block's runs of so many positions that has any; 0 is the whole
         block. Default: 0.
       block_length: (``llada`` and its variants) tokens of a block, at most the engine's ``block_size``. Blocks are decoded one after the
@@ -87,6 +92,9 @@ class SamplingParams:
         says with masks for the prompt; every forward is then two. 0: none. Default: 0.
       confidence_factor: (``llada_factor``) f: of a block's masks the n-th surest (n >= 2) is filled if its probability is at least
         1 - f / (n + 1), and all surer ones are. Default: 1.
+      eps: (``dream`` and its variants) the noise level at which the last of ``denoising_steps`` ends, at most 1. Default: 1e-3.
+      alg_temp: (``dream``, ``dream_maskgit_plus``, ``dream_topk_margin``) which masks are filled is drawn from softmax(confidence /
+        alg_temp); 0 fills the most confident. Default: 0.
       doubted_token_ids: (``llada`` and its variants) tokens whose probability counts as 0, so that they are filled last. With the ids of
         EOS and of the end of a turn it keeps LLaDA from ending early (its authors' ``confidence_eos_eot_inf``).
       entropy_bound: (``sdar_entropy``) masks are filled by ascending entropy as long as their entropies, in nats, add up to less.
@@ -132,6 +140,8 @@ class SamplingParams:
     block_length: int | None = None
     cfg_scale: float | None = None
     confidence_factor: float | None = None
+    eps: float | None = None
+    alg_temp: float | None = None
     entropy_bound: float | None = None
     edit_threshold: float | None = None
     max_post_edit_steps: int | None = None
@@ -179,6 +189,8 @@ class SamplingParams:
                 object.__setattr__(self, field.name, check(field.name, value))
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise SettingError("top_p", f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.eps is not None and self.eps > 1:
+            raise SettingError("eps", f"eps={self.eps} must be at most 1")
         if self.min_tokens > self.max_tokens:
             raise SettingError("min_tokens", f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
 

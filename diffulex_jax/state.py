@@ -15,6 +15,7 @@ from flax import struct
 
 
 RUNNING, STOP, LENGTH, MAX_NFE, ERROR = range(5)
+FORWARDS_PER_TOKEN = 4  # of a block: so many it may spend, whatever the rules say
 FINISH_REASONS = {STOP: "stop", LENGTH: "length", MAX_NFE: "max_nfe", ERROR: "error"}
 
 
@@ -33,6 +34,7 @@ class Dims:
       candidates: most probable tokens that a prediction lists, at least M.
       commit_alone: a block's KV is written in a step that does nothing else for its row but decide the first token of the next block.
       sub_block_cache: tokens of a sub-block that goes through the network by itself, beside old keys and values of its block; 0: none does.
+      one_block: a request's generated positions are all in one block, and ``Settings.step_counts`` is laid out for them.
     """
 
     slots: int
@@ -46,6 +48,7 @@ class Dims:
     candidates: int = 0
     commit_alone: bool = False
     sub_block_cache: int = 0
+    one_block: bool = False
 
     @property
     def positions(self) -> int:
@@ -70,6 +73,8 @@ class Settings(struct.PyTreeNode):
       stop_ids: ``[S, M]`` int32, tokens that end the request (EOS, stop tokens); -1 where unused.
       doubted_ids: ``[S, M]`` int32, tokens whose probability counts as 0; -1 where unused.
       block_length: ``[S]`` int32, tokens of a block; 0: B.
+      step_counts: ``[S, B]`` int32, masks to fill in each forward, as ``eps`` and ``denoising_steps`` share them out; ``[S, 0]`` unless
+        ``Dims.one_block``.
       min_tokens: ``[S]`` int32, none of ``stop_ids`` is predicted in that many first generated positions.
     """
 
@@ -94,6 +99,9 @@ class Settings(struct.PyTreeNode):
     block_length: jax.Array
     cfg_scale: jax.Array
     confidence_factor: jax.Array
+    eps: jax.Array
+    alg_temp: jax.Array
+    step_counts: jax.Array
     add_block_threshold: jax.Array
     semi_complete_threshold: jax.Array
     token_stability_threshold: jax.Array
@@ -246,6 +254,8 @@ class Prediction(struct.PyTreeNode):
       top_ids, top_probs: ``[S, K, B, C]`` the C most probable tokens, best first, C as many as the rule asks for.
       masked: ``[S, K, B]`` bool, what was masked in this forward's input.
       entropy: ``[S, K, B]`` float32, of the distribution that ``prob`` is of, in nats; None unless the rule asks for it.
+      margin: ``[S, K, B]`` float32, by how much that distribution's largest probability exceeds its second; None unless the rule asks
+        for it.
     """
 
     token: jax.Array
@@ -255,6 +265,7 @@ class Prediction(struct.PyTreeNode):
     top_probs: jax.Array
     masked: jax.Array
     entropy: jax.Array | None = None
+    margin: jax.Array | None = None
 
 
 class StepReport(struct.PyTreeNode):

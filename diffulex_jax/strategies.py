@@ -15,12 +15,15 @@ from diffulex_jax.errors import SettingError
 from diffulex_jax.models.base import ModelSpec
 from diffulex_jax.rules import (
     Rule,
+    at_random,
+    by_noise_level,
     chain,
     decide,
     entropy_bounded,
     factor,
     in_sub_blocks,
     levenshtein,
+    rationed,
     remask,
     scheduled,
     sequential,
@@ -45,10 +48,11 @@ class Strategy(NamedTuple):
         sample, until the request masks something again. ``"step"``: every forward draws anew.
       confidence: (temperature > 0) the distribution that a token's probability is read from. ``"model"``: the model's own.
         ``"tempered"``: the model's at the request's temperature. ``"drawn"``: what top-k and top-p leave of that. ``"whole"``: the
-        model's with the mask id's share, and without the request's ``doubted_token_ids``.
+        model's with the mask id's share, and without the request's ``doubted_token_ids``. ``"narrowed"``: at any temperature what top-p and
+        then top-k leave of the tempered one, the mask id's share included.
       reads: settings of ``sampling_params.READ_BY_FEW`` that requests may set.
       canvas: what it is for: ``"block_causal"``, models whose blocks see none behind them; ``"whole"``, models that see their whole canvas
-        (LLaDA). None: both.
+        (LLaDA, Dream). None: both.
     """
 
     name: str
@@ -57,7 +61,7 @@ class Strategy(NamedTuple):
     attention: Literal["block_causal", "prefix_full"] | None = None
     defaults: Mapping[str, Any] = MappingProxyType({})
     draws: Literal["position", "step"] = "position"
-    confidence: Literal["model", "tempered", "drawn", "whole"] = "model"
+    confidence: Literal["model", "tempered", "drawn", "whole", "narrowed"] = "model"
     reads: tuple[str, ...] = ()
     canvas: Literal["block_causal", "whole"] | None = None
 
@@ -178,6 +182,31 @@ def llada_factor() -> Rule:
     return factor()
 
 
+def dream() -> Rule:
+    """Dream: fill masks as the noise level falls, those of the lowest entropy first."""
+    return by_noise_level(confidence="entropy")
+
+
+def dream_maskgit_plus() -> Rule:
+    """Dream's ``maskgit_plus``: fill masks as the noise level falls, the most probable first."""
+    return by_noise_level(confidence="prob")
+
+
+def dream_topk_margin() -> Rule:
+    """Dream's ``topk_margin``: fill masks as the noise level falls, those first whose best token is furthest ahead of the second."""
+    return by_noise_level(confidence="margin")
+
+
+def dream_origin() -> Rule:
+    """Dream's ``origin``: fill masks at random as the noise level falls."""
+    return at_random()
+
+
+def dream_threshold() -> Rule:
+    """Fast-dLLM's ``confidence_threshold`` on Dream: fill sure masks within a ration, and the surest in any case."""
+    return rationed()
+
+
 def _of_blocks(name: str, rule: Rule, **more: Any) -> Strategy:
     """A strategy of models whose blocks see none behind them."""
     return Strategy(name, rule, canvas="block_causal", **more)
@@ -193,6 +222,12 @@ def _of_llada(name: str, rule: Rule, *reads: str, **defaults: Any) -> Strategy:
     reads = ("block_length", "cfg_scale", "doubted_token_ids", *reads)
     kept = MappingProxyType(defaults)
     return Strategy(name, rule, defaults=kept, draws="step", confidence="whole", reads=reads, canvas="whole")
+
+
+def _of_dream(name: str, rule: Rule, *reads: str, **defaults: Any) -> Strategy:
+    """A strategy that samples as Dream's authors do: every forward draws anew, and top-p and top-k bear on confidence too."""
+    kept = MappingProxyType(defaults)
+    return Strategy(name, rule, defaults=kept, draws="step", confidence="narrowed", reads=reads, canvas="whole")
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -221,6 +256,12 @@ STRATEGIES: dict[str, Strategy] = {
         _of_llada("llada_random", llada_random()),
         _of_llada("llada_threshold", llada_threshold(), accept_threshold=0.9),  # Fast-dLLM's
         _of_llada("llada_factor", llada_factor(), "confidence_factor", confidence_factor=1.0),  # Fast-dLLM's
+        # Its README's: generation_config.json names `origin`, which no published setting uses.
+        _of_dream("dream", dream(), "eps", "alg_temp"),
+        _of_dream("dream_maskgit_plus", dream_maskgit_plus(), "eps", "alg_temp"),
+        _of_dream("dream_topk_margin", dream_topk_margin(), "eps", "alg_temp"),
+        _of_dream("dream_origin", dream_origin(), "eps"),
+        _of_dream("dream_threshold", dream_threshold(), accept_threshold=0.9, num_to_transfer=32),  # Fast-dLLM's, in gen / 32 steps
     )
 }
 
@@ -291,7 +332,7 @@ def _checked(strategy: Strategy) -> Strategy:
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "attention": (None, "block_causal", "prefix_full"),
     "draws": ("position", "step"),
-    "confidence": ("model", "tempered", "drawn", "whole"),
+    "confidence": ("model", "tempered", "drawn", "whole", "narrowed"),
     "canvas": (None, "block_causal", "whole"),
 }
 

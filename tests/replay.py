@@ -39,15 +39,19 @@ PEERS = {
     "batch_sample": "batch_sample",
     "generate": "modeling.py generate()",
     "llada_generate": "LLaDA@",
+    "fastdllm_dream": "Fast-dLLM v1 dream",
     "fastdllm": "Fast-dLLM v1",
     "dinfer_fastdllm": "dInfer",
+    "dream_generate": "diffusion_generate",
 }
 FAST_DLLM = ("generate", "batch_sample")  # of Fast-dLLM v2
 LLADA = ("llada_generate", "fastdllm", "dinfer_fastdllm")
+DREAM = ("dream_generate", "fastdllm_dream")
 DROPS_EOS = ("dinfer_threshold", "dmax_soft_parallel")
 
 _EVERY = {"gen_length", "block_length", "threshold"}
 _LLADA = {"gen_length", "block_length", "steps"}
+_DREAM = {"max_new_tokens", "steps", "alg", "eps", "top_p", "top_k", "left_pad", "seed"}
 _SDAR = _EVERY | {"strategy", "denoising_steps", "stop_ids"}
 _LLADA21 = _EVERY | {"editing_threshold", "max_post_steps", "num_to_transfer", "eos_early_stop"}
 _DINFER = _EVERY | {"early_stop", "cache", "vectorized_decoding"}
@@ -65,6 +69,15 @@ SETTINGS = {
     "llada_generate": _LLADA | {"cfg_scale", "left_pad", "remasking", "seed", "logits_eos_inf", "confidence_eos_eot_inf"},
     "fastdllm": _LLADA | {"cache", "threshold", "factor"},
     "dinfer_fastdllm": _LLADA | {"cache", "threshold", "factor", "early_stop", "eos_id"},
+    "dream_generate": _DREAM,
+    "fastdllm_dream": _DREAM | {"cache", "threshold", "block_length"},
+}
+DREAM_STRATEGIES = {
+    "entropy": "dream",
+    "maskgit_plus": "dream_maskgit_plus",
+    "topk_margin": "dream_topk_margin",
+    "origin": "dream_origin",
+    "confidence_threshold": "dream_threshold",
 }
 
 # Ours for each of a peer's strategies; None where it says nothing about ours: see `left_out`.
@@ -111,17 +124,21 @@ class Case:
 
     @property
     def block(self) -> int:
+        if self.peer in DREAM:
+            return self.max_tokens
         return self.settings["block_size" if self.peer in FAST_DLLM else "block_length"]
 
     @property
     def max_tokens(self) -> int:
         """Fast-dLLM v2 decodes whole blocks, and then a token more."""
+        if self.peer in DREAM:
+            return self.settings["max_new_tokens"]
         return len(self.recorded["output"]) if self.peer in FAST_DLLM else self.settings["gen_length"]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end the output, none where the peer goes on after EOS."""
-        if self.peer in LLADA:
+        if self.peer in LLADA + DREAM:
             return ()
         if self.peer == "diffusers_pipeline" and not self.settings["eos_early_stop"]:
             return ()
@@ -174,6 +191,8 @@ def load(path: pathlib.Path, checkpoint: pathlib.Path) -> list[Case]:
     if peer is None:
         raise ValueError(f"{path.name}: peer {header.get('peer', 'unnamed')!r} is unknown; known are {', '.join(PEERS)}")
     config = json.loads((checkpoint / "config.json").read_text())
+    if peer == "fastdllm" and config["model_type"] == "Dream":
+        peer = "fastdllm_dream"
     eos = header.get("eos_ids", header.get("eos_id", config["eos_token_id"]))
     mask_id = header.get("mask_id", config["mask_token_id"])
     return [Case(checkpoint.name, peer, tuple(eos if isinstance(eos, list) else [eos]), mask_id, case) for case in cases]
@@ -184,6 +203,8 @@ def unknown_setting(case: Case) -> str | None:
     for name in case.settings:
         if name not in SETTINGS[case.peer]:
             return f"setting {name!r} of {case.peer} is unknown; known are {', '.join(sorted(SETTINGS[case.peer]))}"
+    if case.peer in DREAM and (alg := case.settings["alg"]) not in DREAM_STRATEGIES:
+        return f"alg {alg!r} of {case.peer} is unknown; known are {', '.join(DREAM_STRATEGIES)}"
     if case.peer in SDAR_STRATEGIES and (strategy := case.settings.get("strategy")) not in SDAR_STRATEGIES[case.peer]:
         return f"strategy {strategy!r} of {case.peer} is unknown; known are {', '.join(SDAR_STRATEGIES[case.peer])}"
     return None
@@ -192,8 +213,8 @@ def unknown_setting(case: Case) -> str | None:
 def left_out(case: Case) -> str | None:
     """The reason why a case says nothing about ours; None where it is compared. It depends on what was recorded alone."""
     s = case.settings
-    if case.peer in LLADA and case.recorded["fp64_same"]:
-        return _llada_left_out(case)
+    if case.peer in LLADA + DREAM and case.recorded["fp64_same"]:
+        return _canvas_left_out(case)
     if case.recorded.get("quirk"):
         return case.recorded["quirk"]
     if not case.recorded["fp64_same"]:
@@ -220,15 +241,17 @@ def left_out(case: Case) -> str | None:
     return None
 
 
-def _llada_left_out(case: Case) -> str | None:
+def _canvas_left_out(case: Case) -> str | None:
     """A quirk that is noted says nothing against a case, unless the peer gave masks out."""
     margins = [case.recorded.get(name) for name in ("min_select_gap", "min_threshold_margin")]
     if case.mask_id in case.recorded["output"]:
         return "the peer gives masks out as tokens"
-    if case.settings.get("remasking") == "random":
+    if case.settings.get("remasking") == "random" or case.settings.get("alg") == "origin":
         return "the peer draws the order by a generator of its own"
     if case.settings.get("early_stop") and case.settings["eos_id"] in case.recorded["output"]:
         return "early_stop: the peer puts EOS behind the first one before all in front of it is filled"
+    if case.peer in DREAM and case.settings.get("cache", "none") != "none":
+        return "the peer goes on with old keys and values; ours keeps none"
     if case.settings.get("cache") == "dual" and case.recorded.get("quirk"):
         return case.recorded["quirk"]  # it gives up on a block after its steps
     if any(margin is not None and margin < LEAST_MARGIN for margin in margins):
@@ -238,7 +261,8 @@ def _llada_left_out(case: Case) -> str | None:
 
 def reading(case: Case) -> Reading:
     """The strategy and settings that mean what the peer's settings mean."""
-    families = {**dict.fromkeys(SDAR_STRATEGIES, _sdar), **dict.fromkeys(FAST_DLLM, _fast_dllm), **dict.fromkeys(LLADA, _llada)}
+    families = {**dict.fromkeys(SDAR_STRATEGIES, _sdar), **dict.fromkeys(FAST_DLLM, _fast_dllm)}
+    families |= {**dict.fromkeys(LLADA, _llada), **dict.fromkeys(DREAM, _dream)}
     return families.get(case.peer, _llada2)(case)
 
 
@@ -267,6 +291,16 @@ def _llada(case: Case) -> Reading:
     if s.get("confidence_eos_eot_inf"):
         params["doubted_token_ids"] = (*case.eos_ids, END_OF_TURN)
     return Reading("llada", SamplingParams(cfg_scale=s.get("cfg_scale", 0.0), denoising_steps=_steps_of_a_block(case), **params))
+
+
+def _dream(case: Case) -> Reading:
+    s = case.settings
+    params: dict[str, Any] = {"top_p": s["top_p"] or 1.0, "top_k": s["top_k"] or 0, "denoising_steps": s["steps"], "ignore_eos": True}
+    if s["alg"] == "confidence_threshold":
+        params["accept_threshold"] = s["threshold"]
+    elif "eps" in s:
+        params["eps"] = s["eps"]
+    return Reading(DREAM_STRATEGIES[s["alg"]], SamplingParams(max_tokens=case.max_tokens, **params))
 
 
 def _steps_of_a_block(case: Case) -> int:
@@ -345,7 +379,7 @@ class EngineKey(NamedTuple):
 def engine_key(case: Case) -> EngineKey:
     """The engine for a case."""
     strategy, s = reading(case).strategy, case.settings
-    if case.peer in LLADA:
+    if case.peer in LLADA + DREAM:
         return EngineKey(strategy, -(-case.block // 64) * 64, (("cache", s.get("cache", "none")),))
     if case.peer in FAST_DLLM and s["use_block_cache"]:
         return EngineKey(strategy, case.block, (("sub_block_cache", s["small_block_size"]),))
@@ -355,7 +389,7 @@ def engine_key(case: Case) -> EngineKey:
 def engine_of(cases: Sequence[Case], engine_for: Callable[..., Engine]) -> Engine:
     """The engine for cases of one :func:`engine_key`."""
     key = engine_key(cases[0])
-    longest = max(len(case.prompt) + case.max_tokens for case in cases) + (key.block if cases[0].peer not in LLADA else 0)
+    longest = max(len(case.prompt) + case.max_tokens for case in cases) + (key.block if cases[0].peer not in LLADA + DREAM else 0)
     room = max(64, key.block)
     length = max(256, -(-longest // room) * room)
     sizes = {"block_size": key.block, "force_block_size": True, "max_slots": 4, "max_model_len": length}
@@ -407,8 +441,8 @@ def _unlike(wanted: list[int], got: list[int]) -> str | None:
 def forwards(case: Case, ours: Decoded) -> tuple[int, int] | None:
     """Our forwards and the peer's, where it spends them as ours does; None otherwise.
 
-    A finished block's KV costs ours no forward of its own. LLaDA's own loop goes on when all is filled. A LLaDA2 peer must go to the end
-    of the last block, and not past an EOS.
+    A finished block's KV costs ours no forward of its own. LLaDA's own loop goes on when all is filled, and Dream's goes through steps
+    that fill nothing. A LLaDA2 peer must go to the end of the last block, and not past an EOS.
     """
     if case.peer in SDAR_STRATEGIES:
         return None if ours.to_block_end is None else (ours.to_block_end.nfe, case.recorded["nfe_denoise"])
@@ -421,6 +455,8 @@ def forwards(case: Case, ours: Decoded) -> tuple[int, int] | None:
         s = case.settings
         idle = s["steps"] - _steps_of_a_block(case) * (s["gen_length"] // s["block_length"]) if case.peer == "llada_generate" else 0
         return ours.output.nfe, case.recorded["nfe"] - idle
+    if case.peer in DREAM:
+        return ours.output.nfe, sum(bool(step["written"]) for step in case.recorded["trajectory"])
     if any(eos in case.decoded[: case.settings["gen_length"]] for eos in case.eos_ids):
         return None
     if case.peer == "dmax_soft_parallel":

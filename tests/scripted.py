@@ -49,8 +49,8 @@ def dims_of(rule: Rule, *, slots: int = 1, window: int = 1, block: int = 4, page
     return dims_for(rule, **sizes, mask_id=MASK, **kind)
 
 
-def settings_of(**settings):
-    return jax.tree.map(lambda a: jnp.asarray(a)[None], settings_row(SamplingParams(**settings), (EOS,)))
+def settings_of(*, step_counts: Sequence[int] = (), **settings):
+    return jax.tree.map(lambda a: jnp.asarray(a)[None], settings_row(SamplingParams(**settings), (EOS,), np.array(step_counts, np.int32)))
 
 
 def block_of(rule: Rule, tokens: Sequence[int | None], *, frozen: int = 0, **settings) -> DecodeState:
@@ -76,6 +76,7 @@ def update(
     *,
     current: Sequence[float] | None = None,
     entropy: Sequence[float] | None = None,
+    margin: Sequence[float] | None = None,
 ) -> DecodeState:
     """One application of a rule to a block: the model says ``tokens`` with ``probs``, and ``current`` of what stands there."""
     token, prob = jnp.array([[tokens]], jnp.int32), jnp.array([[probs]], jnp.float32)
@@ -87,6 +88,7 @@ def update(
         top_probs=prob[..., None],
         masked=state.masked,
         entropy=None if entropy is None else jnp.array([[entropy]], jnp.float32),
+        margin=None if margin is None else jnp.array([[margin]], jnp.float32),
     )
     state = state.replace(steps=state.steps + state.active, hold=jnp.zeros_like(state.hold))
     state, rule_state = rule.update(prediction, state, state.rule)
@@ -107,7 +109,8 @@ def held(state: DecodeState) -> bool:
 class Script:
     """What the model says to one request: at its n-th forward, row n (the last one, from then on) by absolute position.
 
-    ``current`` is the probability of what stands there, where that is not what the model says. Entropies are ``1 - probs``.
+    ``current`` is the probability of what stands there, where that is not what the model says. Entropies are ``1 - probs``, margins
+    ``probs / 2``.
     """
 
     prompt: Sequence[int]
@@ -167,6 +170,7 @@ def predict(program: decode.Program, scripts: dict, hidden: None, state: DecodeS
         top_probs=prob[..., None] / (1 + rank),
         masked=state.masked,
         entropy=1 - prob if program.rule.entropy else None,
+        margin=prob / 2 if program.rule.margin else None,
     )
 
 

@@ -64,7 +64,7 @@ def test_what_will_not_do_on_a_whole_canvas(settings, field, message):
 
 @pytest.mark.parametrize("field", READ_BY_FEW)
 def test_what_a_strategy_does_not_read_is_refused_by_name(field):
-    value = {"doubted_token_ids": [3]}.get(field, 2)
+    value = {"doubted_token_ids": [3], "eps": 0.5}.get(field, 2)
     with pytest.raises(SettingError, match=f"{field}=.* means nothing to this engine's strategy, which reads none of these") as caught:
         asked([1], max_tokens=3, **{field: value})
     assert caught.value.field == field

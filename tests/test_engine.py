@@ -157,7 +157,8 @@ LIVE = {
 
 
 def test_every_setting_is_listed():
-    """``stop`` needs a tokenizer, and ``cache_salt`` changes no answer: see ``test_requests``. What few read is in ``test_llada``."""
+    """``stop`` needs a tokenizer, and ``cache_salt`` changes no answer: see ``test_requests``. What few read is in ``test_llada``
+    and ``test_dream``."""
     listed = set(LIVE) | {"stop", "cache_salt"} | set(READ_BY_FEW)
     assert listed == {field.name for field in dataclasses.fields(SamplingParams)}
 

@@ -18,7 +18,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 SDAR = ("families/tiny-sdar", "families/tiny-sdar-trained", "families/tiny-sdar-moe")
 FAST_DLLM = ("families/tiny-fast-dllm-v2", "families/tiny-fast-dllm-v2-trained")
 LLADA = ("families/tiny-llada", "families/tiny-llada-moe")
-CHECKPOINTS = ("tiny-llada2", "tiny-llada2-trained", *SDAR, *FAST_DLLM, *LLADA)
+DREAM = ("families/tiny-dream",)
+CHECKPOINTS = ("tiny-llada2", "tiny-llada2-trained", *SDAR, *FAST_DLLM, *LLADA, *DREAM)
 
 # The only cases that are stable in float64 and not held against ours.
 LEFT_OUT = {
@@ -30,6 +31,7 @@ LEFT_OUT = {
     ),
     ("families/tiny-llada", "llada-16"): "the peer draws the order by a generator of its own",
     ("families/tiny-llada-moe", "llada-14"): "the peer draws the order by a generator of its own",
+    ("families/tiny-dream", "dream-22"): "the peer draws the order by a generator of its own",
 }
 
 
@@ -63,7 +65,7 @@ def decoded(engine_of):
 def test_nothing_else_is_left_out():
     stable = [(name, case) for name in CHECKPOINTS for case in recorded(name) if case.recorded["fp64_same"]]
     assert {(name, case.id): said for name, case in stable if (said := replay.left_out(case))} == LEFT_OUT
-    assert len(stable) == 88 + 52 + 33 + 35
+    assert len(stable) == 88 + 52 + 33 + 35 + 11
     assert not any(replay.unknown_setting(case) for _, case in stable)
 
 
@@ -84,7 +86,7 @@ def test_forwards_and_edits_are_counted(decoded):
     def counted(count) -> int:
         return sum(count(case, decoded(name, case)) is not None for name, case in (param.values for param in cases()))
 
-    assert (counted(replay.forwards), counted(replay.edits)) == (34 + 51 + 33 + 33, 24)
+    assert (counted(replay.forwards), counted(replay.edits)) == (34 + 51 + 33 + 33 + 10, 24)
 
 
 @pytest.mark.parametrize(("name", "case"), cases(fp64_same=False))

@@ -137,6 +137,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mask_token_id": 156_895,
         "eos_token_id": 156_892,
     },
+    # Dream-org's Dream-v0-Instruct-7B and Dream-Coder-v0-Instruct-7B, and Apple's DiffuCoder-7B.
+    "dream-7b": {
+        "model_type": "Dream",
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131_072,
+        "mask_token_id": 151_666,
+        "eos_token_id": 151_643,
+    },
 }
 """The ``config.json`` of each shape."""
 

@@ -23,12 +23,13 @@ STRATEGY_NAMES = (
     *("llada2", "multi_bd", "d2f", "llada2_edit", "llada2_levenshtein", "dmax"),
     *("sdar", "sdar_leftmost", "sdar_sequential", "sdar_entropy", "fast_dllm_v2"),
     *("llada", "llada_random", "llada_threshold", "llada_factor"),
+    *("dream", "dream_maskgit_plus", "dream_topk_margin", "dream_origin", "dream_threshold"),
 )
 """The names in ``strategies.STRATEGIES``, whose module takes JAX to import."""
 
 SHAPE_NAMES = (
     *("tiny", "cpu-131m", "llada2-mini", "sdar-1.7b", "sdar-4b", "sdar-8b", "sdar-30b-a3b"),
-    *("fast-dllm-v2-1.5b", "fast-dllm-v2-7b", "llada-8b", "llada-moe-7b-a1b"),
+    *("fast-dllm-v2-1.5b", "fast-dllm-v2-7b", "llada-8b", "llada-moe-7b-a1b", "dream-7b"),
 )
 """The names in ``bench.shapes.SHAPES``, likewise."""
 

@@ -33,7 +33,7 @@ class Cached(NamedTuple):
 def canvas_forward(
     program: Program, params: Params, pool: KVPool, state: DecodeState, *, watch: Callable[[Ops], Ops] = lambda ops: ops
 ) -> tuple[jax.Array, KVPool]:
-    """Hidden states ``[S, B, D]`` of the window, each row's canvas being ``[0, limit)``, and the pool.
+    """Hidden states ``[S, B, D]`` that speak of the window, each row's canvas being ``[0, limit)``, and the pool.
 
     How often keys and values are made is the policy's ``cache``: see ``models.attention.AttentionPolicy``. ``watch`` is that of
     ``decode.forward``.
@@ -107,7 +107,7 @@ def _pass(
     cached: Cached | None = None,
     keep: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Hidden states ``[S, B, D]`` of the window, and with ``keep`` the keys and values of all that was fed.
+    """Hidden states ``[S, B, D]`` that speak of the window, and with ``keep`` the keys and values of all that was fed.
 
     Args:
       program, params, state: as everywhere.
@@ -134,5 +134,9 @@ def _pass(
 
     ops = machine_ops(kernels, attend, valid=(positions < state.limit[:, None]) & state.live[:, None])
     hidden, kept = program.model.layers(params, params["embed"][jnp.take_along_axis(tokens, positions, 1)], positions, watch(ops))
-    window = jnp.minimum(state.positions.reshape(slots, -1) - first, width - 1)
+    window = state.positions.reshape(slots, -1) - first
+    if program.model.spec.predicts == "next":  # a prompt has at least one token: there is a position before the window
+        assert width == total, "the position before the window is fed"
+        window -= 1
+    window = jnp.minimum(window, width - 1)
     return jnp.take_along_axis(hidden, window[..., None], 1), kept

@@ -14,7 +14,7 @@ from pallas_kernels import prediction
 
 def predict(program: Program, params: Params, hidden: jax.Array, state: DecodeState) -> Prediction:
     """What ``hidden [S, K B, D]`` says about the window; each row by its own settings."""
-    shape, settings = state.tokens.shape, state.settings
+    shape, settings, narrowed = state.tokens.shape, state.settings, program.confidence == "narrowed"
     per_position = shape[1] * shape[2]
 
     def rows(a: jax.Array) -> jax.Array:
@@ -27,16 +27,18 @@ def predict(program: Program, params: Params, hidden: jax.Array, state: DecodeSt
         program.model.head(params),
         state.tokens.reshape(-1),
         forbidden_id=program.dims.mask_id,
-        sampling=None if program.greedy else _sampling(program, state),
+        sampling=None if program.greedy and not narrowed else _sampling(program, state),
         penalized=left.reshape(-1),
         penalty=rows(settings.penalty_lambda),
         banned=jnp.where(early[:, None], rows(settings.stop_ids), -1),
         top_k=program.dims.candidates,
-        tempered=program.confidence in ("tempered", "drawn"),
+        tempered=program.confidence in ("tempered", "drawn", "narrowed"),
         cut=program.confidence == "drawn",
-        counts_all=program.confidence == "whole",
+        counts_all=program.confidence in ("whole", "narrowed"),
         doubted=rows(settings.doubted_ids) if program.confidence == "whole" else None,
+        narrowed=narrowed,
         entropy=program.rule.entropy,
+        margin=program.rule.margin,
         vocab_axes=shared_by("vocab"),
         backend=program.kernels.prediction,
     )
@@ -48,6 +50,7 @@ def predict(program: Program, params: Params, hidden: jax.Array, state: DecodeSt
         top_probs=best.top_probs.reshape(*shape, -1),
         masked=state.masked,
         entropy=None if best.entropy is None else best.entropy.reshape(shape),
+        margin=None if best.margin is None else best.margin.reshape(shape),
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import Model
 from diffulex_jax.rules.base import Rule
-from diffulex_jax.state import Dims
+from diffulex_jax.state import FORWARDS_PER_TOKEN, Dims
 from pallas_kernels import Kernels
 
 
@@ -33,4 +33,4 @@ class Program(NamedTuple):
     @property
     def block_budget(self) -> int:
         """Forwards after which a block is filled by force, whatever the rules say: every block ends."""
-        return 4 * self.dims.block
+        return FORWARDS_PER_TOKEN * self.dims.block

@@ -15,7 +15,7 @@ from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
 from diffulex_jax.request_state import MAX_STOP_IDS
 from diffulex_jax.sampling_params import READ_BY_FEW, SamplingParams, seeds
-from diffulex_jax.state import Dims
+from diffulex_jax.state import FORWARDS_PER_TOKEN, Dims
 
 
 Prompt = str | Sequence[int]
@@ -86,7 +86,18 @@ def check(limits: Limits, prompt: Prompt, params: SamplingParams, *, name: str) 
     length = params.block_length or most
     if length > most:
         raise SettingError("block_length", f"{name}: block_length={length} is more than the engine's block_size={most}")
-    if steps > length:
+    if limits.dims.one_block:
+        if params.max_tokens > most:
+            raise SettingError(
+                "max_tokens",
+                f"{name}: max_tokens={params.max_tokens} is more than the engine's block_size={most}, all that this strategy decodes",
+            )
+        if steps > FORWARDS_PER_TOKEN * most:
+            raise SettingError(
+                "denoising_steps",
+                f"{name}: denoising_steps={steps} is more than {FORWARDS_PER_TOKEN} for each token of the engine's block_size={most}",
+            )
+    elif steps > length:
         raise SettingError("denoising_steps", f"{name}: denoising_steps={steps} is more than the tokens of a block, {length}")
     if (size := limits.dims.sub_block_cache) and params.sub_block != size:
         raise SettingError("sub_block", f"{name}: sub_block={params.sub_block} must be {size}, the engine's sub_block_cache")

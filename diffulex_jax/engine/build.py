@@ -128,7 +128,7 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
       SettingError: for a setting that will not do.
     """
     whole_canvas = spec.attention.canvas == "whole"
-    _check_canvas(strategy, settings, whole=whole_canvas)
+    _check_canvas(spec, strategy, settings)
     usual = "full" if whole_canvas else "block_causal"
     window, attention = settings.buffer_size or strategy.window, settings.attention or strategy.attention or usual
     s = dataclasses.replace(settings, buffer_size=window, attention=attention)
@@ -165,7 +165,8 @@ def _reads(strategy: Strategy, settings: EngineConfig) -> tuple[str, ...]:
     return tuple(name for name in strategy.reads if name != "cfg_scale" or settings.cache == "none")
 
 
-def _check_canvas(strategy: Strategy, settings: EngineConfig, *, whole: bool) -> None:
+def _check_canvas(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> None:
+    whole = spec.attention.canvas == "whole"
     sees = "sees its whole canvas" if whole else "is block-causal"
     fitting = [name for name, known in STRATEGIES.items() if known.canvas == ("whole" if whole else "block_causal")]
     if strategy.canvas not in (None, "whole" if whole else "block_causal"):
@@ -178,6 +179,12 @@ def _check_canvas(strategy: Strategy, settings: EngineConfig, *, whole: bool) ->
         if settings.cache is not None:
             raise SettingError("cache", f"cache={settings.cache!r} is not for this model, which {sees} and cached exactly; leave it out")
         return
+    if settings.cache in ("prefix", "dual") and spec.predicts == "next":
+        raise SettingError(
+            "cache",
+            f"cache={settings.cache!r} is not for this model, whose output at a position speaks of the next one, so that a block needs the "
+            "position before it; leave it out",
+        )
     if strategy.rule.moves or strategy.rule.merge is not None:
         does = "moves tokens within a block" if strategy.rule.moves else "makes soft tokens"
         raise SettingError("strategy", f"strategy {strategy.name!r} {does}, which a model that {sees} cannot do")

@@ -83,8 +83,9 @@ class ModelSpec:
 
     @property
     def commit_alone(self) -> bool:
-        """Whether a block must be complete before the first token of the next can be decided: its last output speaks of that."""
-        return self.predicts == "next"
+        """Whether a block must be complete before the first token of the next can be decided: its last output speaks of that, and comes
+        from the forward that writes its KV."""
+        return self.predicts == "next" and self.attention.paged
 
     def __post_init__(self) -> None:
         for name, ids in (("mask_token_id", (self.mask_id,)), ("eos_token_id", self.eos_ids)):

@@ -1,4 +1,5 @@
-"""Fast-dLLM v2: block diffusion on the Qwen2.5 network, whose output at a position speaks of the next one (arXiv 2509.26328)."""
+"""The Qwen2.5 network, whose output at a position speaks of the next one: Fast-dLLM v2 (arXiv 2509.26328), in blocks, and Dream
+(arXiv 2508.15487) with Dream-Coder and DiffuCoder, over the whole canvas."""
 
 from __future__ import annotations
 
@@ -11,12 +12,15 @@ import jax
 
 from diffulex_jax.models import hf_config
 from diffulex_jax.models import layers as parts
+from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Params
 from diffulex_jax.models.names import Names, Tensor
 from diffulex_jax.models.ops import Ops
 
 
-MASK_ID = 151_665  # |<MASK>|; the configs on the hub do not say so
+MASK_ID = 151_665  # |<MASK>|; the configs of Fast-dLLM v2 on the hub do not say so
+DREAM_MASK_ID = 151_666  # <|mask|>
+DREAM_BLOCK = 512  # what Dream's README asks for at once; the network knows no blocks
 
 
 def fast_dllm_v2(raw: Mapping[str, Any], name: str) -> Model:
@@ -34,6 +38,26 @@ def fast_dllm_v2(raw: Mapping[str, Any], name: str) -> Model:
         layers=LayerKind(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim),
         strategy="fast_dllm_v2",
         predicts="next",
+    )
+    return network(c, spec)
+
+
+def dream(raw: Mapping[str, Any], name: str) -> Model:
+    """The network of a Dream, Dream-Coder or DiffuCoder ``config.json`` mapping. ``name``, of its directory, tells nothing here."""
+    del name
+    c = DreamConfig.from_hf(raw)
+    spec = ModelSpec(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        max_positions=c.max_position_embeddings,
+        mask_id=c.mask_token_id,
+        eos_ids=c.eos_token_id,
+        block_size=DREAM_BLOCK,
+        block_stated=False,
+        layers=LayerKind(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim),
+        strategy="dream",
+        predicts="next",
+        attention=AttentionPolicy("whole", canvas="whole", cache="none"),
     )
     return network(c, spec)
 
@@ -152,3 +176,17 @@ class FastDLLMConfig(Qwen2Config):
     def only(cls) -> hf_config.Only:
         # How its training masked (sic), which decoding does not see.
         return {**super().only(), "architectures": (["Fast_dLLM_QwenForCausalLM"],), "conplemenrary_mask": (True, False)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DreamConfig(Qwen2Config):
+    """Dream's. What its authors' class would fill in for a missing key is no checkpoint's, so that a config must say it."""
+
+    mask_token_id: int = DREAM_MASK_ID
+    rope_theta: float = dataclasses.field()
+    rms_norm_eps: float = dataclasses.field()
+    max_position_embeddings: int = dataclasses.field()
+
+    @classmethod
+    def only(cls) -> hf_config.Only:
+        return {**super().only(), "architectures": (["DreamModel"],)}

@@ -15,6 +15,7 @@ def _llada(raw: Mapping[str, Any], name: str) -> Model:
 
 
 REGISTRY: dict[str, Callable[[Mapping[str, Any], str], Model]] = {
+    "Dream": qwen2.dream,
     "Fast_dLLM_Qwen": qwen2.fast_dllm_v2,
     "llada2_moe": llada2.model,
     "llada": _llada,

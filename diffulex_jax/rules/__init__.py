@@ -6,6 +6,8 @@ from diffulex_jax.rules.edit import edit
 from diffulex_jax.rules.entropy_bounded import entropy_bounded
 from diffulex_jax.rules.factor import factor
 from diffulex_jax.rules.levenshtein import levenshtein
+from diffulex_jax.rules.noise_levels import at_random, by_noise_level
+from diffulex_jax.rules.rationed import rationed
 from diffulex_jax.rules.remask import remask
 from diffulex_jax.rules.scheduled import scheduled
 from diffulex_jax.rules.sequential import sequential
@@ -17,6 +19,8 @@ from diffulex_jax.rules.token_merge import token_merge
 
 __all__ = [
     "Rule",
+    "at_random",
+    "by_noise_level",
     "chain",
     "decide",
     "dims_for",
@@ -25,6 +29,7 @@ __all__ = [
     "factor",
     "in_sub_blocks",
     "levenshtein",
+    "rationed",
     "remask",
     "scheduled",
     "sequential",

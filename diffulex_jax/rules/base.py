@@ -20,7 +20,10 @@ class Rule(NamedTuple):
       merge: how soft tokens are mixed, where the rule writes merge descriptors; None otherwise.
       candidates: how many of the most probable tokens of each position it reads (``Prediction.top_ids``).
       entropy: whether it reads ``Prediction.entropy``, which costs one more sum over the vocabulary.
+      margin: whether it reads ``Prediction.margin``, likewise.
       moves: whether it moves tokens within a block, all of whose positions must then be the block's own.
+      one_block: whether all generated positions of a request must be one block (``Dims.one_block``), as where it shares them out over the
+        steps to come.
     """
 
     init: Callable[[Dims], Any]
@@ -28,7 +31,9 @@ class Rule(NamedTuple):
     merge: MergeSpec | None = None
     candidates: int = 0
     entropy: bool = False
+    margin: bool = False
     moves: bool = False
+    one_block: bool = False
 
 
 def dims_for(
@@ -58,6 +63,7 @@ def dims_for(
         commit_alone=commit_alone,
         sub_block_cache=sub_block_cache,
         whole_canvas=whole_canvas,
+        one_block=rule.one_block,
     )
 
 
@@ -101,5 +107,7 @@ def chain(*rules: Rule) -> Rule:
         merge=merges[0] if merges else None,
         candidates=max((rule.candidates for rule in rules), default=0),
         entropy=any(rule.entropy for rule in rules),
+        margin=any(rule.margin for rule in rules),
         moves=any(rule.moves for rule in rules),
+        one_block=any(rule.one_block for rule in rules),
     )

@@ -1,11 +1,16 @@
-"""Multi-block diffusion: when look-ahead blocks start, and which blocks may be forced on."""
+"""What several rules need: a block's progress and quota, when look-ahead blocks start and may be forced on, and random draws."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from diffulex_jax.state import DecodeState
+
+
+_APART = 0x5EED  # keeps draws of an order apart from those of tokens, which have the same key
 
 
 def progress(state: DecodeState) -> jax.Array:
@@ -52,3 +57,16 @@ def activate(state: DecodeState) -> DecodeState:
     follows = jnp.concatenate([jnp.ones_like(ready[:, :1]), ready[:, :-1]], 1)
     inside = state.positions[..., 0] < state.limit[:, None]
     return state.replace(active=state.active | (follows & inside & state.live[:, None]))
+
+
+def draws(state: DecodeState, sample: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """``[S, K, B]`` float32: ``sample(key)`` for each position and forward, from the request's key (``jax.random.uniform``)."""
+
+    def one(key: jax.Array, position: jax.Array, nfe: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(key)
+        for number in (_APART, position, nfe):
+            key = jax.random.fold_in(key, number)
+        return sample(key)
+
+    of_row = jax.vmap(one, (None, 0, None))
+    return jax.vmap(of_row)(state.key, state.positions.reshape(len(state.key), -1), state.nfe).reshape(state.positions.shape)

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from diffulex_jax.rules.base import Rule
+from diffulex_jax.rules.blocks import draws
 from diffulex_jax.state import DecodeState, Dims, Prediction
 from pallas_kernels.remask import decision
 
 
 Order = Literal["confidence", "random"]
-_APART = 0x5EED  # keeps draws of an order apart from those of tokens, which have the same key
 
 
 def scheduled(*, order: Order = "confidence") -> Rule:
@@ -41,21 +41,8 @@ def scheduled(*, order: Order = "confidence") -> Rule:
         steps = jnp.maximum(s.denoising_steps, 1)[:, None]
         share = jnp.maximum(masks // steps + (state.steps - 1 < masks % steps), 1)  # the step that runs is counted already
         count = jnp.where(s.denoising_steps[:, None] > 0, share, s.num_to_transfer[:, None])
-        score = prediction.prob if order == "confidence" else _draws(state)
+        score = prediction.prob if order == "confidence" else draws(state, jax.random.uniform)
         take = open_ & (decision.confidence_rank(jnp.where(open_, score, -1.0)) < count[..., None])
         return state.fill(take, prediction.token, prediction.prob), masks
 
     return Rule(init, update)
-
-
-def _draws(state: DecodeState) -> jax.Array:
-    """``[S, K, B]`` float32 in [0, 1): a draw for each position and forward, from the request's key."""
-
-    def one(key: jax.Array, position: jax.Array, nfe: jax.Array) -> jax.Array:
-        key = jax.random.wrap_key_data(key)
-        for number in (_APART, position, nfe):
-            key = jax.random.fold_in(key, number)
-        return jax.random.uniform(key)
-
-    of_row = jax.vmap(one, (None, 0, None))
-    return jax.vmap(of_row)(state.key, state.positions.reshape(len(state.key), -1), state.nfe).reshape(state.positions.shape)

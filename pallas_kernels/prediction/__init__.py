@@ -45,6 +45,8 @@ def predict(
     entropy: bool = False,
     counts_all: bool = False,
     doubted: jax.Array | None = None,
+    narrowed: bool = False,
+    margin: bool = False,
     backend: str | None = None,
 ) -> Best:
     """Reduces each row of logits to the chosen token and the probabilities rules ask for.
@@ -69,7 +71,12 @@ def predict(
       entropy: report the entropy of that distribution. The Hopper kernel has none: with it, ``"gpu"`` takes the reference.
       counts_all: the forbidden id has its share of the softmax, though it is not chosen (LLaDA's confidence, arXiv 2502.09992).
       doubted: ``[R, M]`` int32, ids that may be chosen but are not counted in the softmax of their row, so that their own probability
-        is 0; negative: none. With it or ``counts_all`` every backend takes the reference.
+        is 0; negative: none.
+      narrowed: all probabilities, the entropy and the margin are of what the row's top-p, then its top-k, leave, at temperature 0 too, and
+        that is what tokens are drawn from; the entropy has 1e-10 added within its logarithm (Dream, arXiv 2508.15487). It asks for
+        ``sampling``.
+      margin: report by how much the largest probability exceeds the second, whether or not the larger is of a token that may be chosen.
+        With any of ``counts_all``, ``doubted``, ``narrowed`` and ``margin`` every backend takes the reference.
       backend: see :data:`Backend`; None chooses by the current mesh.
 
     Returns:
@@ -81,8 +88,9 @@ def predict(
     options: dict[str, Any] = {"forbidden_id": forbidden_id, "sampling": sampling, "penalized": penalized, "penalty": penalty}
     options |= {"tempered": tempered, "entropy": entropy, "banned": banned, "top_k": top_k}
     compute = pick("prediction", backend, choose_backend, _FROM_LOGITS)
-    if cut or counts_all or doubted is not None:
-        return reference.predict(logits, current, **options, cut=cut, counts_all=counts_all, doubted=doubted)
+    if cut or counts_all or doubted is not None or narrowed or margin:
+        options |= {"cut": cut, "counts_all": counts_all, "doubted": doubted, "narrowed": narrowed, "margin": margin}
+        return reference.predict(logits, current, **options)
     return compute(logits, current, **options)
 
 
@@ -112,8 +120,9 @@ def predict_from_hidden(
     if vocab_axes:
         options["vocab_axes"] = vocab_axes
     compute = pick("prediction", backend, choose_backend, _FROM_HIDDEN)
-    usual = {name: value for name, value in options.items() if name not in ("cut", "counts_all", "doubted")}
-    if options.get("counts_all") or options.get("doubted") is not None or compute is reference.predict_from_hidden:
+    plain = {"counts_all": False, "doubted": None, "narrowed": False, "margin": False}
+    usual = {name: value for name, value in options.items() if name not in {"cut", *plain}}
+    if any(options.get(name, nothing) is not nothing for name, nothing in plain.items()) or compute is reference.predict_from_hidden:
         return reference.predict_from_hidden(hidden, lm_head, current, **options)
     sampling = options["sampling"]
     if not options.get("cut") or sampling is None:

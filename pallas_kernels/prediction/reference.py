@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 
+_NO_LOG_OF_0 = 1e-10  # what Dream's code adds within the logarithm of an entropy
+
+
 class Sampling(NamedTuple):
     """Per-row sampling settings, ``[R]`` each; a row with temperature 0 is greedy.
 
@@ -34,6 +37,7 @@ class Best(NamedTuple):
       prob, current_prob: ``[R]`` float32, its probability, and that of the token that stood there.
       top_ids, top_probs: ``[R, M]`` int32 and float32, the best M tokens and their probabilities, best first.
       entropy: ``[R]`` float32, of the distribution that probabilities are of, in nats; None where it was not asked for.
+      margin: ``[R]`` float32, by how much its largest probability exceeds its second; None where it was not asked for.
     """
 
     token: jax.Array
@@ -42,6 +46,7 @@ class Best(NamedTuple):
     top_ids: jax.Array
     top_probs: jax.Array
     entropy: jax.Array | None = None
+    margin: jax.Array | None = None
 
 
 def predict(
@@ -59,6 +64,8 @@ def predict(
     entropy: bool = False,
     counts_all: bool = False,
     doubted: jax.Array | None = None,
+    narrowed: bool = False,
+    margin: bool = False,
 ) -> Best:
     """See ``prediction.predict``."""
     vocab = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
@@ -71,7 +78,12 @@ def predict(
     judged = allowed / cooling(sampling)[:, None] if tempered and sampling is not None else allowed
     judged = _without(judged, doubted)
     greedy = token = _first_largest(logits)
-    if sampling is not None:
+    if narrowed:
+        assert sampling is not None, "top-p and top-k are asked for"
+        judged = _narrowed(judged, sampling)
+        drawn_from = jnp.where(vocab == forbidden_id, -jnp.inf, judged)
+        token = lax.cond((sampling.temperature > 0).any(), lambda: _sample(drawn_from, sampling, greedy), lambda: greedy)
+    elif sampling is not None:
         draw = functools.partial(_draw, logits, sampling, greedy, judged if cut else None)
         token, drawn_from = lax.cond((sampling.temperature > 0).any(), draw, lambda: (greedy, judged if cut else None))
         judged = drawn_from if cut else judged
@@ -86,7 +98,12 @@ def predict(
     else:
         top_ids = lax.top_k(logits, top_k)[1].astype(jnp.int32)
     best = Best(token, prob_of(token)[:, 0], prob_of(current)[:, 0], top_ids, prob_of(top_ids))
-    return best._replace(entropy=_entropy(judged - peak[:, None], total)) if entropy else best
+    if entropy:
+        best = best._replace(entropy=_entropy(judged - peak[:, None], total, apart=_NO_LOG_OF_0 if narrowed else 0.0))
+    if margin:
+        second = jnp.where(vocab == _first_largest(judged)[:, None], -jnp.inf, judged).max(-1)
+        best = best._replace(margin=(1 - jnp.exp(second - peak)) / total)
+    return best
 
 
 def _without(logits: jax.Array, ids: jax.Array | None) -> jax.Array:
@@ -97,8 +114,14 @@ def _without(logits: jax.Array, ids: jax.Array | None) -> jax.Array:
     return logits.at[jnp.arange(len(logits))[:, None], at].set(-jnp.inf, mode="drop")
 
 
-def _entropy(below: jax.Array, total: jax.Array) -> jax.Array:
-    """``[R]`` entropy in nats of logits ``[R, V]``, given as what they lie below the largest, whose exponentials add up to ``total``."""
+def _entropy(below: jax.Array, total: jax.Array, *, apart: float) -> jax.Array:
+    """``[R]`` entropy in nats of logits ``[R, V]``, given as what they lie below the largest, whose exponentials add up to ``total``.
+
+    ``apart`` is added to each probability within its logarithm.
+    """
+    if apart:
+        p = jnp.exp(below) / total[:, None]
+        return -(p * jnp.log(p + apart)).sum(-1)
     weighted = jnp.where(below > -jnp.inf, jnp.exp(below) * below, 0.0)
     return jnp.log(total) - weighted.sum(-1) / total
 
@@ -135,9 +158,30 @@ def _draw(logits: jax.Array, sampling: Sampling, greedy: jax.Array, judged: jax.
     p = jnp.where(sampling.top_p < 1, sampling.top_p * mass.sum(-1), everything)
     kept &= order >= _cutoff(order, mass, p)[:, None]
     filtered = jnp.where(kept, scaled, -jnp.inf)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(sampling.key)
-    token = jnp.where(hot, _first_largest(filtered + noise), greedy)
-    return token, None if judged is None else jnp.where(hot[:, None], filtered, judged)
+    return _sample(filtered, sampling, greedy), None if judged is None else jnp.where(hot[:, None], filtered, judged)
+
+
+def _sample(filtered: jax.Array, sampling: Sampling, greedy: jax.Array) -> jax.Array:
+    """Gumbel-max over ``filtered [R, V]`` in rows with temperature above 0 that leave a token; the others keep ``greedy``."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, filtered.shape[1:]))(sampling.key)
+    hot = (sampling.temperature > 0) & (filtered > -jnp.inf).any(-1)
+    return jnp.where(hot, _first_largest(filtered + noise), greedy)
+
+
+def _narrowed(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """``logits [R, V]`` with minus infinity where the row's top-p, or then its top-k, drops a token; at any temperature.
+
+    Top-p keeps the tokens before which no more than p lies, and tokens that tie with the last. Both ask about the whole distribution.
+    """
+
+    def narrow() -> jax.Array:
+        order, everything = _ordered_bits(logits), jnp.finfo(jnp.float32).max
+        more = jnp.where(sampling.top_p < 1, jnp.nextafter(sampling.top_p, 2.0), everything)
+        count = jnp.where(sampling.top_k > 0, sampling.top_k.astype(jnp.float32), everything)
+        least = jnp.maximum(_cutoff(order, jax.nn.softmax(logits, -1), more), _cutoff(order, jnp.ones_like(logits), count))
+        return jnp.where(order >= least[:, None], logits, -jnp.inf)
+
+    return lax.cond(((sampling.top_p < 1) | (sampling.top_k > 0)).any(), narrow, lambda: logits)
 
 
 def _first_largest(x: jax.Array) -> jax.Array:

@@ -53,6 +53,8 @@ class Sampling(Strict):
     block_length: int | None = None
     cfg_scale: float | None = None
     confidence_factor: float | None = None
+    eps: float | None = None
+    alg_temp: float | None = None
     doubted_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     entropy_bound: float | None = None
     edit_threshold: float | None = None

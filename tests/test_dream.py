@@ -1,0 +1,361 @@
+"""Dream: its schedule and rules on blocks small enough to check in one's head, its confidences, its configs, and what does not go."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import same_answer
+from scripted import block_of, play, script, shown, update
+
+from diffulex_jax import Engine, SamplingParams, SettingError
+from diffulex_jax.bench.shapes import shape_model
+from diffulex_jax.models.attention import AttentionPolicy
+from diffulex_jax.models.base import leaves
+from diffulex_jax.models.registry import model_of
+from diffulex_jax.rules import at_random, by_noise_level, noise_levels, rationed
+from diffulex_jax.rules.noise_levels import step_counts
+from pallas_kernels.prediction import Sampling, predict
+
+
+DREAM = str(pathlib.Path(__file__).parent / "golden" / "families" / "tiny-dream")
+OPTIONS = {"block_size": 128, "max_slots": 4, "max_model_len": 256}
+_ = None
+
+
+# The schedule
+
+
+@pytest.mark.parametrize(
+    ("masks", "steps", "want"),
+    [
+        (16, 16, [*[1] * 14, 2]),  # what is rounded down is made up for by the last step; the first fills none and is left out
+        (128, 64, [1, *[2] * 62, 3]),
+        (24, 1, [24]),
+        (8, 2, [3, 5]),  # 8 * 0.4995
+        (3, 40, [1, 2]),
+        (0, 4, []),
+    ],
+)
+def test_masks_are_shared_out_as_the_noise_level_falls(masks, steps, want):
+    assert step_counts(masks, steps=steps, eps=1e-3) == want
+
+
+def test_a_noise_level_that_does_not_fall_leaves_all_to_the_last_step():
+    assert step_counts(8, steps=4, eps=1.0) == [8]
+    assert step_counts(16, steps=2, eps=0.5) == [4, 12]
+
+
+@pytest.mark.parametrize(("eps", "steps"), [(1e-3, 512), (1e-5, 512), (0.05, 7), (1e-3, 1)])
+def test_noise_levels_are_rounded_once_from_the_nearer_end(eps, steps):
+    """torch's linspace: the difference of two levels is a float32, and what is made of it is exact until it is rounded."""
+    end, fall = Fraction(float(np.float32(eps))), Fraction(float((np.float32(eps) - np.float32(1)) / np.float32(steps)))
+    exact = [1 + fall * i if i < (steps + 1) // 2 else end - fall * (steps - i) for i in range(steps + 1)]
+    assert noise_levels._noise_levels(eps, steps + 1).tolist() == [float(np.float32(float(level))) for level in exact]
+
+
+def test_float32_decides_what_is_rounded_down():
+    """Levels 1, 7/8, 3/4, 5/8: the second step fills 7 * (1 - 6/7), which is 1 in float64, and less in float32."""
+    assert int(7 * (1 - 0.75 / 0.875)) == 1
+    assert step_counts(8, steps=4, eps=0.5) == [1, 1, 6]
+
+
+# by_noise_level
+
+
+@pytest.mark.parametrize(
+    ("confidence", "order"),
+    [("prob", [2, 0, 3, 1]), ("margin", [1, 0, 3, 2]), ("entropy", [3, 1, 2, 0])],
+)
+def test_the_most_confident_are_filled_first_however_that_is_measured(confidence, order):
+    rule = by_noise_level(confidence=confidence)
+    state = block_of(rule, [7, _, _, _, _], frozen=1, step_counts=[1, 2, 1, 0, 0])
+    says = {"entropy": [0, 0.9, 0.2, 0.5, 0.1], "margin": [0, 0.3, 0.4, 0.1, 0.3]}
+    filled = []
+    while state.masked.any():
+        before = state.masked
+        state = update(rule, state, [1] * 5, [0.99, 0.6, 0.3, 0.8, 0.6], **says)
+        filled.append({int(i) - 1 for i in np.flatnonzero(before & ~state.masked)})
+    assert filled == [{order[0]}, set(order[1:3]), {order[3]}]
+
+
+def test_a_temperature_draws_which_masks_are_filled():
+    """20 000 requests: chi-square over the pairs of five masks, drawn one after the other from softmax(confidence / alg_temp)."""
+    rule, prob, heat = by_noise_level(), np.array([0.9, 0.1, 0.2, 0.3, 0.4, 0.5]), 0.5
+    one = block_of(rule, [7, _, _, _, _, _], frozen=1, alg_temp=heat, step_counts=[2, 3, 0, 0, 0, 0])
+
+    def filled(seed):
+        return ~update(rule, one.replace(key=jnp.stack([jnp.uint32(0), seed])[None]), [1] * 6, prob).masked[0, 0, 1:]
+
+    found = np.asarray(jax.jit(jax.vmap(filled))(jnp.arange(20_000, dtype=jnp.uint32)))
+    assert (found.sum(1) == 2).all()
+    p = np.exp(prob[1:] / heat) / np.exp(prob[1:] / heat).sum()
+    chi = 0.0
+    for i, j in itertools.combinations(range(5), 2):
+        expected = 20_000 * (p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j]))
+        chi += (int((found[:, i] & found[:, j]).sum()) - expected) ** 2 / expected
+    assert chi < 27.9  # 9 degrees of freedom: exceeded once in a thousand times
+
+
+def test_another_confidence_is_refused():
+    with pytest.raises(ValueError, match="confidence='top' must be one of prob, margin, entropy"):
+        by_noise_level(confidence="top")
+
+
+# at_random
+
+
+@pytest.mark.parametrize(("steps", "eps"), [(3, 1e-3), (3, 0.4), (0, 0.2)])
+def test_each_mask_is_filled_by_chance_as_the_noise_level_falls(steps, eps):
+    """20 000 requests: chi-square over the steps at which three masks are filled."""
+    rule, n = at_random(), 3
+    one = block_of(rule, [7, _, _, _], frozen=1, denoising_steps=steps, eps=eps)
+
+    def filled_at(seed):
+        state, at = one.replace(key=jnp.stack([jnp.uint32(0), seed])[None]), jnp.zeros(3, jnp.int32)
+        for nfe in range(n):
+            state = update(rule, state.replace(nfe=jnp.array([nfe])), [1] * 4, [0.9, 0.1, 0.2, 0.3])
+            at += state.masked[0, 0, 1:]
+        return at
+
+    found = np.asarray(jax.jit(jax.vmap(filled_at))(jnp.arange(20_000, dtype=jnp.uint32)))
+    assert found.max() == n - 1  # the last step fills all
+    level = np.linspace(1, eps, n + 1)
+    fills = [*(1 - level[1:-1] / level[:-2]), 1.0]
+    at = [fills[i] * math.prod(1 - f for f in fills[:i]) for i in range(n)]
+    chi = 0.0
+    for when in itertools.product(range(n), repeat=3):
+        expected = 20_000 * math.prod(at[i] for i in when)
+        chi += (int((found == when).all(1).sum()) - expected) ** 2 / expected
+    assert chi < 54.1  # 26 degrees of freedom: exceeded once in a thousand times
+
+
+# rationed
+
+
+def test_a_ration_that_is_not_used_carries_over():
+    """Two a step; 0.9 is sure. The first step finds one sure mask of its two candidates, the second may fill three."""
+    rule = rationed()
+    state = block_of(rule, [_] * 6, num_to_transfer=2, accept_threshold=0.9)
+    state = update(rule, state, range(1, 7), [0.1, 0.95, 0.2, 0.3, 0.4, 0.5])
+    assert shown(state) == [_, 2, _, _, _, _]
+    state = update(rule, state, range(1, 7), [0.91, 0.1, 0.92, 0.93, 0.94, 0.1])
+    assert shown(state) == [_, 2, 3, 4, 5, _]
+    state = update(rule, state, range(1, 7), [0.2] * 6)
+    assert shown(state) == [1, 2, 3, 4, 5, _]  # none is sure: the first of equals
+
+
+def test_after_its_steps_a_ration_grows_no_more():
+    """Five masks in two steps: three, then two; what those leave is filled one by one, or as it gets sure."""
+    rule = rationed()
+    state, left = block_of(rule, [_] * 5, denoising_steps=2, accept_threshold=0.9), []
+    for prob in (0.95, 0.1, 0.1):
+        state = update(rule, state, [1] * 5, [prob] * 5)
+        left.append(int(state.masked.sum()))
+    assert left == [2, 1, 0]
+
+
+# What a forward says
+
+
+def test_top_p_and_top_k_bear_on_confidence_at_temperature_0_too():
+    """exp: 8, 4, 2, 1 and 1 (the mask); of 16."""
+    logits = jnp.log(jnp.array([[8.0, 4.0, 2.0, 1.0, 1.0]] * 6))
+    rows = [(1.0, 0), (0.51, 0), (0.49, 0), (1.0, 3), (0.8, 2), (1e-9, 0)]
+    want = [[8, 4, 2, 1, 1], [8, 4], [8], [8, 4, 2], [8, 4], [8]]
+    top_p, top_k = (jnp.array(a) for a in zip(*rows, strict=True))
+    sampling = Sampling(jax.random.split(jax.random.key(0), 6), jnp.zeros(6), top_p, top_k)
+    best = predict(logits, jnp.zeros(6, int), forbidden_id=4, sampling=sampling, counts_all=True, narrowed=True, entropy=True, margin=True)
+    assert best.token.tolist() == [0] * 6
+    p = [np.array(row) / sum(row) for row in want]
+    np.testing.assert_allclose(best.prob, [row[0] for row in p], rtol=1e-6)
+    np.testing.assert_allclose(best.margin, [row[0] - (row[1] if len(row) > 1 else 0) for row in p], rtol=1e-6)
+    np.testing.assert_allclose(best.entropy, [-(row * np.log(row + 1e-10)).sum() for row in p], rtol=1e-5, atol=1e-7)
+
+
+def test_where_the_mask_leads_another_token_is_chosen_and_the_margin_is_the_masks():
+    logits = jnp.log(jnp.array([[1.0, 2.0, 5.0]] * 2))
+    sampling = Sampling(jax.random.split(jax.random.key(0), 2), jnp.array([0.0, 1.0]), jnp.array([1.0, 0.5]), jnp.zeros(2, int))
+    best = predict(logits, jnp.zeros(2, int), forbidden_id=2, sampling=sampling, counts_all=True, narrowed=True, margin=True)
+    assert best.token.tolist() == [1, 1]  # of the second row top-p leaves the mask alone
+    np.testing.assert_allclose(best.prob, [2 / 8, 0], atol=1e-6)
+    np.testing.assert_allclose(best.margin, [3 / 8, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(0.7, 1.0, 0), (0.2, 0.95, 50), (1.0, 0.8, 0), (1.5, 1.0, 5)])
+def test_draws_follow_the_authors_formula(temperature, top_p, top_k):
+    """Chi-square over 20 000 draws; what is kept is worked out by sorting, as the authors do, the mask id's share included."""
+    z, mask, n = np.array([1.0, 0.5, 0.0, -0.5, 0.8, -1.0, 0.3, 0.9]), 7, 20_000
+    p = np.exp(z / temperature) / np.exp(z / temperature).sum()
+    order = np.argsort(-p)
+    kept = order[np.cumsum(p[order]) - p[order] <= top_p][: top_k or None]
+    share = np.where(np.isin(np.arange(8), kept), p, 0) / p[kept].sum()
+    expected = share[:mask] / share[:mask].sum()
+    row = jnp.ones(n)
+    sampling = Sampling(jax.random.split(jax.random.key(3), n), row * temperature, row * top_p, jnp.full(n, top_k))
+    logits = jnp.broadcast_to(jnp.asarray(z, jnp.float32), (n, 8))
+    best = predict(
+        logits, jnp.full(n, mask), forbidden_id=mask, sampling=sampling, tempered=True, counts_all=True, narrowed=True, margin=True
+    )
+    counts, seen = np.bincount(np.asarray(best.token), minlength=mask), expected > 0
+    assert not counts[~seen].any()
+    assert ((counts - n * expected)[seen] ** 2 / (n * expected[seen])).sum() < 22.5  # at most 6 degrees: once in a thousand times
+    np.testing.assert_allclose(best.prob, share[np.asarray(best.token)], rtol=1e-5)
+    np.testing.assert_allclose(best.margin, np.diff(np.sort(share))[-1], rtol=1e-4)
+
+
+# Requests
+
+
+def test_what_is_given_is_no_mask_of_the_schedule():
+    """Four masks of six tokens in two steps: one, then the other three."""
+    says = script([5], (range(16), [0.5] * 16), max_tokens=6, denoising_steps=2, ignore_eos=True, pinned={2: 13, 5: 12})
+    (got,), _state = play(by_noise_level(), says, block=8, pages=4, steps=20, whole_canvas=True)
+    assert (got.tokens, got.reason, got.nfe) == ([1, 2, 13, 4, 5, 12], "length", 2)
+    assert got.trace[0] == [1, _, 13, _, _, 12, 15, 15]
+
+
+def test_an_output_takes_as_many_steps_as_it_has_tokens_unless_told_otherwise():
+    says = [script([5], (range(16), [0.5] * 16), max_tokens=6, ignore_eos=True, denoising_steps=n) for n in (0, 12, 3, 1)]
+    played, _state = play(by_noise_level(), *says, block=8, pages=4, steps=20, whole_canvas=True)
+    assert [got.nfe for got in played] == [5, 5, 3, 1]  # the first of six fills none, nor do the first seven of twelve
+
+
+SETTINGS = {
+    "denoising_steps": ("dream", {}, 4),
+    "eps": ("dream", {"denoising_steps": 4}, 0.9),
+    "alg_temp": ("dream", {}, 1.0),
+    "top_k": ("dream", {}, 2),
+    "top_p": ("dream_topk_margin", {}, 0.5),
+    "temperature": ("dream_maskgit_plus", {}, 1.0),
+    "accept_threshold": ("dream_threshold", {}, 0.2),
+    "num_to_transfer": ("dream_threshold", {"accept_threshold": 0.2}, 1),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_changes_something(engine_of, name):
+    strategy, base, value = SETTINGS[name]
+    engine = engine_of("families/tiny-dream", strategy=strategy, **OPTIONS)
+
+    def run(**settings):
+        params = SamplingParams(max_tokens=32, seed=0, ignore_eos=True, **base, **settings)
+        return [(o.token_ids, o.nfe) for o in engine.generate([[97, 250, 407, 289, 392], [9] * 20], params)]
+
+    assert run() != run(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "message"),
+    [
+        ("dream", {"max_tokens": 129}, "max_tokens=129 is more than the engine's block_size=128, all that this strategy decodes"),
+        ("dream", {"denoising_steps": 513}, "denoising_steps=513 is more than 4 for each token of the engine's block_size=128"),
+        ("dream", {"block_length": 8}, "block_length=8 means nothing to this engine's strategy, which reads eps, alg_temp"),
+        ("dream_origin", {"alg_temp": 1.0}, "alg_temp=1.0 means nothing to this engine's strategy, which reads eps"),
+        ("dream_threshold", {"eps": 0.1}, "eps=0.1 means nothing to this engine's strategy, which reads none of these"),
+    ],
+)
+def test_what_a_request_may_not_ask_for(engine_of, strategy, settings, message):
+    engine = engine_of("families/tiny-dream", strategy=strategy, **OPTIONS)
+    with pytest.raises(SettingError, match=message):
+        engine.generate([[1, 2]], SamplingParams(**settings))
+
+
+def test_a_noise_level_is_at_most_1():
+    with pytest.raises(SettingError, match=r"eps=1.5 must be at most 1"):
+        SamplingParams(eps=1.5)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_is_refused(cache):
+    with pytest.raises(SettingError, match=f"cache='{cache}' is not for this model, whose output at a position speaks of the next one"):
+        Engine.from_pretrained(DREAM, cache=cache, **OPTIONS)
+
+
+# The same answer
+
+
+SETUPS = {
+    "dream": {"model": DREAM, "strategy": "dream", **OPTIONS},
+    "dream_origin": {"model": DREAM, "strategy": "dream_origin", **OPTIONS},
+}
+
+
+@pytest.fixture(scope="module", params=SETUPS)
+def setup(request):
+    engine = Engine.from_pretrained(**SETUPS[request.param])
+    steps, alg_temp = itertools.cycle([0, 6, 12]), 1.0 if request.param == "dream" else 0.0
+    requests = [
+        (prompt, dataclasses.replace(params, denoising_steps=next(steps), alg_temp=alg_temp if i % 4 == 1 else 0.0, top_k=30 * (i % 2)))
+        for i, (prompt, params) in enumerate(same_answer.requests(6, [0.0, 0.7], vocab=490))
+    ]
+    return request.param, engine, requests, same_answer.alone(engine, requests)
+
+
+def test_in_a_batch_and_arriving_at_any_moment(setup):
+    _name, engine, requests, alone = setup
+    assert same_answer.together(engine, requests) == alone
+    assert same_answer.arriving(engine, requests, at_once=6) == alone
+    assert engine.stats["pages_held"] == engine.stats["prefix_cache_hits"] == 0
+
+
+def test_preempted_at_every_step(setup):
+    _name, engine, requests, alone = setup
+    assert same_answer.preempted(engine, requests[:3], every=1) == alone[:3]
+
+
+def test_restored_in_another_process(setup, tmp_path, request):
+    name, engine, requests, alone = setup
+    some, cache = slice(2, 4), str(request.config.cache.mkdir("jax"))
+    got = same_answer.restored(engine, requests[some], options=SETUPS[name], steps=3, folder=tmp_path, cache=cache)
+    assert got == alone[some]
+
+
+# Configs
+
+
+def raw(**changes) -> dict:
+    given = json.loads((pathlib.Path(DREAM) / "config.json").read_text()) | changes
+    return {key: value for key, value in given.items() if value != "left out"}
+
+
+def test_a_config_is_written_as_it_is_read():
+    model = model_of(raw())
+    again = model_of(model.config.to_hf())
+    assert again == model and again.spec == model.spec
+    assert model.spec.attention == AttentionPolicy("whole", canvas="whole", cache="none")
+    assert (model.spec.strategy, model.spec.predicts, model.spec.commit_alone) == ("dream", "next", False)
+
+
+def test_a_config_may_leave_the_mask_out():
+    assert model_of(raw(mask_token_id="left out", vocab_size=152_064)).spec.mask_id == 151_666
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": "left out"}, "missing rope_theta"),
+        ({"rms_norm_eps": "left out"}, "missing rms_norm_eps"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented; supported: 'silu'"),
+        ({"use_sliding_window": True}, "use_sliding_window=True is not implemented"),
+        ({"architectures": ["DreamVLModel"]}, 'architectures=\\["DreamVLModel"\\] is not implemented'),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling=.* is not implemented"),
+    ],
+)
+def test_what_a_config_may_not_ask_for(changes, message):
+    with pytest.raises(ValueError, match=message):
+        model_of(raw(**changes))
+
+
+def test_the_public_size_has_the_parameters_it_is_known_for():
+    """Qwen2.5-7B's: 7.62 billion, 15.23 GB in bfloat16."""
+    found = sum(int(np.prod(param.shape)) for param in leaves(shape_model("dream-7b").schema).values())
+    assert found == pytest.approx(7.616e9, rel=0.001)
