@@ -93,7 +93,7 @@ def test_the_bare_model_runs_the_kernels_of_the_step(monkeypatch):
     assert bare == set(asked) == {REFERENCE.grouped_matmul}
 
 
-@pytest.mark.parametrize("name", ["tiny-llada", "tiny-fast-dllm-v2-trained"])
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream", "tiny-fast-dllm-v2-trained"])
 def test_a_step_of_every_family_is_the_engines(monkeypatch, name):
     """A canvas that every forward sees whole, and a step that does nothing but commit."""
     config = GOLDEN / "families" / name / "config.json"

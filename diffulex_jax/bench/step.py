@@ -93,7 +93,7 @@ def run(
             compiled, counters = {}, {}
             for (context, batch, name), strategy in zip(cases, itertools.cycle(found), strict=False):
                 sizes: dict[str, Any] = {
-                    "block_size": BLOCK,
+                    "block_size": 3 * BLOCK if strategy.rule.one_block else BLOCK,
                     "force_block_size": True,
                     "buffer_size": 1,
                     "max_slots": batch,
