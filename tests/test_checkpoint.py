@@ -176,7 +176,7 @@ def test_the_engine_says_so_too(tiny):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "llama"}, "config: model_type='llama' is not implemented; supported: 'llada2_moe', 'sdar', 'sdar_moe'"),
+        ({"model_type": "llama"}, "config: model_type='llama' is not implemented; supported: 'Dream', "),
         ({"hidden_act": "gelu"}, "config: hidden_act='gelu' is not implemented; supported: 'silu'"),
         ({"use_bias": True}, "config: use_bias=True is not implemented"),
         ({"use_qkv_bias": True}, "config: use_qkv_bias=True is not implemented"),

@@ -6,9 +6,9 @@ import jax
 import pytest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _least_effort():
-    """Half the time. Kernels, exchanges, what is updated in place and what fits are the same; temporaries are at most larger."""
+@pytest.fixture(scope="module")
+def least_effort():
+    """Two thirds of the time. Kernels, exchanges, what is updated in place and what fits are the same; temporaries are larger."""
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
     yield
     jax.config.update("jax_exec_time_optimization_effort", 0.0)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from checks import KERNELS, MINI, check
 
 from diffulex_jax.bench import aot
+
+
+pytestmark = pytest.mark.usefixtures("least_effort")
 
 
 def test_fourth_generation():

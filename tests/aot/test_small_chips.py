@@ -13,6 +13,9 @@ from diffulex_jax.cli import app
 from diffulex_jax.models.registry import model_of
 
 
+pytestmark = pytest.mark.usefixtures("least_effort")
+
+
 def test_four_chips_share_a_model_that_fits_none_of_them():
     compiled = aot.compile_denoise("v5e:2x2", MINI)
     check(compiled)
