@@ -17,7 +17,7 @@ test: $(VENV)/.installed-dev browser
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The tests without those that take long: rules, scheduler, pages, decoding, checkpoints, recorded answers, kernels.
+# The tests without those that take long, in a minute and a half: rules, scheduler, pages, configs, checkpoints, settings, small kernels.
 test-fast: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
