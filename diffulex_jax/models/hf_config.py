@@ -67,6 +67,17 @@ def read(cls: type, raw: Mapping[str, Any], only: Only) -> dict[str, Any]:
     return found
 
 
+def sizes(config: Any) -> dict[str, Any]:
+    """What a ``ModelSpec`` takes from a config that has the usual names."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "max_positions": config.max_position_embeddings,
+        "mask_id": config.mask_token_id,
+        "eos_ids": config.eos_token_id,
+    }
+
+
 def written(config: Any, only: Only, *, dtype: str) -> dict[str, Any]:
     """The ``config.json`` mapping that :func:`read` reads back; ``dtype`` names the dtype of the stored weights."""
     fields = dataclasses.asdict(config)

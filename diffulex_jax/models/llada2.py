@@ -27,11 +27,7 @@ def model(raw: Mapping[str, Any], name: str) -> Model:
     del name
     c = LLaDA2Config.from_hf(raw)
     spec = ModelSpec(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        max_positions=c.max_position_embeddings,
-        mask_id=c.mask_token_id,
-        eos_ids=c.eos_token_id,
+        **hf_config.sizes(c),
         block_size=c.block_size or BLOCK,
         block_stated=c.block_size > 0,
         strategy="llada2",

@@ -22,11 +22,7 @@ def model(raw: Mapping[str, Any], name: str) -> Model:
     del name
     c = LLaDAMoEConfig.from_hf(raw)
     spec = ModelSpec(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        max_positions=c.max_position_embeddings,
-        mask_id=c.mask_token_id,
-        eos_ids=c.eos_token_id,
+        **hf_config.sizes(c),
         block_size=BLOCK,
         block_stated=False,
         strategy="llada",

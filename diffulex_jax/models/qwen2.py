@@ -28,11 +28,7 @@ def fast_dllm_v2(raw: Mapping[str, Any], name: str) -> Model:
     del name
     c = FastDLLMConfig.from_hf(raw)
     spec = ModelSpec(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        max_positions=c.max_position_embeddings,
-        mask_id=c.mask_token_id,
-        eos_ids=c.eos_token_id,
+        **hf_config.sizes(c),
         block_size=c.bd_size,
         block_stated=True,
         layers=LayerKind(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim),
@@ -47,11 +43,7 @@ def dream(raw: Mapping[str, Any], name: str) -> Model:
     del name
     c = DreamConfig.from_hf(raw)
     spec = ModelSpec(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        max_positions=c.max_position_embeddings,
-        mask_id=c.mask_token_id,
-        eos_ids=c.eos_token_id,
+        **hf_config.sizes(c),
         block_size=DREAM_BLOCK,
         block_stated=False,
         layers=LayerKind(c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.head_dim),

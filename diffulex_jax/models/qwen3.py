@@ -23,11 +23,7 @@ def model(raw: Mapping[str, Any], name: str) -> Model:
     in_name = re.search(r"-b(\d+)$", name)
     stated = c.block_size or (int(in_name[1]) if in_name else None)
     spec = ModelSpec(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        max_positions=c.max_position_embeddings,
-        mask_id=c.mask_token_id,
-        eos_ids=c.eos_token_id,
+        **hf_config.sizes(c),
         block_size=stated or BLOCK,
         block_stated=stated is not None,
         strategy="sdar",

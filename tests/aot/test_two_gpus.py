@@ -12,6 +12,7 @@ import pytest
 from two_gpus import PROGRAMS
 
 
+# Compiling for a GPU takes JAX's CUDA plugin and the libraries it brings, gigabytes that a machine without a GPU has no other use for.
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs diffulex-jax[cuda]")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_two_gpus_share_a_program(name):

@@ -8,6 +8,7 @@ import pytest
 from diffulex_jax import Engine, SamplingParams
 
 
+# `make test-gpu` runs on one GPU, too; there is nothing to share there.
 pytestmark = pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
 SIZES = {"max_slots": 4, "max_model_len": 128}
 
