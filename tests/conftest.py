@@ -23,16 +23,19 @@ from diffulex_jax.cli.surroundings import compile_sooner
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("tests")
 
+pytest.register_assert_rewrite("recorded")  # asserts of tests that several files import say what they compared
+
 TESTS = pathlib.Path(__file__).parent
 GOLDEN = TESTS / "golden"
 
 # Files and folders that take more than some ten seconds of a processor, longest first: they begin first, so that all workers end
 # together, and `make test-fast` leaves them out.
 SLOW = (
-    "test_golden.py",
+    "test_golden_sdar.py",
     "test_same_answer.py",
     "test_output_contract.py",
     "test_llada.py",
+    "test_golden_llada.py",
     "test_sharding.py",
     "test_cli.py",
     "test_engine.py",
@@ -40,8 +43,11 @@ SLOW = (
     "test_bench_step.py",
     "aot/test_small_chips.py",
     "test_dream.py",
+    "test_golden_fast_dllm.py",
+    "test_golden_llada2.py",
     "kernels/test_prediction.py",
     "aot",
+    "test_golden_dream.py",
     "test_blocks_and_pages.py",
     "test_policies.py",
     "test_readme.py",
@@ -69,6 +75,10 @@ SLOW = (
     "test_weight_folders.py",
 )
 
+# Each program that JAX compiles for a CPU takes tens of the 65530 mappings of memory that Linux gives to a process, which dies without
+# a word when there are no more.
+MOST_MAPPINGS = 32_000
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """What one worker compiled the others read from disk, and so do processes that tests start, and the next run. The key holds program,
@@ -95,6 +105,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _place(item: pytest.Item) -> int:
     path = item.path.relative_to(TESTS)
     return next((i for i, name in enumerate(SLOW) if path.is_relative_to(name)), len(SLOW))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Fails the last test of a file whose engines come near to what a process can hold."""
+    maps = pathlib.Path("/proc/self/maps")
+    if (nextitem is None or nextitem.path != item.path) and maps.exists():
+        taken = maps.read_bytes().count(b"\n")
+        assert taken < MOST_MAPPINGS, (
+            f"{item.path.name} holds {taken} mappings, of {MOST_MAPPINGS} at the most; let go of its engines sooner"
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,29 @@
+"""Dream: token for token what public implementations decode, and their logits."""
+
+from __future__ import annotations
+
+from recorded import (
+    pytest_generate_tests,
+    test_forwards_and_edits,
+    test_forwards_and_edits_are_counted,
+    test_logits,
+    test_nothing_else_is_left_out,
+    test_tokens,
+)
+
+
+__all__ = [
+    "pytest_generate_tests",
+    "test_forwards_and_edits",
+    "test_forwards_and_edits_are_counted",
+    "test_logits",
+    "test_nothing_else_is_left_out",
+    "test_tokens",
+]
+
+CHECKPOINTS = ("families/tiny-dream",)
+LEFT_OUT = {
+    ("families/tiny-dream", "dream-22"): "the peer draws the order by a generator of its own",
+}
+STABLE = 11
+COUNTED = (10, 0)

@@ -1,0 +1,27 @@
+"""Fast-dLLM v2: token for token what public implementations decode, and their logits."""
+
+from __future__ import annotations
+
+from recorded import (
+    pytest_generate_tests,
+    test_forwards_and_edits,
+    test_forwards_and_edits_are_counted,
+    test_logits,
+    test_nothing_else_is_left_out,
+    test_tokens,
+)
+
+
+__all__ = [
+    "pytest_generate_tests",
+    "test_forwards_and_edits",
+    "test_forwards_and_edits_are_counted",
+    "test_logits",
+    "test_nothing_else_is_left_out",
+    "test_tokens",
+]
+
+CHECKPOINTS = ("families/tiny-fast-dllm-v2", "families/tiny-fast-dllm-v2-trained")
+LEFT_OUT = {}
+STABLE = 33
+COUNTED = (33, 0)
