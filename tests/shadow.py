@@ -46,6 +46,7 @@ class ShadowDevice:
     def __init__(self, *, slots: int, seed: int, page: int, commit_alone: bool = False, keeps_window: bool = False):
         self.slots, self.random, self.per_page, self.commit_alone = slots, random.Random(seed), page // BLOCK, commit_alone
         self.keeps_window = keeps_window
+        self.pages_of: dict[int, range] = {}  # those that the devices of a slot have
         self.content: dict[Place, tuple[int, ...]] = {}
         self.rows: dict[int, Row] = {}
         self.reads = 0
@@ -97,6 +98,7 @@ class ShadowDevice:
         report = {name: np.zeros(self.slots, np.int64) for name in counts}
         tokens = np.zeros((self.slots, POSITIONS), np.int64)
         assert running.keys() == self.rows.keys()
+        assert all(page in self.pages_of[slot] for slot, request in running.items() for page in request.pages)
         live = set(running)
         for _ in range(max_steps):
             last = {s: self.rows[s].start // BLOCK + self.keeps_window for s in live}
@@ -140,14 +142,18 @@ class ShadowDevice:
 class World:
     """A scheduler over a shadow device, and what a random user does to it."""
 
-    def __init__(self, *, pool: float, seed: int, page: int = BLOCK, device: type[ShadowDevice] = ShadowDevice, **kind: bool):
-        """``kind``: ``commit_alone`` and ``keeps_window``, of the scheduler and the device."""
+    def __init__(
+        self, *, pool: float, seed: int, page: int = BLOCK, device: type[ShadowDevice] = ShadowDevice, shards: int = 1, **kind: bool
+    ):
+        """``pool``: of a shard, in longest requests. ``kind``: ``commit_alone`` and ``keeps_window``, of the scheduler and the device."""
         self.random = random.Random(seed)
         slots, longest = 4, POSITIONS // page
-        self.pages = PagePool(max(longest, int(pool * longest)))
+        each = max(longest, int(pool * longest))
+        self.pools = [PagePool(each, first=i * each) for i in range(shards)]
         self.device = device(slots=slots, seed=seed, page=page, **kind)
+        self.device.pages_of = {slot: range(each * i, each * (i + 1)) for slot in range(slots) for i in [slot * shards // slots]}
         sizes = {"slots": slots, "block": BLOCK, "page": page, "window": 1, "max_batched_tokens": 24, "steps_per_dispatch": 4}
-        self.scheduler = Scheduler(self.device, self.pages, **sizes, root=b"", **kind)
+        self.scheduler = Scheduler(self.device, self.pools, **sizes, root=b"", **kind)
         self.requests: dict[int, Tracked] = {}
         self.ended: list[Ended] = []
         self.count = 0
@@ -182,4 +188,9 @@ class World:
             if not len(self.scheduler):
                 break
             self.step()
-        assert not self.requests and self.pages.num_held == 0
+        assert not self.requests and self.scheduler.stats["pages_held"] == 0
+
+    @property
+    def hits(self) -> int:
+        """Pages that requests found."""
+        return self.scheduler.stats["prefix_cache_hits"]

@@ -173,14 +173,26 @@ def loads(meshes):
 def engines(meshes):
     """Whether engines over ``meshes``, given as text, generate what one on a single device does, and what is said of a bad one."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 90, n).tolist() for n in PROMPTS]
-    settings = [SamplingParams(max_tokens=10), SamplingParams(max_tokens=10, temperature=0.8, seed=1)] * 2
+    prompts = [rng.integers(0, 90, n).tolist() for n in (*PROMPTS, *PROMPTS)]
+    settings = [SamplingParams(max_tokens=20, ignore_eos=True), SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.8, seed=1)] * 4
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(folder, MODEL, init(MODEL, jax.random.key(0), scale=0.3), dtype="float32")
-        sizes = {"strategy": "llada2_edit", "block_size": BLOCK, "force_block_size": True, "max_model_len": 32, "max_slots": 2}
+        sizes = {
+            "strategy": "llada2_edit",
+            "block_size": BLOCK,
+            "force_block_size": True,
+            "max_model_len": 32,
+            "max_slots": 8,
+            "num_pages": 16,
+        }
+
+        preempted = {}
 
         def answers(mesh):
-            return [o.token_ids for o in Engine.from_pretrained(folder, mesh=mesh, **sizes).generate(prompts, settings)]
+            engine = Engine.from_pretrained(folder, mesh=mesh, **sizes)
+            outputs = [o.token_ids for o in engine.generate(prompts, settings)]
+            preempted[mesh] = engine.stats["preemptions"]
+            return outputs
 
         def refused(mesh):
             try:
@@ -189,7 +201,9 @@ def engines(meshes):
                 return str(error)
 
         single = answers(None)
-        return {"same": {mesh: answers(mesh) == single for mesh in meshes}, "tokens": sum(map(len, single)), "refused": refused("tensor=3")}
+        same = {mesh: answers(mesh) == single for mesh in meshes}
+        refusals = {mesh: refused(mesh) for mesh in ("tensor=3", "data=3")}
+        return {"same": same, "preempted": min(preempted.values()), "tokens": sum(map(len, single)), "refused": refusals}
 
 
 if __name__ == "__main__":
@@ -199,6 +213,6 @@ if __name__ == "__main__":
     found = {name: difference(single, decoded(make_mesh(**axes))) for name, axes in meshes.items()}
     single_next = decoded(make_mesh(), NEXT, fast_dllm_v2())
     found |= {f"{name}, next": difference(single_next, decoded(make_mesh(**axes), NEXT, fast_dllm_v2())) for name, axes in meshes.items()}
-    found |= {"loads": loads(meshes), "engines": engines(["expert=4,tensor=2", "tensor=2"])}
+    found |= {"loads": loads(meshes), "engines": engines(["data=2,expert=2,tensor=2", "data=4", "tensor=2"])}
     generated = {"generated": int((single[0] != MASK).sum()), "generated, next": int((single_next[0] != MASK).sum())}
     print(json.dumps(found | generated | {"shared_vocabulary": shared_vocabulary()}))

@@ -55,7 +55,7 @@ class Instant:
 def test_the_host_needs_no_longer_for_a_step_of_a_long_output():
     scheduler = Scheduler(
         Instant(),
-        PagePool(SLOTS * LONGEST // BLOCK),
+        [PagePool(SLOTS * LONGEST // BLOCK)],
         slots=SLOTS,
         block=BLOCK,
         page=BLOCK,

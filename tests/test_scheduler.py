@@ -31,7 +31,7 @@ def episode(*, seed: int, **options) -> World:
 def test_a_thousand_episodes_read_nothing_stale(pool, blocks_of_a_page):
     worlds = [episode(pool=pool, seed=seed, page=blocks_of_a_page * BLOCK) for seed in range(1000)]
     assert sum(world.device.reads for world in worlds) > 50_000
-    assert sum(world.pages.hits for world in worlds) > 1000 / blocks_of_a_page**2
+    assert sum(world.hits for world in worlds) > 1000 / blocks_of_a_page**2
     if pool < 2:
         assert sum(world.scheduler.preemptions for world in worlds) > 1000
 
@@ -43,7 +43,41 @@ def test_the_last_block_of_a_prompt_may_be_left_to_the_first_step(pool, blocks_o
     """And a window may need its pages before it is committed."""
     kind = {"commit_alone": True, "keeps_window": keeps_window}
     worlds = [episode(pool=pool, seed=seed, page=blocks_of_a_page * BLOCK, **kind) for seed in range(300)]
-    assert sum(world.pages.hits for world in worlds) > 300 / blocks_of_a_page**2
+    assert sum(world.hits for world in worlds) > 300 / blocks_of_a_page**2
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("pool", POOLS)
+def test_slots_and_pages_of_several_shards(pool, shards):
+    """The device sees that every slot has pages of its own devices only."""
+    worlds = [episode(pool=pool, seed=seed, shards=shards) for seed in range(300)]
+    assert sum(world.hits for world in worlds) > 300 / shards
+    if pool < 2:
+        assert sum(world.scheduler.preemptions for world in worlds) > 100
+
+
+def placed(world: World, prompts: list[list[int]]) -> list[int]:
+    """The shard (of two) that each prompt is put in when they come at once."""
+    requests = [Tracked(id=i, prompt=np.array(p, np.int32), params=SamplingParams(max_tokens=1)) for i, p in enumerate(prompts)]
+    for request in requests:
+        world.requests[request.id] = request
+        world.scheduler.add(request)
+    world.step()
+    return [request.slot // 2 for request in requests if request.slot is not None]
+
+
+def test_requests_go_where_least_runs():
+    assert placed(World(pool=4.0, seed=0, shards=2), [[i] * 9 for i in range(4)]) == [0, 1, 0, 1]
+
+
+def test_requests_go_where_their_prompt_begins_unless_that_is_busier():
+    world, prompt = World(pool=4.0, seed=0, shards=2), [7] * 17
+    assert placed(world, [[1] * 9, prompt]) == [0, 1]
+    world.finish()
+    assert placed(world, [prompt]) == [1]
+    world.finish()
+    assert placed(world, [prompt, prompt, [2] * 9, prompt]) == [1, 1, 0, 0]
+    assert world.hits == 3 * (len(prompt) // BLOCK)
 
 
 class InferredDevice(ShadowDevice):

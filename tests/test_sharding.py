@@ -57,9 +57,12 @@ def test_a_checkpoint_is_read_onto_a_mesh(found, mesh, size):
 
 
 def test_an_engine_over_a_mesh_that_is_given_as_text(found):
-    assert found["engines"]["same"] == {"expert=4,tensor=2": True, "tensor=2": True}
-    assert found["engines"]["tokens"] > 20
-    assert "=2 cannot be split over 3 devices (mesh axes tensor); it can over 2" in found["engines"]["refused"]
+    """Its pool is too small for all at once: requests give way and come back, to another shard perhaps."""
+    assert found["engines"]["same"] == {"data=2,expert=2,tensor=2": True, "data=4": True, "tensor=2": True}
+    assert found["engines"]["tokens"] > 60
+    assert found["engines"]["preempted"] > 0
+    assert "=2 cannot be split over 3 devices (mesh axes tensor); it can over 2" in found["engines"]["refused"]["tensor=3"]
+    assert found["engines"]["refused"]["data=3"] == "max_slots=8 cannot be split over the mesh's data=3; 6 or 9 can"
 
 
 def test_arrays_without_elements_stay_outside():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -25,13 +26,16 @@ def chain_digest(parent: bytes, tokens: np.ndarray) -> bytes:
 
 
 class PagePool:
-    """Hands out pages of a pool with reference counts, and finds pages by digest."""
+    """Hands out pages of a pool with reference counts, and finds pages by digest.
 
-    def __init__(self, num_pages: int, *, prefix_cache: bool = True):
+    Its ``num_pages`` pages are numbered from ``first`` on: several may share the numbers of one array of pages.
+    """
+
+    def __init__(self, num_pages: int, *, first: int = 0, prefix_cache: bool = True):
         self.num_pages = num_pages
         self.prefix_cache = prefix_cache
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._references = np.zeros(num_pages, np.int64)
+        self._free = list(range(first + num_pages - 1, first - 1, -1))
+        self._references = np.zeros(first + num_pages, np.int64)
         self._digest_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
         self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()  # cached pages, least recently used first
@@ -77,6 +81,10 @@ class PagePool:
         self.queries += len(digests)
         self.hits += len(pages)
         return pages
+
+    def count_known(self, digests: Sequence[bytes]) -> int:
+        """How many pages :meth:`match` would give; nothing is held or counted."""
+        return sum(1 for _ in itertools.takewhile(self._page_of.__contains__, digests))
 
     def publish(self, page: int, digest: bytes) -> None:
         """Makes a held page findable. Call it only after the step that wrote the page.

@@ -66,7 +66,7 @@ def main(
 _Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")]
 _Mesh = Annotated[
     str | None,
-    typer.Option(help="How devices share each layer: expert=2,tensor=2. Default: one device.", rich_help_panel="The engine"),
+    typer.Option(help="How devices share the work: data=2,expert=2,tensor=2. Default: one device.", rich_help_panel="The engine"),
 ]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _STRATEGIES = f"{', '.join(STRATEGY_NAMES)}, or the import path of one of your own, my_module:my_rule"

@@ -59,14 +59,13 @@ class Parts(NamedTuple):
       settings: ``buffer_size``, ``attention``, ``block_size`` and ``page_size`` filled in.
       dims: sizes of the state.
       limits: what it can take.
-      pages, device, scheduler: the pool's bookkeeping, the device's side, and who runs where.
+      device, scheduler: the device's side, and who runs where.
       fingerprint: what must agree for a snapshot to be continued.
     """
 
     settings: EngineConfig
     dims: Dims
     limits: Limits
-    pages: PagePool
     device: JaxDevice
     scheduler: Scheduler
     fingerprint: Mapping[str, str]
@@ -81,6 +80,7 @@ def load(
       ValueError: for a model, a strategy or a mesh that will not do.
     """
     mesh = mesh_of(mesh)
+    _check_shards(settings, mesh.shape["data"])
     for strategy in strategies:
         if strategy is not None:
             resolve(strategy)  # an unknown one should not cost a download
@@ -223,15 +223,18 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     """
     spec, mesh, rule = network.model.spec, network.mesh, strategy.rule
     s, policy, dims = plan(spec, strategy, settings)
-    unit_bytes = 2 * spec.layers.count * dims.unit * spec.layers.kv_heads * spec.layers.head_dim * s.jax_dtype.itemsize
-    needed = s.max_slots * dims.units_per_slot
-    num_pages = needed
-    if policy.paged:
-        num_pages = s.num_pages or default_num_pages(mesh.devices.flat[0], unit_bytes, needed=needed, share=memory_share)
+    shards, heads = mesh.shape["data"], spec.layers.kv_heads // mesh.shape["tensor"]
+    _check_shards(s, shards)
+    unit_bytes = 2 * spec.layers.count * dims.unit * heads * spec.layers.head_dim * s.jax_dtype.itemsize  # of a device
+    needed = s.max_slots // shards * dims.units_per_slot  # in a shard, as what follows
+    num_pages = s.num_pages // shards if s.num_pages else needed
+    if policy.paged and not s.num_pages:
+        num_pages = default_num_pages(mesh.devices.flat[0], unit_bytes, needed=needed, share=memory_share)
     # Soft inputs leave other KV than a prompt of the same tokens would, and where a prompt sees all of itself its KV depends on
     # what follows: such pages must not be found by their tokens.
     shareable = policy.shareable and (rule.merge is None or not rule.merge.commit_soft)
-    pages = PagePool(num_pages if policy.paged else 0, prefix_cache=s.prefix_cache and shareable)
+    each = num_pages if policy.paged else 0
+    pools = [PagePool(each, first=i * each, prefix_cache=s.prefix_cache and shareable) for i in range(shards)]
     announce("compiling", strategy.name)
     kernels = choose(mesh.devices.flat[0]) if s.kernels == "auto" else REFERENCE
     device = JaxDevice(
@@ -239,7 +242,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         network.params,
         mesh=mesh,
         dtype=s.jax_dtype,
-        num_pages=num_pages * (dims.unit // dims.page),
+        num_pages=shards * num_pages * (dims.unit // dims.page),
         steps_per_dispatch=s.steps_per_dispatch,
         eos_ids=network.eos_ids,
     )
@@ -254,7 +257,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     }
     scheduler = Scheduler(
         device,
-        pages,
+        pools,
         slots=s.max_slots,
         block=dims.block,
         page=dims.unit,
@@ -276,7 +279,16 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     }
     paged_limit = num_pages if policy.paged else None
     limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, paged_limit, _reads(strategy, s))
-    return Parts(s, dims, limits, pages, device, scheduler, same_kv | same_state)
+    return Parts(s, dims, limits, device, scheduler, same_kv | same_state)
+
+
+def _check_shards(settings: EngineConfig, shards: int) -> None:
+    """Slots and pages come in equal parts, one for each of so many ``shards``."""
+    for name in ("max_slots", "num_pages"):
+        value = getattr(settings, name)
+        if value is not None and value % shards:
+            nearest = " or ".join(str(n * shards) for n in (value // shards, value // shards + 1) if n)
+            raise SettingError(name, f"{name}={value} cannot be split over the mesh's data={shards}; {nearest} can")
 
 
 def block_size(spec: ModelSpec, settings: EngineConfig) -> int:

@@ -70,7 +70,7 @@ class Engine:
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh_of(mesh)
         network = Network(model, params, tokenizer, ends, model_id, self.mesh)
         parts = build(network, chosen, EngineConfig(**settings), memory_share=memory_share)
-        self.settings, self.dims, self._limits, self._pages, self._device, self._scheduler, self._fingerprint = parts
+        self.settings, self.dims, self._limits, self._device, self._scheduler, self._fingerprint = parts
         self._desk = Desk(self._scheduler, tokenizer)
 
     @classmethod

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from diffulex_jax.cache.pages import PagePool, chain_digest
 from diffulex_jax.engine.request import Ended, Tracked
+from diffulex_jax.engine.shards import Shard, by_preference, make_shards
 from diffulex_jax.state import ERROR, RUNNING, Canvas, StepReport
 
 
@@ -58,7 +60,7 @@ class Scheduler:
     def __init__(
         self,
         device: Device,
-        pages: PagePool,
+        pools: Sequence[PagePool],
         *,
         slots: int,
         block: int,
@@ -75,6 +77,7 @@ class Scheduler:
         """Makes one.
 
         Args:
+          pools: the pages of each data shard. Each has its equal part of the ``slots``, in order.
           page: tokens of a page, one or several blocks.
           whole_prompts: a prompt is prefilled in one piece, however long.
           commit_alone: see ``state.Dims``. The last block of a prompt that ends with one is left to the first step, which decides the
@@ -82,7 +85,7 @@ class Scheduler:
           keeps_window: a block has its pages from its first step on, not only when it is committed.
           paged: otherwise requests take no pages, and their prompts are not prefilled.
         """
-        self.device, self.pages = device, pages
+        self.device, self._shards = device, make_shards(pools, slots)
         self.block, self.page, self.window, self.max_batched_tokens = block, page, window, max_batched_tokens
         self._per_page = page // block
         self.steps_per_dispatch = steps_per_dispatch
@@ -90,7 +93,6 @@ class Scheduler:
         self.prefilling: collections.deque[Tracked] = collections.deque()
         self.running: dict[int, Tracked] = {}
         self.preemptions = 0
-        self._free_slots = list(range(slots - 1, -1, -1))
         self._root, self._whole_prompts, self._commit_alone, self._paged = root, whole_prompts, commit_alone, paged
         self._keeps_window = keeps_window
         self._admitted = 0
@@ -103,14 +105,15 @@ class Scheduler:
     @property
     def stats(self) -> dict[str, int]:
         """Counters and gauges: requests, pages, prefix cache lookups in pages, preemptions."""
+        pools = [shard.pages for shard in self._shards]
         return {
             "waiting": len(self.waiting),
             "prefilling": len(self.prefilling),
             "running": len(self.running),
-            "pages": self.pages.num_pages,
-            "pages_held": self.pages.num_held,
-            "prefix_cache_queries": self.pages.queries,
-            "prefix_cache_hits": self.pages.hits,
+            "pages": sum(pool.num_pages for pool in pools),
+            "pages_held": sum(pool.num_held for pool in pools),
+            "prefix_cache_queries": sum(pool.queries for pool in pools),
+            "prefix_cache_hits": sum(pool.hits for pool in pools),
             "preemptions": self.preemptions,
         }
 
@@ -180,22 +183,24 @@ class Scheduler:
 
     def _vacate(self, request: Tracked) -> None:
         assert request.slot is not None
-        self._free_slots.append(request.slot)
+        shard = self._shard_of(request)
+        shard.free_slots.append(request.slot)
         request.slot = None
-        self.pages.release(request.pages)
+        shard.pages.release(request.pages)
         request.pages = []
 
     def _admit(self) -> None:
         for request in list(self.waiting):
-            if not self._free_slots:
+            if not any(shard.free_slots for shard in self._shards):
                 return
-            if not self._take_pages(request):
+            shard = self._place(request)
+            if shard is None:
                 request.passed_over += 1
                 if request.passed_over > _MOST_PASSED_OVER:
                     return
                 continue
             self.waiting.remove(request)
-            request.slot = self._free_slots.pop()
+            request.slot = shard.free_slots.pop()
             self._admitted += 1
             request.order = self._admitted
             request.began = request.began or time.perf_counter()
@@ -206,24 +211,30 @@ class Scheduler:
             else:
                 self.prefilling.append(request)
 
-    def _take_pages(self, request: Tracked) -> bool:
+    def _place(self, request: Tracked) -> Shard | None:
+        """A shard with a free slot and the pages to go on with, which the request holds from then on."""
+        if request.saved is None:
+            self._digest(request, self._to_prefill(request) // self._per_page)
+        digests = request.digests if request.saved is None else ()
+        return next((shard for shard in by_preference(self._shards, digests) if self._take_pages(request, shard.pages)), None)
+
+    def _take_pages(self, request: Tracked, pool: PagePool) -> bool:
         """Pages to go on with: those of written or whole prompt blocks, and one for the first block of the window."""
         if not self._paged:
             return True
         if request.saved is not None:
             needed = self._pages_of(request.written + 1)
-            if self.pages.num_available < needed:
+            if pool.num_available < needed:
                 return False
-            request.pages = self.pages.allocate(needed)
+            request.pages = pool.allocate(needed)
             return True
         whole = len(request.prompt) // self.block
-        self._digest(request, self._to_prefill(request) // self._per_page)
-        shared = self.pages.match(request.digests)
+        shared = pool.match(request.digests)
         needed = self._pages_of(whole + 1) - len(shared)
-        if self.pages.num_available < needed:
-            self.pages.release(shared)
+        if pool.num_available < needed:
+            pool.release(shared)
             return False
-        request.pages = shared + self.pages.allocate(needed)
+        request.pages = shared + pool.allocate(needed)
         request.written, request.start = len(shared) * self._per_page, whole * self.block
         return True
 
@@ -259,20 +270,26 @@ class Scheduler:
         return whole - (self._commit_alone and left == 0)
 
     def _provide_page(self, request: Tracked) -> None:
-        """Makes sure the window's first block can be committed, and, where it must, that the window can move on; the youngest others give
-        way when pages run out."""
+        """Makes sure the window's first block can be committed, and, where it must, that the window can move on; the youngest others of its
+        shard give way when pages run out."""
         if not self._paged:
             return
         blocks = request.start // self.block + 1 + self._keeps_window
         last = -(-(len(request.prompt) + request.params.max_tokens) // self.block)
         missing = self._pages_of(min(blocks, last)) - len(request.pages)
-        while missing > 0 and self.pages.num_available < missing:
-            youngest = max([*self.running.values(), *self.prefilling], key=lambda r: r.order)
+        shard = self._shard_of(request)
+        while missing > 0 and shard.pages.num_available < missing:
+            beside = [r for r in (*self.running.values(), *self.prefilling) if self._shard_of(r) is shard]
+            youngest = max(beside, key=lambda r: r.order)
             self.preempt(youngest)
             if youngest is request:
                 return
         if missing > 0:
-            request.pages += self.pages.allocate(missing)
+            request.pages += shard.pages.allocate(missing)
+
+    def _shard_of(self, request: Tracked) -> Shard:
+        assert request.slot is not None
+        return self._shards[request.slot // self._shards[0].slots]
 
     def _collect(self, report: StepReport, launched: dict[int, Tracked]) -> list[Ended]:
         ended, now = [], time.perf_counter()
@@ -299,7 +316,7 @@ class Scheduler:
         full = written // self._per_page
         self._digest(request, full)
         for i in range(request.written // self._per_page, full):
-            self.pages.publish(request.pages[i], request.digests[i])
+            self._shard_of(request).pages.publish(request.pages[i], request.digests[i])
         request.written = written
 
     def _digest(self, request: Tracked, pages: int) -> None:

@@ -53,19 +53,17 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = 1, exp
 
 
 def mesh_of(mesh: Mesh | str | None) -> Mesh:
-    """The mesh of an engine: one as it is, or as a text says, ``"expert=2,tensor=2"``; None is the first device.
+    """The mesh of an engine: one as it is, or as a text says, ``"data=2,expert=2"``; None is the first device.
 
     Raises:
-      SettingError: for a text that is not such a list, other axes, more devices than exist, or ``data`` above 1.
+      SettingError: for a text that is not such a list, other axes, or more devices than exist.
     """
     try:
         made = mesh if isinstance(mesh, Mesh) else make_mesh(None, **({} if mesh is None else _sizes(mesh)))
     except ValueError as error:
         raise SettingError("mesh", f"mesh={mesh!r}: {error}") from None
-    if made.axis_names != MESH_AXES or made.shape["data"] > 1:
-        raise SettingError(
-            "mesh", f"an engine takes a mesh of axes {MESH_AXES} with data=1, one engine a data shard; got {dict(made.shape)}"
-        )
+    if made.axis_names != MESH_AXES:
+        raise SettingError("mesh", f"an engine takes a mesh of axes {MESH_AXES}; got {dict(made.shape)}")
     return made
 
 

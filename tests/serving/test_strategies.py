@@ -33,7 +33,7 @@ def alone(engines):
 def test_engines_of_several_strategies_share_the_parameters(engines):
     first, second = engines.values()
     assert list(engines) == NAMES and [first.strategy, second.strategy] == NAMES
-    assert first._device._params is second._device._params and first._pages is not second._pages
+    assert first._device._params is second._device._params and first._scheduler is not second._scheduler
 
 
 def test_strategies_need_names_of_their_own(model):
