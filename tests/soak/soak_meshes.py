@@ -18,7 +18,6 @@ from running import serving
 from diffulex_jax import Engine
 from diffulex_jax.models.base import init
 from diffulex_jax.models.registry import model_of
-from diffulex_jax.strategies import STRATEGIES
 from diffulex_jax.weights import checkpoint
 
 
