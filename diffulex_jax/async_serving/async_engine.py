@@ -53,9 +53,10 @@ class AsyncEngine:
         compile_cache: str | os.PathLike[str] | None = None,
         silence_seconds: float = 3.0,
         tick_seconds: float = 120.0,
+        restart: bool = True,
     ):
         """Args are those of :meth:`from_pretrained`; ``factory`` makes the engine, or several by strategy (and is pickled where that
-        happens in a process)."""
+        happens in a process). Without ``restart`` an engine that is lost stays so, and ``supervisor.lost`` is set."""
         if isolation not in ("thread", "process"):
             raise ValueError(f"isolation={isolation!r} must be 'thread' or 'process'")
         cache = None if compile_cache is None else pathlib.Path(compile_cache)
@@ -71,6 +72,7 @@ class AsyncEngine:
             on_down=self._on_down,
             silence_seconds=silence_seconds,
             tick_seconds=tick_seconds,
+            restart=restart,
         )
         self.draining = False
         self._inboxes: dict[str, asyncio.Queue[protocol.RequestEvent]] = {}
@@ -219,6 +221,8 @@ class AsyncEngine:
         ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
         if self.supervisor.health is not Health.READY:
             raise RequestError(503, f"the engine is {self.supervisor.health.value} ({self.supervisor.reason or 'not started yet'})")
+        if self.facts["host_index"]:
+            raise RequestError(503, f"this is host {self.facts['host_index']} of {self.facts['hosts']}, which follows: ask host 0")
         if self.draining:
             raise RequestError(503, "the server is shutting down")
         if id in self._inboxes:

@@ -38,6 +38,7 @@ class Supervisor:
       reason: why the last worker ended; empty if none did.
       stage: what it is doing while it starts: ``"loading"`` or ``"compiling"``.
       restarts: workers started in place of another.
+      lost: set when a worker was lost that is not replaced.
       ready: what the running worker said of itself.
       stats: the engine's counters, as last heard.
     """
@@ -50,6 +51,7 @@ class Supervisor:
         on_down: Callable[[str], None],
         silence_seconds: float,
         tick_seconds: float,
+        restart: bool = True,
     ):
         """Watches what ``make_worker`` makes.
 
@@ -59,13 +61,15 @@ class Supervisor:
           on_down: told why, at once, when the worker is lost with all it was doing.
           silence_seconds: a watched worker that says nothing for so long is ended.
           tick_seconds: so is one whose loop takes so long for one tick.
+          restart: a worker that was lost is replaced; else that is the end, and ``lost`` says so.
         """
         self.health, self.reason, self.restarts = Health.STOPPED, "", 0
         self.stage = "loading"
         self.ready: protocol.Ready | None = None
         self.stats: dict[str, int] = {}
         self._make_worker, self._on_events, self._on_down = make_worker, on_events, on_down
-        self._silence_seconds, self._tick_seconds = silence_seconds, tick_seconds
+        self._silence_seconds, self._tick_seconds, self._may_restart = silence_seconds, tick_seconds, restart
+        self.lost = asyncio.Event()
         self._worker: Worker | None = None
         self._number = self._failed_starts = 0
         self._heard = self._busy = 0.0
@@ -163,7 +167,11 @@ class Supervisor:
         self.health, self.reason, self.stats = Health.DOWN, reason, {}
         logger.error("the engine is down: %s", reason)
         self._on_down(reason)
-        self._spawn(self._restart())
+        if self._may_restart:
+            self._spawn(self._restart())
+        else:
+            self.health = Health.STOPPED
+            self.lost.set()
 
     async def _restart(self) -> None:
         assert self._worker is not None

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from diffulex_jax import compile_cache
 from diffulex_jax.async_serving import loop, protocol
-from diffulex_jax.engine import startup
+from diffulex_jax.engine import mirror, startup
 from diffulex_jax.engine.engine import Engine
+from diffulex_jax.parallel import hosts
 
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def facts_of(engines: Engines) -> dict[str, Any]:
         "vocab_size": first.model.spec.vocab_size,
         "mask_token_id": first.model.spec.mask_id,
         "platform": jax.default_backend(),
+        "host_index": jax.process_index(),
+        "hosts": jax.process_count(),
         "pid": os.getpid(),
     }
 
@@ -99,10 +102,16 @@ def own(factory: Factory, receive: Callable[[bool], list[protocol.Command]], emi
     engines = build(factory, emit)
     if engines is None:
         return
+    hosts.tell(lambda reason: emit([protocol.Stopped(reason)]))
     try:
-        loop.run(engines, receive, emit)
+        if hosts.leads():
+            loop.run(engines, receive, emit)
+        else:
+            mirror.follow(engines.values())
     except Exception as error:
         logger.exception("the engine failed")
+        if hosts.several():
+            time.sleep(2 * hosts.SILENCE_SECONDS)  # perhaps for a lost host: then that is said, and this process ends meanwhile
         emit([protocol.Stopped(f"{type(error).__name__}: {error}")])
     else:
         emit([protocol.Stopped("")])

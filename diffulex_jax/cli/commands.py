@@ -123,6 +123,8 @@ class Isolation(enum.Enum):
 
 
 _PROCESS = "The engine's process"
+_HOSTS = "Several hosts"
+_DISTRIBUTED = "One of several hosts, which all run this command. What is not said below is found in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, or by JAX itself."
 _CACHE = "Keeps compiled programs. Default: $DIFFULEX_JAX_CACHE, or the user's cache."
 
 
@@ -143,20 +145,39 @@ def serve(
     tick_seconds: Annotated[float, typer.Option(help="Longest time one step may take in a process.", rich_help_panel=_PROCESS)] = 120.0,
     compile_cache: Annotated[pathlib.Path | None, typer.Option(help=_CACHE)] = None,
     mesh: _Mesh = None,
+    distributed: Annotated[bool, typer.Option("--distributed", help=_DISTRIBUTED, rich_help_panel=_HOSTS)] = False,
+    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of the first.", rich_help_panel=_HOSTS)] = None,
+    hosts: Annotated[int | None, typer.Option(min=1, help="How many there are.", rich_help_panel=_HOSTS)] = None,
+    host_index: Annotated[int | None, typer.Option(min=0, help="Which this is, from 0 on.", rich_help_panel=_HOSTS)] = None,
     **settings: Any,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, and some of its own."""
     with one_line_errors():
+        told = (coordinator, hosts, host_index)
+        if any(value is not None for value in told) and not (distributed or None not in told):
+            raise ValueError("--coordinator, --hosts and --host-index go together, or with --distributed")
+        several = distributed or None not in told
+        if several and isolation is Isolation.THREAD:
+            raise ValueError("--isolation thread is not for several hosts: one that is lost ends the engine's process")
         from diffulex_jax.async_serving import http  # late: its packages come with the extra "serve"
         from diffulex_jax.async_serving.async_engine import AsyncEngine
         from diffulex_jax.async_serving.worker import ENGINE_THREAD
+        from diffulex_jax.parallel.hosts import Hosts
 
         mine = {field.name for field in dataclasses.fields(ServerSettings)}
         chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in mine}
         engine_settings = {k: v for k, v in settings.items() if k not in mine}
         http.log_as_json()
         engine = AsyncEngine(
-            functools.partial(http.build_engines, model, strategy or [None], mesh=mesh, **engine_settings),
+            functools.partial(
+                http.build_engines,
+                model,
+                strategy or [None],
+                hosts=Hosts(coordinator=coordinator, count=hosts, index=host_index) if several else None,
+                mesh=mesh,
+                **engine_settings,
+            ),
+            restart=not several,
             isolation=isolation.value,
             compile_cache=compile_cache,
             silence_seconds=silence_seconds,

@@ -39,7 +39,18 @@ _REQUEST = {
     *("logprobs", "return_step_map", "cache_salt"),
 }
 _PANELS = {"EngineConfig": "The engine", "ServerSettings": "The server", "Load": "The load", "Watch": "The engine's process"}
-_ORDER = ("Arguments", "Options", "The request", "Decoding", "The engine", "The engine's process", "The server", "The load", "The slice")
+_ORDER = (
+    "Arguments",
+    "Options",
+    "The request",
+    "Decoding",
+    "The engine",
+    "The engine's process",
+    "Several hosts",
+    "The server",
+    "The load",
+    "The slice",
+)
 
 
 def tokens_by_offset(text: str) -> dict[int, int]:

@@ -15,12 +15,14 @@ from diffulex_jax.engine.admission import Limits
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import JaxDevice, default_num_pages
 from diffulex_jax.engine.fingerprint import strategy_id
+from diffulex_jax.engine.mirror import Mirror
 from diffulex_jax.engine.scheduler import Scheduler
 from diffulex_jax.engine.startup import announce
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import Model, ModelSpec, Params
+from diffulex_jax.parallel import hosts
 from diffulex_jax.parallel.mesh import mesh_of
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import Dims
@@ -66,7 +68,7 @@ class Parts(NamedTuple):
     settings: EngineConfig
     dims: Dims
     limits: Limits
-    device: JaxDevice
+    device: JaxDevice | Mirror
     scheduler: Scheduler
     fingerprint: Mapping[str, str]
 
@@ -229,15 +231,16 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     needed = s.max_slots // shards * dims.units_per_slot  # in a shard, as what follows
     num_pages = s.num_pages // shards if s.num_pages else needed
     if policy.paged and not s.num_pages:
-        num_pages = default_num_pages(mesh.devices.flat[0], unit_bytes, needed=needed, share=memory_share)
+        mine = default_num_pages(mesh.local_devices[0], unit_bytes, needed=needed, share=memory_share)
+        num_pages = hosts.least(mine)
     # Soft inputs leave other KV than a prompt of the same tokens would, and where a prompt sees all of itself its KV depends on
     # what follows: such pages must not be found by their tokens.
     shareable = policy.shareable and (rule.merge is None or not rule.merge.commit_soft)
     each = num_pages if policy.paged else 0
     pools = [PagePool(each, first=i * each, prefix_cache=s.prefix_cache and shareable) for i in range(shards)]
     announce("compiling", strategy.name)
-    kernels = choose(mesh.devices.flat[0]) if s.kernels == "auto" else REFERENCE
-    device = JaxDevice(
+    kernels = choose(mesh.local_devices[0]) if s.kernels == "auto" else REFERENCE
+    own = JaxDevice(
         decode.Program(network.model, dims, rule, kernels, policy, draws=strategy.draws, confidence=strategy.confidence),
         network.params,
         mesh=mesh,
@@ -246,6 +249,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         steps_per_dispatch=s.steps_per_dispatch,
         eos_ids=network.eos_ids,
     )
+    device = Mirror(own) if hosts.several() else own
     # The KV of a block depends on these; on the strategy it does not.
     same_kv = {
         "model": network.model_id,

@@ -64,6 +64,8 @@ def mesh_of(mesh: Mesh | str | None) -> Mesh:
         raise SettingError("mesh", f"mesh={mesh!r}: {error}") from None
     if made.axis_names != MESH_AXES:
         raise SettingError("mesh", f"an engine takes a mesh of axes {MESH_AXES}; got {dict(made.shape)}")
+    if len({device.process_index for device in made.devices.flat}) < jax.process_count():
+        raise SettingError("mesh", f"mesh={mesh!r} must hold devices of all {jax.process_count()} hosts; there are {jax.device_count()}")
     return made
 
 

@@ -147,6 +147,8 @@ def _administration(app: FastAPI, service: Service) -> None:
     @app.get("/ready")
     async def ready() -> JSONResponse:
         """Whether new requests are taken."""
+        if service.status == "following":
+            return _not_well("following", ApiError(503, "this host follows: ask host 0", code="following"))
         if engine.draining:
             return _not_well("draining", ApiError(503, "the server is shutting down", code="draining"))
         return await health()

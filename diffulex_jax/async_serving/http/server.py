@@ -21,6 +21,7 @@ from diffulex_jax.async_serving.async_engine import AsyncEngine
 from diffulex_jax.async_serving.http.app import create_app
 from diffulex_jax.async_serving.settings import ServerSettings
 from diffulex_jax.engine.engine import Engine
+from diffulex_jax.parallel.hosts import Hosts
 
 
 logger = logging.getLogger(__name__)
@@ -86,9 +87,11 @@ def log_as_json() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
-def build_engines(model: str, strategies: Sequence[str | None], **settings: Any) -> dict[str, Engine]:
-    """``Engine.for_strategies`` in the engine's process, whose logs are JSON, too."""
+def build_engines(model: str, strategies: Sequence[str | None], *, hosts: Hosts | None = None, **settings: Any) -> dict[str, Engine]:
+    """``Engine.for_strategies`` in the engine's process, whose logs are JSON, too, and which may be one of several ``hosts``."""
     log_as_json()
+    if hosts is not None:
+        hosts.connect()
     return Engine.for_strategies(model, strategies, **settings)
 
 
@@ -105,7 +108,8 @@ def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settings: Se
       settings: how to behave.
 
     Returns:
-      The exit code: 130 where SIGINT was the first signal, else 0. In a thread the engine may still be compiling, which no one can end.
+      The exit code: 130 where SIGINT was the first signal, 1 where the engine was lost for good, else 0. In a thread the engine may still
+      be compiling, which no one can end.
 
     Raises:
       ValueError: when the model or a setting will not do.
@@ -140,16 +144,23 @@ def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settings: Se
                 server.should_exit = True
                 raise
 
-        starting = asyncio.ensure_future(start())
+        async def end_with_engine() -> None:
+            await engine.supervisor.lost.wait()
+            server.should_exit = True
+
+        starting, ending = asyncio.ensure_future(start()), asyncio.ensure_future(end_with_engine())
         try:
             await server.serve([listening])
             if starting.done():
                 starting.result()  # what was wrong with it, if something was
         finally:
             starting.cancel()
+            ending.cancel()
             listening.close()
             await engine.stop()
             await asyncio.gather(starting, return_exceptions=True)
+        if engine.supervisor.lost.is_set():
+            return 1
         return 128 + signal.SIGINT if server.first_signal == signal.SIGINT else 0
 
     with asyncio.Runner(loop_factory=configure("").get_loop_factory()) as runner:
