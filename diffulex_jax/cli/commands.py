@@ -124,7 +124,10 @@ class Isolation(enum.Enum):
 
 _PROCESS = "The engine's process"
 _HOSTS = "Several hosts"
-_DISTRIBUTED = "One of several hosts, which all run this command. What is not said below is found in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, or by JAX itself."
+_DISTRIBUTED = (
+    "One of several hosts, which all run this command. What is not said below is found in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, "
+    "JAX_PROCESS_ID, or by JAX itself."
+)
 _CACHE = "Keeps compiled programs. Default: $DIFFULEX_JAX_CACHE, or the user's cache."
 
 
