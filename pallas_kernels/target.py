@@ -15,20 +15,29 @@ class Target(NamedTuple):
     Attributes:
       platform: JAX's name: ``"cpu"``, ``"gpu"``, ``"tpu"``.
       capability: CUDA compute capability (9.0 is Hopper); 0 where there is none or it is not known.
+      kind: JAX's name of a TPU: ``"TPU v5 lite"``.
     """
 
     platform: str
     capability: float = 0.0
+    kind: str = ""
 
 
 def target_of(device: jax.Device) -> Target:
     """The kind of ``device``."""
-    return Target(device.platform, float(getattr(device, "compute_capability", None) or 0) if device.platform == "gpu" else 0.0)
+    if device.platform == "gpu":
+        return Target("gpu", float(getattr(device, "compute_capability", None) or 0))
+    return Target(device.platform, kind=device.device_kind if device.platform == "tpu" else "")
 
 
 def is_hopper(target: Target) -> bool:
     """Whether kernels written for Hopper's tensor cores run on ``target``, and this JAX compiles them."""
     return target.platform == "gpu" and 9 <= target.capability < 10 and jax.__version_info__ >= (0, 11)
+
+
+def multiplies_int8(target: Target) -> bool:
+    """Whether XLA's grouped matmul takes bfloat16 times int8 as they are. Other TPUs would widen all the weights to float32 first."""
+    return target.platform == "tpu" and target.kind in ("TPU v5 lite", "TPU v6 lite")
 
 
 def current_target() -> Target:
@@ -37,7 +46,7 @@ def current_target() -> Target:
     default = jax.devices()[0]
     if device is None or device.platform == default.platform:
         return target_of(default)
-    return Target(device.platform)
+    return Target(device.platform, kind=device.device_kind if device.platform == "tpu" else "")
 
 
 def pick(operation: str, backend: str | None, choose: Callable[[Target], str], backends: Mapping[str, Any]) -> Any:

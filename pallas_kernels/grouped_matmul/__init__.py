@@ -14,11 +14,12 @@ from jax.typing import ArrayLike
 
 from pallas_kernels.grouped_matmul.cpu import streamed
 from pallas_kernels.grouped_matmul.reference import add_shared, dense
+from pallas_kernels.grouped_matmul.stacks import Stack, is_quantised, stored
 from pallas_kernels.grouped_matmul.xla import ragged
 from pallas_kernels.target import Target, is_hopper, pick
 
 
-__all__ = ["Backend", "Counted", "choose_backend", "dense", "expert_mlp"]
+__all__ = ["Backend", "Counted", "Stack", "choose_backend", "dense", "expert_mlp", "is_quantised", "stored"]
 
 Backend = Literal["dense", "ragged", "cpu", "gpu"]
 
@@ -46,8 +47,8 @@ def expert_mlp(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Stack,
+    down: Stack,
     *,
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
@@ -65,8 +66,8 @@ def expert_mlp(
       x: ``[T, D]`` activations.
       expert_ids: ``[T, k]`` int32 in ``[0, E)``: the experts of each token, in any order.
       weights: ``[T, k]`` float32: how much of each goes into the sum.
-      gate_up: ``[E, D, 2F]``, gate columns first, then up; ``[L, E, D, 2F]`` with ``layer``.
-      down: ``[E, F, D]``; ``[L, E, F, D]`` with ``layer``.
+      gate_up: ``[E, D, 2F]``, gate columns first, then up; ``[L, E, D, 2F]`` with ``layer``. An array, or what :func:`stored` makes of it.
+      down: likewise ``[E, F, D]``; ``[L, E, F, D]`` with ``layer``.
       layer: int32 scalar, may be traced: use this layer of stacked weights. Inside a ``lax.scan`` over layers pass the
         whole stack and the layer number instead of scanning over the weights: a scanned slice is copied on the CPU
         backend, which reads the stack in place.
@@ -102,8 +103,8 @@ def _check_shapes(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Stack,
+    down: Stack,
     layer: ArrayLike | None,
     valid: jax.Array | None,
 ) -> None:

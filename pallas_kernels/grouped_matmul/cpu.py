@@ -19,6 +19,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from pallas_kernels.grouped_matmul.routing import combine, route
+from pallas_kernels.grouped_matmul.stacks import Stack, plain
+from pallas_kernels.quantised import Quantised
+from pallas_kernels.quantised.words import Packed
 
 
 WEIGHT_ROWS = 8
@@ -32,27 +35,27 @@ def streamed(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Stack,
+    down: Stack,
     *,
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
 ) -> jax.Array:
     """See ``expert_mlp``. A stack of layers is read in place, whether ``layer`` is known or traced.
 
-    Weights should be float32: XLA on CPU gathers no bfloat16, and widens the whole stack before the first layer.
+    Weights should be float32, or quantised and held in int8: XLA on CPU gathers no bfloat16 and no int4, and widens the whole stack
+    before the first layer.
     """
-    num_experts, embed, width = gate_up.shape[-3], x.shape[1], down.shape[-2]
+    num_experts, embed = gate_up.shape[-3], x.shape[1]
     routing = route(expert_ids, num_experts=num_experts, valid=valid)
     expert = jnp.minimum(routing.expert, num_experts - 1)
     if layer is not None:
         expert += jnp.asarray(layer, jnp.int32) * num_experts
-    gate_up, down = gate_up.reshape(-1, 2 * width), down.reshape(-1, embed)
 
     def mlp(token: jax.Array, expert: jax.Array) -> jax.Array:
-        gate, up = jnp.split(_matmul(x[token], gate_up, expert * embed), 2, axis=-1)
+        gate, up = jnp.split(_product(x[token], gate_up, expert), 2, axis=-1)
         hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
-        return _matmul(hidden, down, expert * width)
+        return _product(hidden, down, expert)
 
     pairs = expert.shape[0]
     if pairs <= CHUNK:
@@ -70,11 +73,39 @@ def streamed(
     return combine(out, routing.place, weights, valid=valid).astype(x.dtype)
 
 
-def _matmul(x: jax.Array, w: jax.Array, first: jax.Array) -> jax.Array:
-    """``[P, N]`` float32: row ``p`` of ``x [P, K]`` times rows ``first[p] : first[p] + K`` of ``w [R, N]``."""
+def _product(x: jax.Array, stack: Stack, expert: jax.Array) -> jax.Array:
+    """``[P, N]`` float32: row ``p`` of ``x [P, K]`` times matrix ``expert[p]`` of ``stack [..., K, N]``."""
+    if isinstance(stack, Packed):
+        stack = plain(stack, jnp.float32)
+    depth, width = stack.shape[-2:]
+    if not isinstance(stack, Quantised):
+        return _matmul(x, stack.reshape(-1, width), expert * depth)
+    values, scales = stack.values.reshape(-1, width), stack.scales.reshape(-1, width).astype(jnp.float32)
+    groups = stack.scales.shape[-2]
+    if groups == 1:  # of a whole column: the sum is scaled
+        return _matmul(x, values, expert * depth) * scales[expert]
+    return _matmul(x, values, expert * depth, scales=scales, first_scale=expert * groups, group=depth // groups)
+
+
+def _matmul(
+    x: jax.Array,
+    w: jax.Array,
+    first: jax.Array,
+    *,
+    scales: jax.Array | None = None,
+    first_scale: jax.Array | None = None,
+    group: int = 0,
+) -> jax.Array:
+    """``[P, N]`` float32: row ``p`` of ``x [P, K]`` times rows ``first[p] : first[p] + K`` of ``w [R, N]``.
+
+    With ``scales``, each run of ``group`` of those rows has a row of them, ``first_scale[p]`` and the following.
+    """
     rows, depth = x.shape
     step = math.gcd(depth, WEIGHT_ROWS)
     one_row = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0,))
+
+    def row(of: jax.Array, at: jax.Array) -> jax.Array:
+        return lax.gather(of, at[:, None], one_row, (1, of.shape[1]), mode="promise_in_bounds").astype(jnp.float32)
 
     def body(i: jax.Array, acc: jax.Array) -> jax.Array:
         # Each row has its own slice and gather, used once: XLA then fuses them all and LLVM vectorises the sum. A slice
@@ -82,8 +113,10 @@ def _matmul(x: jax.Array, w: jax.Array, first: jax.Array) -> jax.Array:
         for j in range(step):
             d = i * step + j
             xd = lax.dynamic_slice(x, (0, d), (rows, 1), allow_negative_indices=False)
-            wd = lax.gather(w, (first + d)[:, None], one_row, (1, w.shape[1]), mode="promise_in_bounds")
-            acc += xd.astype(jnp.float32) * wd.astype(jnp.float32)
+            wd = row(w, first + d)
+            if scales is not None and first_scale is not None:
+                wd = wd * row(scales, first_scale + d // group)
+            acc += xd.astype(jnp.float32) * wd
         return acc
 
     return lax.fori_loop(0, depth // step, body, jnp.zeros((rows, w.shape[1]), jnp.float32))

@@ -21,7 +21,10 @@ from pallas_kernels.grouped_matmul.gpu_dispatch import dispatch
 from pallas_kernels.grouped_matmul.gpu_kernel import Groups, Tile, fits, matmul
 from pallas_kernels.grouped_matmul.reference import add_shared
 from pallas_kernels.grouped_matmul.routing import combine, held_here
+from pallas_kernels.grouped_matmul.stacks import Stack, is_quantised
 from pallas_kernels.grouped_matmul.xla import ragged
+from pallas_kernels.quantised import Quantised
+from pallas_kernels.quantised.words import Packed
 
 
 COMPARED_PAIRS = 4096
@@ -32,8 +35,8 @@ def hopper(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Stack,
+    down: Stack,
     *,
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
@@ -41,14 +44,14 @@ def hopper(
     shared: tuple[jax.Array, jax.Array] | None = None,
     counted: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """See ``expert_mlp``. For bfloat16 and widths that tiles of 64 divide; anything else goes through ``lax.ragged_dot``."""
-    alike = shared is None or shared[1].shape[-2] == down.shape[-2]
-    if x.dtype != jnp.bfloat16 or gate_up.dtype != x.dtype or not alike or not fits(gate_up.shape[-2:], down.shape[-2:]):
-        routed = ragged(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, first_expert=first_expert)
+    """See ``expert_mlp``. For bfloat16 and widths that tiles of 64 divide, or weights packed for it; else by ``lax.ragged_dot``."""
+    streams = x.dtype == jnp.bfloat16 and _streams(gate_up, down)
+    alike = shared is None or (not is_quantised(down) and shared[1].shape[-2] == down.shape[-2])
+    if not (streams and alike):
+        routed = (hopper if streams else ragged)(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, first_expert=first_expert)
         return add_shared(routed, x, shared, layer=layer, valid=valid)
     if layer is None:
-        layer, gate_up, down = 0, gate_up[None], down[None]
-        shared = None if shared is None else (shared[0][None], shared[1][None])
+        layer, (gate_up, down, shared) = 0, jax.tree.map(lambda a: a[None], (gate_up, down, shared))
     num_groups, mean, along = gate_up.shape[1], expert_ids.size / gate_up.shape[1], int(shared is not None)
     if shared is not None:
         shared = (shared[0].reshape(*shared[0].shape[:2], -1), shared[1])
@@ -61,6 +64,13 @@ def hopper(
     hidden = matmul(rows, gate_up, extra[0], index, groups, swiglu=True, tile=Tile(tile, 128))
     out = matmul(hidden, down, extra[1], index, groups, swiglu=False, tile=Tile(tile, 256))
     return combine(out, place, weights, valid=valid, held=held).astype(x.dtype)
+
+
+def _streams(gate_up: Stack, down: Stack) -> bool:
+    """Whether the kernels read such stacks."""
+    if isinstance(gate_up, (Quantised, Packed)) or isinstance(down, (Quantised, Packed)):
+        return isinstance(gate_up, Packed) and isinstance(down, Packed)
+    return gate_up.dtype == down.dtype == jnp.bfloat16 and fits(gate_up.shape[-2:], down.shape[-2:])
 
 
 def _rows_per_tile(mean: float) -> int:

@@ -11,9 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.grouped_matmul.gpu_weights import UNIT, At, staged, tiles, words
+from pallas_kernels.quantised.words import Packed
 
-_UNIT = 64
-"""Columns of one warpgroup's product, and weight rows of a step: the smallest wgmma, and a 128-byte swizzle of bfloat16."""
 
 _ALIGN = 8
 """Tiles start at multiples of this many rows; what belongs to a neighbouring group there is computed and not stored."""
@@ -57,7 +57,7 @@ class Groups(NamedTuple):
 def fits(*matrices: tuple[int, ...]) -> bool:
     """Whether weights of these ``(depth, width)`` can be tiled. SwiGLU halves the first width; 128 threads copy rows of that depth."""
     (depth, width), (depth2, width2) = matrices
-    return depth % (2 * _UNIT) == 0 and width % (2 * _UNIT) == 0 and depth2 % _UNIT == 0 and width2 % _UNIT == 0
+    return depth % (2 * UNIT) == 0 and width % (2 * UNIT) == 0 and depth2 % UNIT == 0 and width2 % UNIT == 0
 
 
 def num_multiprocessors() -> int:
@@ -66,21 +66,16 @@ def num_multiprocessors() -> int:
     return int(device.num_cores if device is not None and device.num_cores else getattr(jax.devices()[0], "core_count", 132))
 
 
-def staged(shape: tuple[int, ...]) -> Any:
-    """Shared memory for bfloat16 tiles as the tensor cores read them."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, _UNIT)), plgpu.SwizzleTransform(128)))
-
-
 @functools.partial(jax.jit, static_argnames=("swiglu", "tile"))  # traced once for all its uses
 def matmul(
-    x: jax.Array, weights: jax.Array, extra: jax.Array | None, layer: jax.Array, groups: Groups, *, swiglu: bool, tile: Tile
+    x: jax.Array, weights: jax.Array | Packed, extra: jax.Array | None, layer: jax.Array, groups: Groups, *, swiglu: bool, tile: Tile
 ) -> jax.Array:
     """Each group's rows times its weights, in bfloat16 with float32 sums.
 
     Args:
       x: ``[M, K]``, M a multiple of 8.
-      weights: ``[L, G, K, N]``.
-      extra: ``[L, K, N]``, weights of one more group behind the G; or None.
+      weights: ``[L, G, K, N]``, bfloat16 or quantised.
+      extra: ``[L, K, N]``, weights of one more group behind the G; or None, and always None where they are quantised.
       layer: int32 scalar, which of the L.
       groups: of G groups, or G + 1 with ``extra``.
       swiglu: gate columns come first, then as many up columns; the result is ``silu(gate) * up``.
@@ -89,30 +84,21 @@ def matmul(
     Returns:
       ``[M, N]``, or ``[M, N / 2]`` with ``swiglu``. Rows of no group are not written.
     """
-    depth, num_groups = x.shape[1], len(groups.upto)
-    width = weights.shape[-1] // (2 if swiglu else 1)
-    parts = range(2 if swiglu else 1)
+    depth, num_groups, parts = x.shape[1], len(groups.upto), 2 if swiglu else 1
+    width = weights.shape[-1] // parts
     rows, columns = tile.rows, next(c for c in (256, 128, 64) if c <= tile.columns and width % c == 0)
-    workers, across, steps = columns // _UNIT, width // columns, depth // _UNIT
-    stages = min((_SHARED_MEMORY - 2 * rows * columns) // (2 * _UNIT * (len(parts) * columns + rows)), _STAGES)
+    if isinstance(weights, Packed):
+        stream = words(weights, parts=parts, columns=columns)
+    else:
+        stream = tiles(weights, extra, parts=parts, columns=columns, groups=num_groups)
+    workers, across, steps = columns // UNIT, width // columns, depth // stream.step
+    stages = min((_SHARED_MEMORY - 2 * rows * columns) // (stream.step_bytes + 2 * stream.step * rows), _STAGES)
     blocks = num_multiprocessors()
     search = [1 << bit for bit in reversed(range((num_groups - 1).bit_length()))]
 
-    def body(
-        x_g: Any,
-        weights_g: Any,
-        extra_g: Any,
-        layer_g: Any,
-        start_g: Any,
-        size_g: Any,
-        upto_g: Any,
-        out_g: Any,
-        x_s: Any,
-        w_s: Any,
-        out_s: Any,
-        full: Any,
-        free: Any,
-    ) -> None:
+    def body(x_g: Any, layer_g: Any, start_g: Any, size_g: Any, upto_g: Any, *refs: Any, **scratch: Any) -> None:
+        *arrays_g, out_g = refs
+        x_s, out_s, full, free = (scratch.pop(name) for name in ("x_s", "out_s", "full", "free"))
         worker, block, layer = lax.axis_index("worker"), lax.axis_index("block"), layer_g[0]
         tiles = lax.div(upto_g[num_groups - 1] * across - block + blocks - 1, blocks)
 
@@ -137,18 +123,9 @@ def matmul(
                 group, column, first, begin, size = locate(i)
 
                 def one_step(k: jax.Array, step: jax.Array) -> jax.Array:
-                    slot, depths = lax.rem(step, stages), pl.ds(k * _UNIT, _UNIT)
+                    slot, depths = lax.rem(step, stages), pl.ds(k * stream.step, stream.step)
                     pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                    for part in parts:
-                        at, to = (depths, pl.ds(column + part * width, columns)), w_s.at[slot, part]
-
-                        def routed(at: Any = at, to: Any = to) -> None:
-                            plgpu.copy_gmem_to_smem(weights_g.at[layer, group, *at], to, full.at[slot])
-
-                        def shared(at: Any = at, to: Any = to) -> None:
-                            plgpu.copy_gmem_to_smem(extra_g.at[layer, *at], to, full.at[slot])
-
-                        routed() if extra is None else lax.cond(group < num_groups - 1, routed, shared)
+                    stream.copy(arrays_g, scratch, At(layer, group, column, k), slot, full)
 
                     def copy_rows(count: int) -> None:
                         """Copies as few rows as hold all of the group's."""
@@ -172,27 +149,27 @@ def matmul(
 
         @pl.when(worker < workers)
         def multiply() -> None:
-            mine = pl.ds(worker * _UNIT, _UNIT)
-
             def one_tile(i: jax.Array, step: jax.Array) -> jax.Array:
-                _, column, first, begin, size = locate(i)
+                group, column, first, begin, size = locate(i)
 
                 def product(*sums: Any) -> list[jax.Array]:
                     def one_step(k: jax.Array, step: jax.Array) -> jax.Array:
                         slot = lax.rem(step, stages)
                         plgpu.barrier_wait(full.at[slot])
-                        for part in parts:
-                            plgpu.wgmma(sums[part], w_s.at[slot, part, :, mine].T, x_s.at[slot].T)
-                        plgpu.wgmma_wait(len(parts))  # the step before this one is done with its slot
-                        pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(step + stages - 1, stages)]))
+                        stream.multiply(sums, scratch, x_s.at[slot], slot, worker)
+                        plgpu.wgmma_wait(parts * stream.lag)  # whatever came before is done with its slot
+                        done = lax.rem(step + stages - stream.lag, stages)
+                        pl.when(k >= stream.lag)(lambda: plgpu.barrier_arrive(free.at[done]))
                         return step + 1
 
                     step_after = lax.fori_loop(0, steps, one_step, step)
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[lax.rem(step_after + stages - 1, stages)])
+                    for late in range(stream.lag, 0, -1):
+                        plgpu.barrier_arrive(free.at[lax.rem(step_after + stages - late, stages)])
                     return [s[...] for s in sums]
 
-                sums = pl.run_scoped(product, *[plgpu.ACC((_UNIT, rows))] * len(parts))
+                sums = pl.run_scoped(product, *[plgpu.ACC((UNIT, rows))] * parts)
+                sums = stream.finish(sums, arrays_g, At(layer, group, column), worker)
                 result = sums[0] / (1 + jnp.exp(-sums[0])) * sums[1] if swiglu else sums[0]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 out_s.at[worker].T[...] = plgpu.layout_cast(result.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
@@ -203,7 +180,7 @@ def matmul(
 
                     @pl.when((size & count) != 0)
                     def store(count: int = count, at: jax.Array = at) -> None:
-                        to = out_g.at[pl.ds(first + at, count), pl.ds(column + worker * _UNIT, _UNIT)]
+                        to = out_g.at[pl.ds(first + at, count), pl.ds(column + worker * UNIT, UNIT)]
                         plgpu.copy_smem_to_gmem(out_s.at[worker, pl.ds(at, count)], to, commit_group=False)
 
                     at += size & count
@@ -214,7 +191,6 @@ def matmul(
             lax.fori_loop(0, tiles, one_tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    arrivals = len(parts) + 1
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
@@ -224,13 +200,12 @@ def matmul(
         thread_name="worker",
         kernel_name="grouped_swiglu" if swiglu else "grouped_matmul",
         scratch_types={
-            "x_s": staged((stages, rows, _UNIT)),
-            "w_s": staged((stages, len(parts), _UNIT, columns)),
-            "out_s": plgpu.SMEM((workers, rows, _UNIT), x.dtype, transforms=(plgpu.SwizzleTransform(128),)),
-            "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+            "x_s": staged((stages, rows, stream.step)),
+            "out_s": plgpu.SMEM((workers, rows, UNIT), x.dtype, transforms=(plgpu.SwizzleTransform(128),)),
+            "full": plgpu.Barrier(num_arrivals=stream.arrivals + 1, num_barriers=stages),
             "free": plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
+            **stream.scratch(stages),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    # The kernel takes no None; the weights themselves stand in for an extra group that is not there.
-    return kernel(x, weights, weights if extra is None else extra, layer.reshape(1), *groups)
+    return kernel(x, layer.reshape(1), *groups, *stream.arrays)

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels.grouped_matmul.stacks import Stack, plain
+
 
 def dense(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Stack,
+    down: Stack,
     *,
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
@@ -25,7 +27,7 @@ def dense(
         x = jnp.where(valid[:, None], x, 0)
         weights = jnp.where(valid[:, None], weights, 0)
     # Widened here, not by preferred_element_type: XLA on CPU has no bfloat16 matmul with a float32 result.
-    gate_up, down = gate_up.astype(jnp.float32), down.astype(jnp.float32)
+    gate_up, down = (plain(a, jnp.float32).astype(jnp.float32) for a in (gate_up, down))
     chosen = jax.nn.one_hot(expert_ids, gate_up.shape[0], dtype=jnp.float32)  # [T, k, E]
     share = jnp.einsum("tke,tk->te", chosen, weights)
     gate, up = jnp.split(jnp.einsum("td,edf->tef", x.astype(jnp.float32), gate_up), 2, axis=-1)

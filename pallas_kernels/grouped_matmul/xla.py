@@ -8,14 +8,17 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from pallas_kernels.grouped_matmul.routing import combine, held_here, route
+from pallas_kernels.grouped_matmul.stacks import Stack, is_quantised, plain
+from pallas_kernels.quantised import Quantised
+from pallas_kernels.target import current_target, multiplies_int8
 
 
 def ragged(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Stack,
+    down: Stack,
     *,
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
@@ -23,20 +26,35 @@ def ragged(
 ) -> jax.Array:
     """See ``expert_mlp``. Right on every platform; on the CPU ``ragged_dot`` is a dense loop and slow.
 
-    With ``first_expert`` the matrices hold only the experts from that id on, and what the others would add is left out.
+    With ``first_expert`` the matrices hold only the experts from that id on, and what the others would add is left out. Quantised
+    matrices are multiplied as they are where the device does that; elsewhere one layer of them at a time is made plain.
     """
     num_experts = gate_up.shape[-3]
     held = None
     if first_expert is not None:
         expert_ids, held = held_here(expert_ids, first_expert, num_experts)
     routing = route(expert_ids, num_experts=num_experts, valid=valid)
+    if any(is_quantised(stack) and not _as_they_are(x, stack) for stack in (gate_up, down)):
+        gate_up, down = (plain(stack if layer is None else stack[layer], x.dtype) for stack in (gate_up, down))
+        layer = None
     sizes = jnp.sum(routing.expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    expert = jnp.minimum(routing.expert, num_experts - 1)
     if layer is not None:
         # The other layers' experts are groups without rows. Slicing the layer out would copy all its weights.
         sizes = lax.dynamic_update_slice(jnp.zeros(gate_up.shape[0] * num_experts, jnp.int32), sizes, (jnp.int32(layer) * num_experts,))
-        gate_up, down = (a.reshape(-1, *a.shape[2:]) for a in (gate_up, down))
-    both = lax.ragged_dot(x[routing.token], gate_up, sizes, preferred_element_type=jnp.float32)
-    gate, up = jnp.split(both, 2, axis=-1)
+        expert += jnp.asarray(layer, jnp.int32) * num_experts
+
+    def product(x: jax.Array, stack: Stack) -> jax.Array:
+        matrices, scales = (stack.values, stack.scales) if isinstance(stack, Quantised) else (plain(stack, x.dtype), None)
+        out = lax.ragged_dot(x, matrices.reshape(-1, *matrices.shape[-2:]), sizes, preferred_element_type=jnp.float32)
+        return out if scales is None else out * scales.reshape(-1, scales.shape[-1])[expert].astype(jnp.float32)
+
+    gate, up = jnp.split(product(x[routing.token], gate_up), 2, axis=-1)
     hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
-    out = lax.ragged_dot(hidden, down, sizes, preferred_element_type=jnp.float32)
-    return combine(out, routing.place, weights, valid=valid, held=held).astype(x.dtype)
+    return combine(product(hidden, down), routing.place, weights, valid=valid, held=held).astype(x.dtype)
+
+
+def _as_they_are(x: jax.Array, stack: Stack) -> bool:
+    """Whether ``lax.ragged_dot`` takes the integers of ``stack``, and a sum over K can be scaled when it is done."""
+    whole = isinstance(stack, Quantised) and stack.values.dtype == jnp.int8 and stack.scales.shape[-2] == 1
+    return whole and x.dtype == jnp.bfloat16 and multiplies_int8(current_target())

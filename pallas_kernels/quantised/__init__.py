@@ -1,0 +1,88 @@
+"""Quantised matrices: small integers and the scales that they are multiplied by, one for each column or for each group of a column.
+
+Weights alone are quantised, symmetrically, with no calibration; activations never are. A matrix ``[..., K, N]`` is one that a product
+contracts over K. Kinds of ``Form``:
+
+* ``"int8"``: integers up to 127, one scale a column. The scale can be applied to a finished sum, and so costs nothing.
+* ``"int4"``: integers up to 7, one scale for :data:`GROUP` rows of a column. With one a column a sixth of what was there is lost; with
+  groups a ninth.
+
+Scales are bfloat16: an integer times its scale is exact in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+
+__all__ = ["FORMS", "GROUP", "Form", "Quantised", "dequantise", "quantise"]
+
+Form = Literal["int8", "int4"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+GROUP = 64
+"""Most rows of a column that share a scale of ``"int4"``; fewer, half as often as it takes, where the rows do not divide."""
+
+_MOST = {"int8": 127, "int4": 7}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("form",))
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """Matrices ``[..., K, N]`` in a quantised form: two arrays of one tree.
+
+    Attributes:
+      values: ``[..., K, N]`` integers: int8, or int4 where a device holds two in a byte.
+      scales: ``[..., G, N]`` bfloat16; rows ``[g K / G, (g + 1) K / G)`` of a column have scale g of it.
+      form: what they were made by.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    form: Form
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrices that it stands for."""
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """What the device holds, two int4 in a byte."""
+        return self.values.size * jnp.iinfo(self.values.dtype).bits // 8 + self.scales.size * 2
+
+    def __getitem__(self, at: ArrayLike) -> Quantised:
+        """Entry ``at`` of the first axis, which is not K."""
+        return Quantised(self.values[at], self.scales[at], self.form)
+
+
+def quantise(w: jax.Array, form: Form) -> Quantised:
+    """The nearest integers of ``w [..., K, N]`` in units of scales that the largest weight of a column, or of a group, decides.
+
+    ``|w - dequantise(quantise(w, form))|`` is at most half a scale. Values are int8 or int4, as the form says. What is not finite makes its
+    whole group so.
+    """
+    *others, depth, width = w.shape
+    group = depth if form == "int8" else math.gcd(depth, GROUP)
+    parts = w.astype(jnp.float32).reshape(*others, depth // group, group, width)
+    largest = jnp.abs(parts).max(-2) * (1 / _MOST[form])
+    # Not a conversion to bfloat16 and back, which XLA is free to leave out where it compiles both at once (and does).
+    scales = lax.reduce_precision(largest, exponent_bits=8, mantissa_bits=7)
+    scales = jnp.where(scales == 0, 1, scales)
+    values = jnp.clip(jnp.round(parts / scales[..., None, :]), -_MOST[form], _MOST[form])
+    return Quantised(values.astype(form).reshape(w.shape), scales.astype(jnp.bfloat16), form)
+
+
+def dequantise(q: Quantised, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """The matrices ``[..., K, N]`` that ``q`` stands for; exact in float32."""
+    *others, depth, width = q.shape
+    parts = q.values.astype(jnp.float32).reshape(*others, q.scales.shape[-2], -1, width)
+    return (parts * q.scales.astype(jnp.float32)[..., None, :]).astype(dtype).reshape(*others, depth, width)
