@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jax.sharding import Mesh
@@ -28,7 +28,9 @@ from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import Dims
 from diffulex_jax.strategies import STRATEGIES, AnyStrategy, Strategy, for_model, resolve
 from diffulex_jax.weights import checkpoint
-from pallas_kernels import REFERENCE, choose
+from diffulex_jax.weights.quantise import form_of, quantised
+from pallas_kernels import REFERENCE, Kernels, choose
+from pallas_kernels.quantised import Form
 
 
 _LEAST_PAGE = 8  # tokens; with fewer, page tables are long and kernels' tiles empty
@@ -97,7 +99,8 @@ def load(
     tokenizer, eos_ids = Tokenizer.load(path), checkpoint.load_end_ids(path)
     for strategy in found:
         plan(spec, strategy, settings)  # a setting that will not do should not cost a load either
-    network, params = checkpoint.load(path, mesh, dtype=settings.jax_dtype)
+    kernels, weights = _kernels(mesh, settings), _form(settings)
+    network, params = checkpoint.load(path, mesh, dtype=settings.jax_dtype, weights=weights, kernels=kernels)
     return Network(network, params, tokenizer, eos_ids, str(model), mesh), found
 
 
@@ -130,6 +133,8 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
       SettingError: for a setting that will not do.
     """
     whole_canvas = spec.attention.canvas == "whole"
+    if settings.weights is not None and not spec.experts_per_token:
+        raise SettingError("weights", f"weights={settings.weights!r} is for models with experts, and this one has none; leave it out")
     _check_canvas(spec, strategy, settings)
     usual = "full" if whole_canvas else "block_causal"
     window, attention = settings.buffer_size or strategy.window, settings.attention or strategy.attention or usual
@@ -238,11 +243,12 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     shareable = policy.shareable and (rule.merge is None or not rule.merge.commit_soft)
     each = num_pages if policy.paged else 0
     pools = [PagePool(each, first=i * each, prefix_cache=s.prefix_cache and shareable) for i in range(shards)]
+    kernels = _kernels(mesh, s)
+    params = quantised(network.model, network.params, _form(s), kernels=kernels, mesh=mesh)
     announce("compiling", strategy.name)
-    kernels = choose(mesh.local_devices[0]) if s.kernels == "auto" else REFERENCE
     own = JaxDevice(
         decode.Program(network.model, dims, rule, kernels, policy, draws=strategy.draws, confidence=strategy.confidence),
-        network.params,
+        params,
         mesh=mesh,
         dtype=s.jax_dtype,
         num_pages=shards * num_pages * (dims.unit // dims.page),
@@ -255,6 +261,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         "model": network.model_id,
         "config": str(network.model.config),
         "dtype": s.dtype,
+        "weights": str(form_of(params)),
         "block_size": str(dims.block),
         "attention": str(s.attention),
         "cache": policy.cache,
@@ -284,6 +291,14 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     paged_limit = num_pages if policy.paged else None
     limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, paged_limit, _reads(strategy, s))
     return Parts(s, dims, limits, device, scheduler, same_kv | same_state)
+
+
+def _kernels(mesh: Mesh, settings: EngineConfig) -> Kernels:
+    return choose(mesh.local_devices[0]) if settings.kernels == "auto" else REFERENCE
+
+
+def _form(settings: EngineConfig) -> Form | None:
+    return cast(Form | None, settings.weights)  # checked where the settings are made
 
 
 def _check_shards(settings: EngineConfig, shards: int) -> None:

@@ -13,6 +13,7 @@ _CHOICES = {
     "attention": (None, "block_causal", "prefix_full", "full"),
     "cache": (None, "none", "prefix", "dual"),
     "kernels": ("auto", "reference"),
+    "weights": (None, "int8", "int4"),
 }
 
 
@@ -22,6 +23,8 @@ class EngineConfig:
 
     Attributes:
       dtype: of parameters, activations and the KV pool: ``"float32"`` or ``"bfloat16"``.
+      weights: ``"int8"`` or ``"int4"`` holds the experts of a mixture quantised: a half, or a quarter, of bfloat16's bytes. All else is of
+        ``dtype``. Default: all of it is.
       block_size: tokens in a block; where a model sees its whole canvas (LLaDA), the most that a request's ``block_length`` may be.
         Default: what the model was trained with, as its checkpoint says, or as such models usually have.
       force_block_size: decode in blocks that the checkpoint was not trained for. The text gets worse.
@@ -50,6 +53,7 @@ class EngineConfig:
     """
 
     dtype: str = "float32"
+    weights: str | None = None
     block_size: int | None = None
     force_block_size: bool = False
     page_size: int | None = None

@@ -15,7 +15,7 @@ from diffulex_jax.models.ops import Ops
 
 
 Params = dict[str, Any]
-"""A tree of arrays, of the structure of ``Model.schema``."""
+"""A tree of the structure of ``Model.schema``: of arrays, and of what ``weights.quantise`` makes of some of them."""
 
 
 class Param(NamedTuple):
@@ -27,6 +27,8 @@ class Param(NamedTuple):
       init: ``"normal"``, ``"ones"`` or ``"zeros"``.
       dtype: where it is not the model's own.
       decay: whether weight decay applies to it in training.
+      quantisable: whether an engine may hold it quantised: it consists of matrices ``[..., K, N]`` of which products contract K, and no
+        axis but ``"expert"`` is split over devices.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +36,7 @@ class Param(NamedTuple):
     init: str = "normal"
     dtype: str | None = None
     decay: bool = True
+    quantisable: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +131,8 @@ def is_param(node: Any) -> bool:
 
 
 def leaves(tree: dict[str, Any]) -> dict[tuple[str, ...], Any]:
-    """The leaves of a schema, or of parameters, by their path, in the order of the tree."""
-    flat, _ = jax.tree.flatten_with_path(tree, is_leaf=is_param)
+    """The leaves of a schema, or of parameters, by their path, in the order of the tree. A quantised stack is one leaf."""
+    flat, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
     return {tuple(key.key for key in path): leaf for path, leaf in flat}
 
 

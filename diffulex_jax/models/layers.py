@@ -159,8 +159,8 @@ def mixture(n: int, embed: int, *, experts: int, width: int) -> Schema:
     """A router and its gated experts, of ``n`` layers."""
     return {
         "router": Param((n, embed, experts), ("layer", "embed", None)),
-        "experts_gate_up": Param((n, experts, embed, 2 * width), ("layer", "expert", "embed", None)),
-        "experts_down": Param((n, experts, width, embed), ("layer", "expert", None, "embed")),
+        "experts_gate_up": Param((n, experts, embed, 2 * width), ("layer", "expert", "embed", None), quantisable=True),
+        "experts_down": Param((n, experts, width, embed), ("layer", "expert", None, "embed"), quantisable=True),
     }
 
 

@@ -81,8 +81,8 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
             (ids, weights), counted = map(flat, apart(choose_rows, x, valid)), None
         else:
             ids, weights, counted = choose(flat(x), matrix, bias, valid=kept)
-        # A device that has a part of the shared expert has other widths of it than of a routed one.
-        alone = kernels.rows_apart or bool(shared_by("mlp"))
+        # A device that has a part of the shared expert has other widths of it than of a routed one, and it is never quantised.
+        alone = kernels.rows_apart or bool(shared_by("mlp")) or grouped_matmul.is_quantised(stacks["experts_down"])
         shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None
         y = grouped_matmul.expert_mlp(
             flat(x),

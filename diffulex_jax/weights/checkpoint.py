@@ -28,6 +28,9 @@ from diffulex_jax.models.hf_config import readable
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import check_split, sharding
 from diffulex_jax.weights.folder import SMALL, check_pointer, read_json, tensors_in, tokenizer_end_ids
+from diffulex_jax.weights.quantise import Store, form_of, store
+from pallas_kernels import REFERENCE, Kernels
+from pallas_kernels.quantised import Form
 
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a model on the hub that are fetched
@@ -105,7 +108,15 @@ def load_end_ids(path: str | pathlib.Path) -> tuple[int, ...]:
     return tuple(sorted(ids - {spec.mask_id}))
 
 
-def load(path: str | pathlib.Path, mesh: Mesh, *, dtype: Any = jnp.float32, progress: bool = False) -> tuple[Model, Params]:
+def load(
+    path: str | pathlib.Path,
+    mesh: Mesh,
+    *,
+    dtype: Any = jnp.float32,
+    weights: Form | None = None,
+    kernels: Kernels = REFERENCE,
+    progress: bool = False,
+) -> tuple[Model, Params]:
     """Reads a model directory and places its parameters on ``mesh``.
 
     The host holds one piece of one leaf at a time: :data:`HOST_BYTES`, or a layer where that is more.
@@ -114,6 +125,8 @@ def load(path: str | pathlib.Path, mesh: Mesh, *, dtype: Any = jnp.float32, prog
       path: the directory.
       mesh: where the parameters go.
       dtype: of all parameters but those whose :class:`Param` names another.
+      weights: how the leaves that may be are quantised, ``"int8"`` or ``"int4"``, in the form that ``kernels`` read: piece by piece on the
+        device, which never holds such a leaf whole in ``dtype``. None: not at all.
       progress: show a progress bar over tensors.
 
     Raises:
@@ -123,6 +136,8 @@ def load(path: str | pathlib.Path, mesh: Mesh, *, dtype: Any = jnp.float32, prog
     path = pathlib.Path(path)
     model = load_model(path)
     params = leaves(model.schema)
+    if weights is not None and not any(param.quantisable for param in params.values()):
+        raise ValueError(f"{path}: weights={weights!r} is for models with experts, and this one has none")
     for leaf, param in params.items():
         check_split(mesh, param.shape, param.axes, leaf[-1])
     read = _reader(path, model)
@@ -134,7 +149,8 @@ def load(path: str | pathlib.Path, mesh: Mesh, *, dtype: Any = jnp.float32, prog
     with tqdm(total=sum(map(len, parts.values())), disable=not progress, desc="loading", unit="tensor") as bar:
         for leaf, param in params.items():
             node = functools.reduce(lambda node, key: node.setdefault(key, {}), leaf[:-1], tree)
-            node[leaf[-1]] = _built(param, parts[leaf], read, mesh, dtype=np.dtype(param.dtype or dtype), step=bar.update)
+            of = {"dtype": np.dtype(param.dtype or dtype), "keep": store(param, weights, kernels=kernels, dtype=dtype)}
+            node[leaf[-1]] = _built(param, parts[leaf], read, mesh, **of, step=bar.update)
     return model, tree
 
 
@@ -142,7 +158,12 @@ def save(path: str | pathlib.Path, model: Model, params: Params, *, dtype: str =
     """Writes ``config.json`` and safetensors in the names and layout that :func:`load` (and torch) read.
 
     The host holds one layer and one file's tensors at a time; files have at most :data:`SHARD_BYTES`.
+
+    Raises:
+      ValueError: for quantised parameters, of which there is no such file.
     """
+    if (form := form_of(params)) is not None:
+        raise ValueError(f"the parameters are quantised, as {form!r}, and only plain ones are saved; save those that they were made from")
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -190,9 +211,16 @@ def save(path: str | pathlib.Path, model: Model, params: Params, *, dtype: str =
 
 
 def _built(
-    param: Param, parts: list[tuple[str, names.Part]], read: Read, mesh: Mesh, *, dtype: np.dtype, step: Callable[[int], Any]
-) -> jax.Array:
-    """A leaf on ``mesh``, put together piece by piece: runs of layers that the host has room for."""
+    param: Param,
+    parts: list[tuple[str, names.Part]],
+    read: Read,
+    mesh: Mesh,
+    *,
+    dtype: np.dtype,
+    keep: Store | None,
+    step: Callable[[int], Any],
+) -> Any:
+    """A leaf on ``mesh``, put together piece by piece: runs of layers that the host has room for, each kept as ``keep`` makes it."""
     where = sharding(mesh, param.axes)
     stacked = param.axes[0] == "layer"
     count = param.shape[0] if stacked else 1
@@ -217,13 +245,21 @@ def _built(
                 step(1)
         return host
 
-    if at_once == count:
+    def kept(piece: jax.Array) -> Any:
+        return piece if keep is None else keep(piece)
+
+    if at_once == count and keep is None:
         return jax.device_put(piece(0), where)
+    whole = jax.eval_shape(kept, jax.ShapeDtypeStruct(param.shape, dtype))
+
+    def put(leaf: Any, piece: jax.Array, at: jax.Array) -> Any:
+        return jax.tree.map(lambda a, new: lax.dynamic_update_slice_in_dim(a, new, at, 0), leaf, kept(piece))
+
     with jax.set_mesh(mesh):
-        leaf = jax.jit(lambda: jnp.zeros(param.shape, dtype), out_shardings=where)()
-        put = jax.jit(lambda leaf, piece, at: lax.dynamic_update_slice_in_dim(leaf, piece, at, 0), donate_argnums=0, out_shardings=where)
+        leaf = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), whole), out_shardings=where)()
+        jitted = jax.jit(put, donate_argnums=0, out_shardings=where)
         for first in range(0, count, at_once):
-            leaf = put(leaf, jax.device_put(piece(first), where), first)
+            leaf = jitted(leaf, jax.device_put(piece(first), where), first)
     return leaf
 
 

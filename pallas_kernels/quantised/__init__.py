@@ -69,7 +69,12 @@ def quantise(w: jax.Array, form: Form) -> Quantised:
 
     ``|w - dequantise(quantise(w, form))|`` is at most half a scale. Values are int8 or int4, as the form says. What is not finite makes its
     whole group so.
+
+    Raises:
+      ValueError: for an unknown form.
     """
+    if form not in FORMS:
+        raise ValueError(f"unknown quantised form {form!r}; choose one of {', '.join(FORMS)}")
     *others, depth, width = w.shape
     group = depth if form == "int8" else math.gcd(depth, GROUP)
     parts = w.astype(jnp.float32).reshape(*others, depth // group, group, width)
