@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
 
 import jax
@@ -23,6 +24,7 @@ from diffulex_jax.models.base import leaves
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.strategies import resolve
 from pallas_kernels import REFERENCE, grouped_matmul
+from pallas_kernels.quantised import dequantise
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -39,6 +41,10 @@ def test_bytes_of_a_step_are_those_counted_by_hand():
     # 40 KiB of cache a token.
     extra = step_bytes(MINI, 2, batch=8, context=128, experts=160) - step_bytes(MINI, 2, batch=8, context=0, experts=160)
     assert extra == 8 * 128 * 40 * 1024
+    # Quantised experts: a byte a weight and two for each of their 2 x 512 + 2048 columns; half a byte, and two for 64 weights.
+    less = weights - 2 * 19 * 160 * expert
+    assert step_bytes(MINI, 2, batch=1, context=0, experts=160, weights="int8") == less + 19 * 160 * (expert + 2 * 3072)
+    assert step_bytes(MINI, 2, batch=1, context=0, experts=160, weights="int4") == less + 19 * 160 * expert * (1 / 2 + 2 / 64)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +75,10 @@ def test_random_params_follow_the_schema():
     stack = np.asarray(params["moe"]["experts_gate_up"], np.float32)
     assert stack.std() == pytest.approx(0.02, rel=0.02)
     assert not np.array_equal(stack[0], stack[1])
+    quantised = random_params(tiny, jnp.bfloat16, weights="int8")
+    assert jax.tree.leaves(quantised["moe"]["experts_gate_up"])[0].dtype == jnp.int8
+    np.testing.assert_allclose(dequantise(quantised["moe"]["experts_gate_up"]), stack, atol=2e-3)
+    assert {path: a.shape for path, a in leaves(quantised).items()} == {path: a.shape for path, a in leaves(params).items()}
 
 
 def test_the_bare_model_runs_the_kernels_of_the_step(monkeypatch):
@@ -108,10 +118,12 @@ def test_a_step_of_every_family_is_the_engines(monkeypatch, name):
 
 
 def test_it_reports_every_combination_and_every_kernel():
-    command = "bench step --shape tiny --batch 2 --strategy dmax,llada2 --context 32 --repeats 1 --dtype float32 --json"
+    command = "bench step --shape tiny --batch 2 --strategy dmax,llada2 --context 32 --repeats 1 --dtype float32 --weights int8 --json"
     result = CliRunner().invoke(app, command.split(), catch_exceptions=False)
     assert result.exit_code == 0
     report = json.loads(result.stdout)
+    tiny = shape_model("tiny")
+    assert (report["weights"], report["parameters"]) == ("int8", sum(math.prod(p.shape) for p in leaves(tiny.schema).values()))
     figures, other = report["steps"]
     assert other["strategy"] == "llada2"
     assert (figures["strategy"], figures["batch"], figures["context"]) == ("dmax", 2, 32)
@@ -121,7 +133,7 @@ def test_it_reports_every_combination_and_every_kernel():
     assert 4 <= figures["experts_touched"] <= 16
     # 32 cached positions, and the block before: 4 layers x 2 x 2 heads x 16 x float32 each, twice for two rows.
     assert figures["gigabytes"] * 1e9 == pytest.approx(
-        step_bytes(shape_model("tiny"), 4, batch=2, context=64, experts=figures["experts_touched"])
+        step_bytes(tiny, 4, batch=2, context=64, experts=figures["experts_touched"], weights="int8")
     )
     assert [row["kernel"] for row in report["kernel_times"]] == ["experts", "prediction", "token merge", "block attention"]
     assert all(row["ms"] > 0 and row["floor_ms"] > 0 and row["tokens"] == 64 for row in report["kernel_times"])

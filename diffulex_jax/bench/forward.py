@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from diffulex_jax.decode.canvas import canvas_forward
 from diffulex_jax.decode.forward import forward
@@ -17,8 +16,11 @@ from diffulex_jax.models.base import Model, Params, leaves
 from diffulex_jax.models.ops import Ops
 from diffulex_jax.state import DecodeState, KVPool
 from diffulex_jax.strategies import Strategy
+from diffulex_jax.weights.quantise import stored_bytes
 from pallas_kernels import Kernels, expert_choice
 from pallas_kernels.block_attention import Keys
+from pallas_kernels.grouped_matmul import Stack
+from pallas_kernels.quantised import Form
 
 
 def program_of(model: Model, strategy: Strategy, settings: EngineConfig, kernels: Kernels) -> Program:
@@ -81,16 +83,16 @@ def touch_counter(program: Program) -> tuple[Callable[..., jax.Array], list[int]
     return count, counts
 
 
-def step_bytes(model: Model, itemsize: int, *, batch: int, context: int, experts: float) -> float:
-    """What a denoise step must read: each weight once, of the routed experts ``experts`` a layer, and the cached context once, where the
-    model's attention lets it be cached.
+def step_bytes(model: Model, itemsize: int, *, batch: int, context: int, experts: float, weights: Form | None = None) -> float:
+    """What a denoise step must read: each weight once, of the routed experts ``experts`` a layer, quantised as ``weights`` says, and the
+    cached context once, where the model's attention lets it be cached.
 
     Activations stay in caches and are not counted, nor is the embedding, of which a few rows are looked up, unless it is the output
     matrix too.
     """
     total = 0.0
     for path, param in leaves(model.schema).items():
-        size = float(np.prod(param.shape)) * (np.dtype(param.dtype).itemsize if param.dtype else itemsize)
+        size = float(stored_bytes(param, weights, itemsize))
         if "expert" in param.axes:
             size *= experts / param.shape[param.axes.index("expert")]
         total += 0 if path == ("embed",) and ("lm_head",) in leaves(model.schema) else size
@@ -99,7 +101,7 @@ def step_bytes(model: Model, itemsize: int, *, batch: int, context: int, experts
     return total + 2 * layers.count * layers.kv_heads * layers.head_dim * cached * itemsize
 
 
-def expert_stacks(params: Params) -> list[jax.Array]:
+def expert_stacks(params: Params) -> list[Stack]:
     """The stacks ``[L, E, ..., ...]`` of a mixture's experts, gate and up before down; none where there is no mixture."""
     return [params[kind][name] for kind in params if isinstance(params[kind], dict) for name in _EXPERTS if name in params[kind]]
 

@@ -42,7 +42,7 @@ def measure(
         weights, ids = lax.top_k(scores, spec.experts_per_token)
         expert_bytes = sum(stack.nbytes for stack in stacks) / (layers * count)
 
-        def experts(x: jax.Array, i: jax.Array, stacks: list[jax.Array], ids: jax.Array, weights: jax.Array) -> jax.Array:
+        def experts(x: jax.Array, i: jax.Array, stacks: list[grouped_matmul.Stack], ids: jax.Array, weights: jax.Array) -> jax.Array:
             return x + grouped_matmul.expert_mlp(x, ids[i], weights[i], *stacks, layer=i, backend=kernels.grouped_matmul) * 1e-3
 
         touched = statistics.mean(len(set(layer.reshape(-1).tolist())) for layer in jax.device_get(ids))

@@ -12,6 +12,9 @@ from jax import lax
 
 from diffulex_jax.models.base import Model, Params, leaves
 from diffulex_jax.models.registry import model_of
+from diffulex_jax.weights.quantise import store
+from pallas_kernels import REFERENCE, Kernels
+from pallas_kernels.quantised import Form
 
 
 _TINY = {
@@ -167,8 +170,9 @@ def shape_model(name: str) -> Model:
     return model_of(SHAPES[name], name=name)
 
 
-def random_params(model: Model, dtype: Any, *, seed: int = 0) -> Params:
-    """Random weights made on the device piece by piece: no copy of a stack of experts, and none in float32, ever exists.
+def random_params(model: Model, dtype: Any, *, weights: Form | None = None, kernels: Kernels = REFERENCE, seed: int = 0) -> Params:
+    """Random weights made on the device piece by piece: no copy of a stack of experts, and none in float32, ever exists. With
+    ``weights`` the experts are quantised layer by layer, in the form that ``kernels`` read.
 
     Tokens choose their experts as if independently. Plain random weights would not do: masks all look alike, attention hardly
     tells their positions apart, and so they would share experts. Here queries only carry the fastest rotary frequencies, and
@@ -187,9 +191,10 @@ def random_params(model: Model, dtype: Any, *, seed: int = 0) -> Params:
         elif param.axes[0] != "layer":
             made.append(_normal(key, param.shape, kind))
         else:
-            stack = jnp.zeros(param.shape, kind)
+            keep = jax.jit(store(param, weights, kernels=kernels, dtype=dtype) or _same)
+            stack = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(keep, jax.ShapeDtypeStruct(param.shape, kind)))
             for layer, part in enumerate(jax.random.split(key, param.shape[0])):
-                stack = _put(stack, _normal(part, param.shape[1:], kind), layer)
+                stack = _put(stack, keep(_normal(part, param.shape[1:], kind)), layer)
             made.append(stack)
     tree: Params = {}
     for path, array in zip(params, made, strict=True):
@@ -205,4 +210,10 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return lax.map(lambda k: jax.random.normal(k, piece, dtype) * jnp.asarray(0.02, dtype), jax.random.split(key, pieces)).reshape(shape)
 
 
-_put = jax.jit(lambda stack, row, at: lax.dynamic_update_index_in_dim(stack, row, at, 0), donate_argnums=0)
+def _same(piece: jax.Array) -> jax.Array:
+    return piece
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: Any, row: Any, at: int) -> Any:
+    return jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, at, 0), stack, row)

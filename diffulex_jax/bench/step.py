@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,12 +22,14 @@ from diffulex_jax.bench.shapes import random_params, shape_model
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import empty
 from diffulex_jax.engine.dispatch import Plan, exact, packed_denoise
-from diffulex_jax.models.base import Params
+from diffulex_jax.models.base import Params, leaves
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import DecodeState, KVPool
 from diffulex_jax.strategies import for_model
+from diffulex_jax.weights import quantise
 from pallas_kernels import REFERENCE, choose
+from pallas_kernels.quantised import Form
 
 
 BLOCK, STEPS = 32, EngineConfig().steps_per_dispatch
@@ -39,6 +42,7 @@ def run(
     strategies: Sequence[str | None],
     contexts: Sequence[int],
     dtype: str = "bfloat16",
+    weights: Form | None = None,
     kernels: str = "auto",
     repeats: int = 10,
     progress: Callable[[str], None] = lambda line: None,
@@ -53,6 +57,7 @@ def run(
       strategies: names of strategies; None for the one that the model's authors decode it with.
       contexts: cached positions in front of the first block, multiples of the block size.
       dtype: of weights, activations and cache: ``"bfloat16"`` or ``"float32"``.
+      weights: ``"int8"`` or ``"int4"`` for quantised experts; None for none.
       kernels: ``"auto"`` or ``"reference"``, as in ``EngineConfig``.
       repeats: measurements of each combination.
       progress: is given the report line by line as it comes.
@@ -65,22 +70,24 @@ def run(
       ValueError: for a name that does not exist or a number that will not do.
     """
     model = shape_model(shape)
-    settings = EngineConfig(dtype=dtype, kernels=kernels)
+    settings = EngineConfig(dtype=dtype, weights=weights, kernels=kernels)
     for name, numbers in {"batch": batches, "repeats": (repeats,), "context": contexts}.items():
         if bad := [n for n in numbers if n < 1 or (name == "context" and n % BLOCK)]:
             raise ValueError(f"{name}={bad[0]} must be positive" + (f" and a multiple of {BLOCK}" if name == "context" else ""))
+    quantise.check(model.spec, weights)
     found = [for_model(model.spec, name) for name in strategies]
     device = jax.devices()[0]
     chosen = choose(device) if settings.kernels == "auto" else REFERENCE
     with jax.set_mesh(make_mesh()):
         bandwidth = traffic.copy_bandwidth(device)
-        params = random_params(model, settings.jax_dtype)
+        params = random_params(model, settings.jax_dtype, weights=weights, kernels=chosen)
         report: dict[str, Any] = {
             "device": f"{device.platform}: {device.device_kind}",
             "jax": jax.__version__,
             "shape": shape,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "parameters": sum(math.prod(param.shape) for param in leaves(model.schema).values()),
             "dtype": dtype,
+            "weights": weights,
             "kernels": chosen._asdict(),
             "copy_terabytes_per_second": bandwidth / 1e12,
             "steps_per_dispatch": STEPS,
@@ -98,7 +105,7 @@ def run(
                     "buffer_size": 1,
                     "max_slots": batch,
                 }
-                asked = EngineConfig(dtype=dtype, max_model_len=context + 3 * BLOCK, **sizes)
+                asked = EngineConfig(dtype=dtype, weights=weights, max_model_len=context + 3 * BLOCK, **sizes)
                 program = forward.program_of(model, strategy, asked, chosen)
                 arguments = _arguments(program, params)
                 dispatch = jax.jit(
@@ -113,7 +120,7 @@ def run(
         for context, batch, name in cases:
             program, executable = compiled[context, batch, name]
             counter, counts = counters[context, batch]
-            run_block = functools.partial(measure, program, params, executable.result(), counter.result(), counts)
+            run_block = functools.partial(measure, program, params, executable.result(), counter.result(), counts, weights=weights)
             figures = run_block(context=context, bandwidth=bandwidth, repeats=repeats)
             report["steps"].append({"strategy": name, "batch": batch, "context": context} | figures)
             progress(_line(_STEP_COLUMNS, report["steps"][-1]))
@@ -135,6 +142,7 @@ def measure(
     context: int,
     bandwidth: float,
     repeats: int,
+    weights: Form | None = None,
 ) -> dict[str, Any]:
     """Times whole blocks, one token of each row a step: dispatches of a few steps, the first of which also writes the block before.
 
@@ -145,7 +153,7 @@ def measure(
       program, params: what is run.
       dispatch: the compiled ``packed_denoise``.
       counter, counts: the compiled ``forward.touch_counter`` of these shapes.
-      context, bandwidth, repeats: see :func:`run`.
+      context, bandwidth, repeats, weights: see :func:`run`.
 
     Returns:
       ``ms_median`` over blocks and ``ms_p90`` over dispatches, of a step; ``device_ms`` of a step with nobody waiting; ``host_share``
@@ -182,7 +190,8 @@ def measure(
                 raise RuntimeError(f"a block of {BLOCK} tokens took {own.nfe - state.nfe} steps instead of one a token")
     median, device = (statistics.median(sum(each) / BLOCK for each in spent[read]) for read in (True, False))
     mean = statistics.mean(counts) if counts else 0.0
-    bytes_read = forward.step_bytes(program.model, params["embed"].dtype.itemsize, batch=batch, context=context + BLOCK, experts=mean)
+    sizes: dict[str, Any] = {"batch": batch, "context": context + BLOCK, "experts": mean, "weights": weights}
+    bytes_read = forward.step_bytes(program.model, params["embed"].dtype.itemsize, **sizes)
     gigabytes = bytes_read / 1e9
     floor = 1e12 * gigabytes / bandwidth
     return {
@@ -247,10 +256,11 @@ _KERNEL_COLUMNS = {
 
 
 def _head(report: dict[str, Any]) -> str:
+    quantised = f", {report['weights']} experts" if report["weights"] else ""
     used = ", ".join(f"{operation} {backend}" for operation, backend in report["kernels"].items())
     return "\n".join(
         [
-            f"{report['shape']} ({report['parameters'] / 1e9:.2f} G parameters), {report['dtype']}, random weights; "
+            f"{report['shape']} ({report['parameters'] / 1e9:.2f} G parameters), {report['dtype']}{quantised}, random weights; "
             f"{report['device']}, jax {report['jax']}; {used}",
             f"floors: bytes that must be read, at {report['copy_terabytes_per_second']:.2f} TB/s, which a copy on this device reaches",
             _title(_STEP_COLUMNS),

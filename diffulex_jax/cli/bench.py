@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -65,6 +65,7 @@ def bench_step(
     strategy: Annotated[str | None, typer.Option(help=f"Of {_STRATEGIES}, separated by commas. {_USUAL}")] = None,
     context: Annotated[str, typer.Option(help="Cached positions in front of the block: 128,2048.")] = "128,2048",
     dtype: Annotated[str, typer.Option(help="Of weights, activations and cache: bfloat16 or float32.")] = "bfloat16",
+    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8 or int4. Default: as --dtype.")] = None,
     kernels: Annotated[str, typer.Option(help="auto (the device's own kernels) or reference (plain XLA).")] = "auto",
     repeats: Annotated[int, typer.Option(help="How many blocks of each combination are timed.")] = 10,
     as_json: _AsJson = False,
@@ -82,6 +83,7 @@ def bench_step(
             strategies=[None] if strategy is None else strategy.split(","),
             contexts=contexts,
             dtype=dtype,
+            weights=cast(Any, weights),  # checked with the other settings
             kernels=kernels,
             repeats=repeats,
             progress=(lambda line: None) if as_json else typer.echo,

@@ -27,7 +27,7 @@ from diffulex_jax.parallel.mesh import mesh_of
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import Dims
 from diffulex_jax.strategies import STRATEGIES, AnyStrategy, Strategy, for_model, resolve
-from diffulex_jax.weights import checkpoint
+from diffulex_jax.weights import checkpoint, quantise
 from diffulex_jax.weights.quantise import form_of, quantised
 from pallas_kernels import REFERENCE, Kernels, choose
 from pallas_kernels.quantised import Form
@@ -133,8 +133,7 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
       SettingError: for a setting that will not do.
     """
     whole_canvas = spec.attention.canvas == "whole"
-    if settings.weights is not None and not spec.experts_per_token:
-        raise SettingError("weights", f"weights={settings.weights!r} is for models with experts, and this one has none; leave it out")
+    quantise.check(spec, settings.weights)
     _check_canvas(spec, strategy, settings)
     usual = "full" if whole_canvas else "block_causal"
     window, attention = settings.buffer_size or strategy.window, settings.attention or strategy.attention or usual

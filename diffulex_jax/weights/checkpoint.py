@@ -27,6 +27,7 @@ from diffulex_jax.models.base import Model, Param, Params, leaves
 from diffulex_jax.models.hf_config import readable
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import check_split, sharding
+from diffulex_jax.weights import quantise
 from diffulex_jax.weights.folder import SMALL, check_pointer, read_json, tensors_in, tokenizer_end_ids
 from diffulex_jax.weights.quantise import Store, form_of, store
 from pallas_kernels import REFERENCE, Kernels
@@ -136,8 +137,7 @@ def load(
     path = pathlib.Path(path)
     model = load_model(path)
     params = leaves(model.schema)
-    if weights is not None and not any(param.quantisable for param in params.values()):
-        raise ValueError(f"{path}: weights={weights!r} is for models with experts, and this one has none")
+    quantise.check(model.spec, weights)
     for leaf, param in params.items():
         check_split(mesh, param.shape, param.axes, leaf[-1])
     read = _reader(path, model)

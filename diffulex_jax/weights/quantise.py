@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffulex_jax.errors import SettingError
-from diffulex_jax.models.base import Model, Param, Params, leaves
+from diffulex_jax.models.base import Model, ModelSpec, Param, Params, leaves
 from diffulex_jax.parallel.mesh import sharding
-from pallas_kernels import Kernels, grouped_matmul
+from pallas_kernels import REFERENCE, Kernels, grouped_matmul
 from pallas_kernels.quantised import Form
 
 
@@ -21,11 +22,29 @@ Store = Callable[[jax.Array], Any]
 """What becomes of a leaf, or of some of its layers, before it is kept: an array, or a tree of arrays."""
 
 
+def check(spec: ModelSpec, weights: str | None) -> None:
+    """Checks that a model has something to quantise.
+
+    Raises:
+      SettingError: where it has not.
+    """
+    if weights is not None and not spec.experts_per_token:
+        raise SettingError("weights", f"weights={weights!r} is for models with experts, and this one has none; leave it out")
+
+
 def store(param: Param, weights: Form | None, *, kernels: Kernels, dtype: Any) -> Store | None:
     """How a leaf is kept: quantised where ``weights`` names a form and its schema lets it be, else None, as it is."""
     if weights is None or not param.quantisable:
         return None
     return functools.partial(grouped_matmul.stored, form=weights, backend=kernels.grouped_matmul, dtype=dtype)
+
+
+def stored_bytes(param: Param, weights: Form | None, itemsize: int) -> int:
+    """What a leaf takes of a device's memory, its elements ``itemsize`` each, unless it has a dtype of its own or is quantised."""
+    keep = store(param, weights, kernels=REFERENCE, dtype=jnp.bfloat16)
+    if keep is None:
+        return math.prod(param.shape) * (jnp.dtype(param.dtype).itemsize if param.dtype else itemsize)
+    return int(jax.eval_shape(keep, jax.ShapeDtypeStruct(param.shape, jnp.bfloat16)).nbytes)
 
 
 def quantised(model: Model, params: Params, weights: Form | None, *, kernels: Kernels, mesh: Mesh) -> Params:

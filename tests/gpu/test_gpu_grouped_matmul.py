@@ -9,7 +9,11 @@ import pytest
 from jax import lax
 
 from pallas_kernels.expert_choice import Router, choose
-from pallas_kernels.grouped_matmul import expert_mlp
+from pallas_kernels.grouped_matmul import expert_mlp, stored
+from pallas_kernels.grouped_matmul.gpu_kernel import Groups, Tile, matmul
+from pallas_kernels.grouped_matmul.stacks import plain
+from pallas_kernels.quantised import FORMS, quantise
+from pallas_kernels.quantised.words import Packed, pack
 
 
 LAYERS, EXPERTS, CHOSEN, EMBED, WIDTH = 3, 64, 8, 512, 256
@@ -61,6 +65,45 @@ def test_the_kernels_compute_the_formula(key, relative_error, tokens, crowded):
     print(f"relative error at {tokens} tokens: {error:.5f}, with the shared expert {together:.5f}")
     assert error < 5e-3  # bfloat16 has eight bits: hidden values, rows and result are rounded once each
     assert together < 5e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("tokens", "crowded"), [(1, False), (32, False), (32, True), (256, False), (1024, False), (1500, True)])
+def test_the_kernels_read_quantised_experts(key, relative_error, tokens, crowded, form):
+    """Against the formula on the weights that are meant. Those of int4 are rounded to bfloat16 once more."""
+    args = make(key, tokens, crowded=crowded)
+    stacks = [jax.jit(lambda w: stored(w, form, backend="gpu", dtype=jnp.bfloat16))(w) for w in args[3:5]]
+    assert all(isinstance(stack, Packed) for stack in stacks)
+    meant = [plain(stack, jnp.float32) for stack in stacks]
+    routed, shared = exact(*args[:3], *meant, args[5], 1)
+    got = run((*args[:3], *stacks))
+    error, together = relative_error(got, routed), relative_error(run((*args[:3], *stacks), shared=args[5]), routed + shared)
+    print(f"relative error of {form} at {tokens} tokens: {error:.5f}, with the shared expert {together:.5f}")
+    assert error < {"int8": 5e-3, "int4": 7e-3}[form]
+    assert together < {"int8": 6e-3, "int4": 7e-3}[form]
+    np.testing.assert_array_equal(got, run((*args[:3], *stacks)))
+    alone = jax.jit(lambda *a: expert_mlp(*a, backend="gpu"))(*args[:3], *(stack[1] for stack in stacks))
+    np.testing.assert_array_equal(got, alone)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_integer_is_unpacked_as_it_is(form, key):
+    """Weights that bfloat16 holds, and rows that pick one of them each: the product of a row and a column is a weight, to the bit."""
+    most = {"int8": 127, "int4": 7}[form]
+    values = jax.random.randint(key, (1, 1, 128, 256), -most, most + 1).at[:, :, ::64].set(most)  # so that every scale is one
+    gate = pack(quantise(values.astype(jnp.float32), form))
+    stream = Groups(*(jnp.array([n], jnp.int32) for n in (0, 128, 8)))
+    out = matmul(jnp.eye(128, dtype=jnp.bfloat16), gate, None, jnp.int32(0), stream, swiglu=False, tile=Tile(16, 256))
+    np.testing.assert_array_equal(out.astype(jnp.float32), values[0, 0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_invalid_rows_of_quantised_experts_are_zero(key, form):
+    args = make(key, 100)
+    stacks = [stored(w, form, backend="gpu", dtype=jnp.bfloat16) for w in args[3:5]]
+    valid = jnp.arange(100) % 3 != 1
+    got, want = run((*args[:3], *stacks), valid=valid), run((*args[:3], *stacks))
+    np.testing.assert_array_equal(got, jnp.where(valid[:, None], want, 0))
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 512, 1024])

@@ -48,6 +48,7 @@ def evaluate(
     problems: Sequence[tasks.Problem],
     *,
     dtype: str = "float32",
+    weights: str | None = None,
     strategies: Sequence[str] | None = None,
     forms: Sequence[str] | None = None,
     buffer_sizes: Sequence[int] = (1,),
@@ -57,7 +58,7 @@ def evaluate(
     Args:
       model: a directory, or ``"embedded"``.
       problems: what to ask.
-      dtype: of the engine.
+      dtype, weights: of the engine.
       strategies: names in :data:`SETTINGS`; default: all.
       forms: names in :data:`PROMPTS`; default: all.
       buffer_sizes: of the engine, each in turn.
@@ -67,13 +68,13 @@ def evaluate(
       ``"K=n"`` after it for buffer sizes above 1.
     """
     forms = list(PROMPTS) if forms is None else forms
-    results: dict[str, Any] = {"problems": len(problems), "machine": _machine(dtype), **{form: {} for form in forms}}
+    results: dict[str, Any] = {"problems": len(problems), "machine": _machine(dtype, weights), **{form: {} for form in forms}}
     settings = {strategy: SETTINGS[strategy] for strategy in (SETTINGS if strategies is None else strategies)}
     with tqdm(total=len(forms) * len(buffer_sizes) * sum(map(len, settings.values())), unit="run") as bar:
         for (strategy, modes), window in itertools.product(settings.items(), buffer_sizes):
             bar.set_description(f"{strategy}: compiling")
             sizes: dict[str, Any] = {"buffer_size": window, "max_slots": SLOTS, "max_model_len": data.CANVAS}
-            engine = Engine.from_pretrained(model, strategy=strategy, dtype=dtype, **sizes)
+            engine = Engine.from_pretrained(model, strategy=strategy, dtype=dtype, weights=weights, **sizes)
             for (mode, params), form in itertools.product(modes.items(), forms):
                 name = f"{strategy} {mode}" + (f" K={window}" if window > 1 else "")
                 bar.set_description(f"{name}, {form}")
@@ -120,10 +121,11 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _machine(dtype: str) -> str:
+def _machine(dtype: str, weights: str | None) -> str:
     device = jax.devices()[0]
     name = f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else device.device_kind
-    return f"{name}, {dtype}, Python {platform.python_version()}, JAX {jax.__version__}"
+    experts = f", {weights} experts" if weights else ""
+    return f"{name}, {dtype}{experts}, Python {platform.python_version()}, JAX {jax.__version__}"
 
 
 def main() -> None:
@@ -132,6 +134,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=PROBLEMS)
     parser.add_argument("--seed", type=int, default=SEED, help="of the held-out problems")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--weights", choices=("int8", "int4"), help="quantised experts")
     parser.add_argument("--strategy", nargs="+", default=list(SETTINGS), choices=SETTINGS, dest="strategies")
     parser.add_argument("--form", nargs="+", default=list(PROMPTS), choices=PROMPTS, dest="forms", help="of the question")
     parser.add_argument("--buffer-size", nargs="+", default=[1], type=int, dest="buffer_sizes", help="blocks denoised together")
@@ -139,7 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.problems < 1:
         parser.error("--problems must be at least 1")
-    chosen = {name: getattr(args, name) for name in ("dtype", "strategies", "forms", "buffer_sizes")}
+    chosen = {name: getattr(args, name) for name in ("dtype", "weights", "strategies", "forms", "buffer_sizes")}
     results = evaluate(args.model, held_out(args.problems, seed=args.seed), **chosen)
     print(json.dumps(results, indent=1) if args.json else report(results))
 
