@@ -87,7 +87,8 @@ def quantise(w: jax.Array, form: Form) -> Quantised:
 
 
 def dequantise(q: Quantised, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """The matrices ``[..., K, N]`` that ``q`` stands for; exact in float32."""
+    """The matrices ``[..., K, N]`` that ``q`` stands for; exact in float32, else the nearest that there are."""
     *others, depth, width = q.shape
-    parts = q.values.astype(jnp.float32).reshape(*others, q.scales.shape[-2], -1, width)
-    return (parts * q.scales.astype(jnp.float32)[..., None, :]).astype(dtype).reshape(*others, depth, width)
+    wide = jnp.promote_types(dtype, jnp.bfloat16)  # which holds all integers and scales
+    parts = q.values.astype(wide).reshape(*others, q.scales.shape[-2], -1, width)
+    return (parts * q.scales.astype(wide)[..., None, :]).astype(dtype).reshape(*others, depth, width)

@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffulex_jax.bench import aot
 from diffulex_jax.parallel.mesh import make_mesh
-from pallas_kernels import block_attention, prediction, remask, token_merge
+from pallas_kernels import block_attention, grouped_matmul, prediction, remask, token_merge
 from pallas_kernels.block_attention.tpu import POOL_ORDER
+from pallas_kernels.quantised import Quantised
 
 
 GENERATIONS = ["v5e:2x2", "v6e:2x2", "v5p:2x2x1", "v4:2x2x1", "tpu7x:2x2x1"]
@@ -134,3 +135,23 @@ def test_a_block_larger_than_vmem_is_refused():
     call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8192, 8192), jnp.float32))
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED.*vmem"):
         compile_for("v5e:2x2", call, ((8192, 8192), jnp.float32))
+
+
+def test_quantised_experts_are_multiplied_as_they_are():
+    """XLA widens silently what a device has no product for: a whole stack, to float32."""
+    layers, experts, embed, width, tokens = 3, 32, 512, 256, 64
+
+    def run(x, ids, weights, *arrays):
+        gate_up, down = (Quantised(*arrays[i : i + 2], "int8") for i in (0, 2))
+
+        def layer(x, i):
+            return x + grouped_matmul.expert_mlp(x, ids, weights, gate_up, down, layer=i, backend="ragged"), None
+
+        return jax.lax.scan(layer, x, jnp.arange(layers))[0]
+
+    def stack(depth, columns):
+        return ((layers, experts, depth, columns), jnp.int8), ((layers, experts, 1, columns), jnp.bfloat16)
+
+    rows = ((tokens, embed), jnp.bfloat16), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)
+    memory = compile_for("v5e:2x2", run, *rows, *stack(embed, 2 * width), *stack(width, embed)).memory_analysis()
+    assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 20
