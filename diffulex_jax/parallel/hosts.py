@@ -57,7 +57,14 @@ class Hosts:
           ValueError: for what will not do, or where the environment does not say what is left out.
           RuntimeError: when the others do not come.
         """
-        jax.distributed.initialize(self.coordinator, self.count, self.index, heartbeat_timeout_seconds=_JAX_SILENCE_SECONDS)
+        told = None not in (self.coordinator, self.count, self.index)
+        jax.distributed.initialize(
+            self.coordinator,
+            self.count,
+            self.index,
+            cluster_detection_method="deactivate" if told else None,  # which would leave this process one of several GPUs
+            heartbeat_timeout_seconds=_JAX_SILENCE_SECONDS,
+        )
         threading.Thread(target=_watch if leads() else _beat, name="hosts", daemon=True).start()
 
 
