@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from diffulex_jax.rules.base import Rule
-from diffulex_jax.rules.noise_levels import step_counts
+from diffulex_jax.rules.noise_levels import step_shares
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import RUNNING, Canvas, DecodeState, Dims, Merge, Pending, Settings
 
@@ -70,7 +70,6 @@ def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_
     for chosen, at in ((params.pinned, given), (params.init_tokens, initial)):
         for offset, token in (chosen or {}).items():
             sequence[n + offset], at[n + offset] = token, True
-    counts = _step_counts(dims, params.resolve(), known=int((given | initial).sum()) - n)
     return Request(
         sequence=sequence,
         given=given,
@@ -78,27 +77,31 @@ def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_
         prompt_len=np.asarray(n, np.int32),
         limit=np.asarray(n + params.max_tokens, np.int32),
         seed=np.array([(params.seed or 0) >> 32, (params.seed or 0) & 0xFFFFFFFF], np.uint32),
-        settings=settings_row(params, eos_ids, counts),
+        settings=settings_row(params, eos_ids, _step_shares(dims, params.resolve())),
     )
 
 
-def _step_counts(dims: Dims, params: SamplingParams, *, known: int) -> np.ndarray:
-    """``Settings.step_counts`` of a request, ``known`` of whose generated positions are no masks."""
-    counts = np.zeros(dims.block if dims.one_block else 0, np.int32)
-    if dims.one_block:
+def _step_shares(dims: Dims, params: SamplingParams) -> np.ndarray:
+    """``Settings.step_shares`` of a request. After its steps, what is left is filled.
+
+    A step that decides the first token of a block alone, and that no rule sees, is the first of its steps.
+    """
+    shares = np.ones(dims.noise_steps, np.float32)
+    if dims.noise_steps:
         assert params.eps is not None, "resolved"
-        fills = step_counts(params.max_tokens - known, steps=params.denoising_steps or params.max_tokens, eps=params.eps)
-        counts[: len(fills)] = fills
-    return counts
+        tokens = params.max_tokens if dims.one_block else params.block_length or dims.block
+        own = step_shares(params.denoising_steps or tokens, params.eps)[int(dims.commit_alone) :]
+        shares[: len(own)] = own
+    return shares
 
 
-def settings_row(params: SamplingParams, eos_ids: Sequence[int], step_counts: np.ndarray) -> Settings:
+def settings_row(params: SamplingParams, eos_ids: Sequence[int], step_shares: np.ndarray) -> Settings:
     """The settings of one request as it stands in a row of the state; what is left to the strategy takes its usual value."""
     params = params.resolve()
     stop_ids = ([] if params.ignore_eos else list(eos_ids)) + list(params.stop_token_ids)
     lists = {"stop_ids": stop_ids, "doubted_ids": list(params.doubted_token_ids)}
     row: dict[str, Any] = {name: np.array(ids + [-1] * (MAX_STOP_IDS - len(ids)), np.int32) for name, ids in lists.items()}
-    row["step_counts"] = step_counts
+    row["step_shares"] = step_shares
     for name in Settings.__dataclass_fields__.keys() - row.keys():
         value = getattr(params, name)
         if value is None:  # max_nfe: no limit
@@ -112,13 +115,17 @@ def admit(dims: Dims, rule: Rule, state: DecodeState, slot: jax.Array, request: 
 
     Its window starts at the last, partly filled block of the prompt; whole prompt blocks are expected in the pool. Where there is no
     such block and ``dims.commit_alone``, the last whole one is pending. On a whole canvas the window starts at the prompt's end, and
-    nothing is in the pool.
+    nothing is in the pool; where ``dims.commit_alone``, the whole prompt is pending.
     """
     request = jax.tree.map(lambda a: jnp.asarray(a)[None], request)
-    whole = jnp.asarray(request.prompt_len // dims.block * dims.block)
-    start, written = (jnp.asarray(request.prompt_len), jnp.zeros_like(whole)) if dims.whole_canvas else (whole, whole)
     row = empty_state(dataclasses.replace(dims, slots=1), rule)
-    left = dims.commit_alone & (request.prompt_len % dims.block == 0)
+    length = jnp.asarray(request.prompt_len)
+    if dims.whole_canvas:
+        start, written, left = length, row.written_upto, row.pending.live | dims.commit_alone
+    else:
+        start = length // dims.block * dims.block
+        left = dims.commit_alone & (length % dims.block == 0)
+        written = start - left * dims.block
     last = jnp.take_along_axis(request.sequence, (start - dims.block)[:, None] + jnp.arange(dims.block), 1, mode="clip")
     row = row.replace(
         sequence=row.sequence.replace(tokens=request.sequence),
@@ -127,7 +134,7 @@ def admit(dims: Dims, rule: Rule, state: DecodeState, slot: jax.Array, request: 
         active=row.active.at[:, 0].set(True),
         pending=row.pending.replace(tokens=last, live=left),
         start=start,
-        written_upto=written - left * dims.block,
+        written_upto=written,
         prompt_len=request.prompt_len,
         limit=request.limit,
         live=jnp.ones(1, bool),
@@ -168,7 +175,7 @@ def empty_state(dims: Dims, rule: Rule) -> DecodeState:
         return Canvas(tokens, zeros(jnp.float32, *shape), zeros(jnp.int32, *shape), zeros(jnp.int32, *shape))
 
     window = canvas(k, b)
-    defaults = settings_row(SamplingParams(), (), np.zeros(b if dims.one_block else 0, np.int32))
+    defaults = settings_row(SamplingParams(), (), np.ones(dims.noise_steps, np.float32))
     return DecodeState(
         tokens=window.tokens,
         masked=jnp.ones((s, k, b), bool),

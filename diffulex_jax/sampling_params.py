@@ -81,13 +81,14 @@ class SamplingParams:
       num_to_transfer: masks filled per block and step at the least (``llada2``, ``llada2_edit``, ``sdar``). Default: 1.
       denoising_steps: steps over which a block's masks are shared out, in place of ``num_to_transfer``: of B masks, step i of S fills
         floor(B / S) at the least, and one more while i < B mod S. At most the block size; 0 leaves it to ``num_to_transfer``. Default: 0.
-        (``dream`` and its variants) steps over which the noise level falls, at most four times the block size; 0: as many as
-        ``max_tokens``. Steps that would fill no mask are left out, and are no forwards.
+        (``dream``, ``dream_maskgit_plus``, ``dream_topk_margin``, ``dream_origin``) steps over which the noise level falls, at most four
+        times the block size; 0: as many as ``max_tokens``, or behind a cache as a block has tokens. But for ``dream_origin``'s, steps that
+        would fill no mask are left out, and are no forwards.
       sub_block: (``fast_dllm_v2``) masks are filled only in the first of a block's runs of so many positions that has any; 0 is the whole
         block. Default: 0.
       block_length: (``llada`` and its variants) tokens of a block, at most the engine's ``block_size``. Blocks are decoded one after the
         other, the first from the prompt's end on, and the masks of a block are what ``denoising_steps`` shares out. 0: the engine's
-        ``block_size``. Default: 0.
+        ``block_size``. With an engine's ``cache``, of ``dream`` and its variants too. Default: 0.
       cfg_scale: (``llada`` and its variants) w of classifier-free guidance: logits are u + (w + 1)(z - u), where u is what the network
         says with masks for the prompt; every forward is then two. 0: none. Default: 0.
       confidence_factor: (``llada_factor``) f: of a block's masks the n-th surest (n >= 2) is filled if its probability is at least

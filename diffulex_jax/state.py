@@ -32,9 +32,11 @@ class Dims:
         prompt's end, and a request says how long they are; the window holds one, and what follows it up to B tokens.
       merge_top_k: M, candidates mixed into a soft token.
       candidates: most probable tokens that a prediction lists, at least M.
-      commit_alone: a block's KV is written in a step that does nothing else for its row but decide the first token of the next block.
+      commit_alone: a block's KV is written in a step that does nothing else for its row but decide the first token of the next block. On a
+        whole canvas, such a step makes the keys and values of all of it anew.
       sub_block_cache: tokens of a sub-block that goes through the network by itself, beside old keys and values of its block; 0: none does.
-      one_block: a request's generated positions are all in one block, and ``Settings.step_counts`` is laid out for them.
+      one_block: a request's generated positions are all in one block.
+      noise_steps: most steps that a request's noise level may fall in; 0 where no rule asks how it falls.
     """
 
     slots: int
@@ -49,6 +51,7 @@ class Dims:
     commit_alone: bool = False
     sub_block_cache: int = 0
     one_block: bool = False
+    noise_steps: int = 0
 
     @property
     def positions(self) -> int:
@@ -73,8 +76,8 @@ class Settings(struct.PyTreeNode):
       stop_ids: ``[S, M]`` int32, tokens that end the request (EOS, stop tokens); -1 where unused.
       doubted_ids: ``[S, M]`` int32, tokens whose probability counts as 0; -1 where unused.
       block_length: ``[S]`` int32, tokens of a block; 0: B.
-      step_counts: ``[S, B]`` int32, masks to fill in each forward, as ``eps`` and ``denoising_steps`` share them out; ``[S, 0]`` unless
-        ``Dims.one_block``.
+      step_shares: ``[S, N]`` float32, the share of a block's masks left that each step fills, as the noise level falls; N is
+        ``Dims.noise_steps``.
       min_tokens: ``[S]`` int32, none of ``stop_ids`` is predicted in that many first generated positions.
     """
 
@@ -99,9 +102,8 @@ class Settings(struct.PyTreeNode):
     block_length: jax.Array
     cfg_scale: jax.Array
     confidence_factor: jax.Array
-    eps: jax.Array
     alg_temp: jax.Array
-    step_counts: jax.Array
+    step_shares: jax.Array
     add_block_threshold: jax.Array
     semi_complete_threshold: jax.Array
     token_stability_threshold: jax.Array

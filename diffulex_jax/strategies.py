@@ -226,7 +226,7 @@ def _of_llada(name: str, rule: Rule, *reads: str, **defaults: Any) -> Strategy:
 
 def _of_dream(name: str, rule: Rule, *reads: str, **defaults: Any) -> Strategy:
     """A strategy that samples as Dream's authors do: every forward draws anew, and top-p and top-k bear on confidence too."""
-    kept = MappingProxyType(defaults)
+    kept, reads = MappingProxyType(defaults), ("block_length", *reads)
     return Strategy(name, rule, defaults=kept, draws="step", confidence="narrowed", reads=reads, canvas="whole")
 
 

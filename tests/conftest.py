@@ -135,8 +135,8 @@ def engine_of():
     """``engine_of(model, strategy=..., ...)``: the engine of a golden checkpoint or "embedded"; one each for the tests of a file."""
 
     @functools.cache
-    def build(checkpoint: str, **settings) -> Engine:
-        return Engine.from_pretrained("embedded" if checkpoint == "embedded" else str(GOLDEN / checkpoint), **settings)
+    def build(model: str, **settings) -> Engine:
+        return Engine.from_pretrained("embedded" if model == "embedded" else str(GOLDEN / model), **settings)
 
     return build
 

@@ -124,9 +124,14 @@ class Case:
 
     @property
     def block(self) -> int:
-        if self.peer in DREAM:
+        if self.peer in DREAM and not self.cached:
             return self.max_tokens
         return self.settings["block_size" if self.peer in FAST_DLLM else "block_length"]
+
+    @property
+    def cached(self) -> bool:
+        """Whether a whole canvas was decoded behind a cache."""
+        return self.settings.get("cache", "none") != "none"
 
     @property
     def max_tokens(self) -> int:
@@ -250,9 +255,7 @@ def _canvas_left_out(case: Case) -> str | None:
         return "the peer draws the order by a generator of its own"
     if case.settings.get("early_stop") and case.settings["eos_id"] in case.recorded["output"]:
         return "early_stop: the peer puts EOS behind the first one before all in front of it is filled"
-    if case.peer in DREAM and case.settings.get("cache", "none") != "none":
-        return "the peer goes on with old keys and values; ours keeps none"
-    if case.settings.get("cache") == "dual" and case.recorded.get("quirk"):
+    if case.peer in LLADA and case.settings.get("cache") == "dual" and case.recorded.get("quirk"):
         return case.recorded["quirk"]  # it gives up on a block after its steps
     if any(margin is not None and margin < LEAST_MARGIN for margin in margins):
         return f"its choices hang on less than {LEAST_MARGIN:g}"
@@ -294,13 +297,18 @@ def _llada(case: Case) -> Reading:
 
 
 def _dream(case: Case) -> Reading:
-    s = case.settings
-    params: dict[str, Any] = {"top_p": s["top_p"] or 1.0, "top_k": s["top_k"] or 0, "denoising_steps": s["steps"], "ignore_eos": True}
-    if s["alg"] == "confidence_threshold":
+    """Behind a cache the peer rations nothing, and ranks by entropy whatever ``alg`` says."""
+    s, sure = case.settings, case.settings["alg"] == "confidence_threshold"
+    params: dict[str, Any] = {"top_p": s["top_p"] or 1.0, "top_k": s["top_k"] or 0, "ignore_eos": True}
+    if sure:
         params["accept_threshold"] = s["threshold"]
     elif "eps" in s:
         params["eps"] = s["eps"]
-    return Reading(DREAM_STRATEGIES[s["alg"]], SamplingParams(max_tokens=case.max_tokens, **params))
+    params |= {"block_length": case.block, "num_to_transfer": case.block} if case.cached else {}
+    if not (sure and case.cached):
+        params["denoising_steps"] = s["steps"] // (case.max_tokens // case.block)
+    strategy = DREAM_STRATEGIES[s["alg"] if sure or not case.cached else "entropy"]
+    return Reading(strategy, SamplingParams(max_tokens=case.max_tokens, **params))
 
 
 def _steps_of_a_block(case: Case) -> int:

@@ -49,8 +49,8 @@ def dims_of(rule: Rule, *, slots: int = 1, window: int = 1, block: int = 4, page
     return dims_for(rule, **sizes, mask_id=MASK, **kind)
 
 
-def settings_of(*, step_counts: Sequence[int] = (), **settings):
-    return jax.tree.map(lambda a: jnp.asarray(a)[None], settings_row(SamplingParams(**settings), (EOS,), np.array(step_counts, np.int32)))
+def settings_of(*, step_shares: Sequence[float] = (), **settings):
+    return jax.tree.map(lambda a: jnp.asarray(a)[None], settings_row(SamplingParams(**settings), (EOS,), np.array(step_shares, np.float32)))
 
 
 def block_of(rule: Rule, tokens: Sequence[int | None], *, frozen: int = 0, **settings) -> DecodeState:

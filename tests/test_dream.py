@@ -14,15 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import same_answer
+from plain import attend_to, logits_of
 from scripted import block_of, play, script, shown, update
 
-from diffulex_jax import Engine, SamplingParams, SettingError
+from diffulex_jax import SamplingParams, SettingError
 from diffulex_jax.bench.shapes import shape_model
+from diffulex_jax.engine import build
+from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import leaves
 from diffulex_jax.models.registry import model_of
+from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.rules import at_random, by_noise_level, noise_levels, rationed
-from diffulex_jax.rules.noise_levels import step_counts
+from diffulex_jax.rules.noise_levels import step_shares
+from diffulex_jax.strategies import STRATEGIES
+from diffulex_jax.weights import checkpoint
 from pallas_kernels.prediction import Sampling, predict
 
 
@@ -34,6 +40,16 @@ _ = None
 # The schedule
 
 
+def shared_out(masks, *, steps, eps):
+    """How many masks each step fills that fills any."""
+    shares, gone, counts = jnp.asarray(step_shares(steps, eps))[None], jnp.zeros((1, 1), jnp.int32), []
+    while masks:
+        count, gone = noise_levels._next_count(jnp.array([[masks]]), shares, gone)
+        counts.append(int(count[0, 0]))
+        masks -= counts[-1]
+    return counts
+
+
 @pytest.mark.parametrize(
     ("masks", "steps", "want"),
     [
@@ -42,16 +58,15 @@ _ = None
         (24, 1, [24]),
         (8, 2, [3, 5]),  # 8 * 0.4995
         (3, 40, [1, 2]),
-        (0, 4, []),
     ],
 )
 def test_masks_are_shared_out_as_the_noise_level_falls(masks, steps, want):
-    assert step_counts(masks, steps=steps, eps=1e-3) == want
+    assert shared_out(masks, steps=steps, eps=1e-3) == want
 
 
 def test_a_noise_level_that_does_not_fall_leaves_all_to_the_last_step():
-    assert step_counts(8, steps=4, eps=1.0) == [8]
-    assert step_counts(16, steps=2, eps=0.5) == [4, 12]
+    assert shared_out(8, steps=4, eps=1.0) == [8]
+    assert shared_out(16, steps=2, eps=0.5) == [4, 12]
 
 
 @pytest.mark.parametrize(("eps", "steps"), [(1e-3, 512), (1e-5, 512), (0.05, 7), (1e-3, 1)])
@@ -65,7 +80,7 @@ def test_noise_levels_are_rounded_once_from_the_nearer_end(eps, steps):
 def test_float32_decides_what_is_rounded_down():
     """Levels 1, 7/8, 3/4, 5/8: the second step fills 7 * (1 - 6/7), which is 1 in float64, and less in float32."""
     assert int(7 * (1 - 0.75 / 0.875)) == 1
-    assert step_counts(8, steps=4, eps=0.5) == [1, 1, 6]
+    assert shared_out(8, steps=4, eps=0.5) == [1, 1, 6]
 
 
 # by_noise_level
@@ -77,7 +92,7 @@ def test_float32_decides_what_is_rounded_down():
 )
 def test_the_most_confident_are_filled_first_however_that_is_measured(confidence, order):
     rule = by_noise_level(confidence=confidence)
-    state = block_of(rule, [7, _, _, _, _], frozen=1, step_counts=[1, 2, 1, 0, 0])
+    state = block_of(rule, [7, _, _, _, _], frozen=1, step_shares=[0.25, 0.67, 1.0])
     says = {"entropy": [0, 0.9, 0.2, 0.5, 0.1], "margin": [0, 0.3, 0.4, 0.1, 0.3]}
     filled = []
     while state.masked.any():
@@ -90,7 +105,7 @@ def test_the_most_confident_are_filled_first_however_that_is_measured(confidence
 def test_a_temperature_draws_which_masks_are_filled():
     """20 000 requests: chi-square over the pairs of five masks, drawn one after the other from softmax(confidence / alg_temp)."""
     rule, prob, heat = by_noise_level(), np.array([0.9, 0.1, 0.2, 0.3, 0.4, 0.5]), 0.5
-    one = block_of(rule, [7, _, _, _, _, _], frozen=1, alg_temp=heat, step_counts=[2, 3, 0, 0, 0, 0])
+    one = block_of(rule, [7, _, _, _, _, _], frozen=1, alg_temp=heat, step_shares=[0.4, 1.0])
 
     def filled(seed):
         return ~update(rule, one.replace(key=jnp.stack([jnp.uint32(0), seed])[None]), [1] * 6, prob).masked[0, 0, 1:]
@@ -113,11 +128,11 @@ def test_another_confidence_is_refused():
 # at_random
 
 
-@pytest.mark.parametrize(("steps", "eps"), [(3, 1e-3), (3, 0.4), (0, 0.2)])
-def test_each_mask_is_filled_by_chance_as_the_noise_level_falls(steps, eps):
+@pytest.mark.parametrize("eps", [1e-3, 0.4])
+def test_each_mask_is_filled_by_chance_as_the_noise_level_falls(eps):
     """20 000 requests: chi-square over the steps at which three masks are filled."""
     rule, n = at_random(), 3
-    one = block_of(rule, [7, _, _, _], frozen=1, denoising_steps=steps, eps=eps)
+    one = block_of(rule, [7, _, _, _], frozen=1, step_shares=step_shares(n, eps))
 
     def filled_at(seed):
         state, at = one.replace(key=jnp.stack([jnp.uint32(0), seed])[None]), jnp.zeros(3, jnp.int32)
@@ -229,7 +244,49 @@ def test_an_output_takes_as_many_steps_as_it_has_tokens_unless_told_otherwise():
     assert [got.nfe for got in played] == [5, 5, 3, 1]  # the first of six fills none, nor do the first seven of twelve
 
 
+CACHED = {"block": 4, "pages": 4, "steps": 20, "whole_canvas": True, "commit_alone": True, "cached_canvas": True}
+
+
+def test_behind_a_cache_a_blocks_first_forward_decides_its_first_token_alone():
+    """Blocks of three in two steps, of which the first forward is one. The window shows four positions."""
+    says = script([5], (range(16), [0.5] * 16), max_tokens=6, block_length=3, denoising_steps=2, ignore_eos=True)
+    (got,), _state = play(by_noise_level(), says, **CACHED)
+    assert (got.tokens, got.reason, got.nfe) == ([1, 2, 3, 4, 5, 6], "length", 4)
+    assert got.trace == [[1, _, _, _], [1, 2, 3, _], [4, _, _, 15], [4, 5, 6, 15]]
+
+
+def test_behind_a_cache_a_first_token_that_is_given_is_none_to_decide():
+    """The first of four steps is gone. The second fills a bit less than a third of three masks: none, and is no forward."""
+    says = script([5], (range(16), [0.5] * 16), max_tokens=4, denoising_steps=4, ignore_eos=True, pinned={0: 12})
+    (got,), _state = play(by_noise_level(), says, **CACHED)
+    assert got.trace == [[12, _, _, _], [12, 2, _, _], [12, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_where_a_block_is_one_token_a_cache_is_exact(engine_of, cache):
+    """Token by token the most probable of a plain forward over the canvas, from the output at the position before."""
+    network, params = checkpoint.load(DREAM, make_mesh())
+    forward = jax.jit(lambda ids: logits_of(network, params, ids, attend_to(jnp.ones((len(ids),) * 2, bool)))[0])
+    prompt, mask = [97, 250, 407, 289, 392], network.spec.mask_id
+    ids = np.array([*prompt, *[mask] * 6])
+    for i in range(5, 11):
+        ids[i] = forward(ids)[i - 1].at[mask].set(-jnp.inf).argmax()
+    engine = engine_of(**next(options for options in SETUPS.values() if options.get("cache") == cache))
+    params = SamplingParams(max_tokens=6, block_length=1, ignore_eos=True)
+    outputs = engine.generate([prompt, [9] * 20], [params, SamplingParams(max_tokens=40, ignore_eos=True)])
+    assert (outputs[0].token_ids, outputs[0].nfe) == (ids[5:].tolist(), 6)
+
+
+def test_behind_a_cache_blocks_are_as_long_as_fast_dllms_unless_told_otherwise():
+    spec = checkpoint.load_model(DREAM).spec
+    for settings, want in (({}, 512), ({"cache": "dual"}, 32), ({"cache": "dual", "block_size": 64}, 64)):
+        for strategy in ("dream", "dream_threshold"):
+            settings_, _policy, dims = build.plan(spec, STRATEGIES[strategy], EngineConfig(max_model_len=256, **settings))
+            assert (settings_.block_size, dims.one_block) == (want, "cache" not in settings)
+
+
 SETTINGS = {
+    "block_length": ("dream_threshold", {}, 8),
     "denoising_steps": ("dream", {}, 4),
     "eps": ("dream", {"denoising_steps": 4}, 0.9),
     "alg_temp": ("dream", {}, 1.0),
@@ -244,7 +301,8 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_changes_something(engine_of, name):
     strategy, base, value = SETTINGS[name]
-    engine = engine_of("families/tiny-dream", strategy=strategy, **OPTIONS)
+    cached = {"cache": "prefix"} if name == "block_length" else {}
+    engine = engine_of(DREAM, strategy=strategy, **cached, **OPTIONS)
 
     def run(**settings):
         params = SamplingParams(max_tokens=32, seed=0, ignore_eos=True, **base, **settings)
@@ -264,7 +322,7 @@ def test_every_setting_changes_something(engine_of, name):
     ],
 )
 def test_what_a_request_may_not_ask_for(engine_of, strategy, settings, message):
-    engine = engine_of("families/tiny-dream", strategy=strategy, **OPTIONS)
+    engine = engine_of(DREAM, strategy=strategy, **OPTIONS)
     with pytest.raises(SettingError, match=message):
         engine.generate([[1, 2]], SamplingParams(**settings))
 
@@ -274,27 +332,31 @@ def test_a_noise_level_is_at_most_1():
         SamplingParams(eps=1.5)
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
-def test_a_cache_is_refused(cache):
-    with pytest.raises(SettingError, match=f"cache='{cache}' is not for this model, whose output at a position speaks of the next one"):
-        Engine.from_pretrained(DREAM, cache=cache, **OPTIONS)
-
-
 # The same answer
 
 
 SETUPS = {
     "dream": {"model": DREAM, "strategy": "dream", **OPTIONS},
-    "dream_origin": {"model": DREAM, "strategy": "dream_origin", **OPTIONS},
+    "dream_origin": {"model": DREAM, "strategy": "dream_origin", "cache": "dual", **OPTIONS},
+    "dream_threshold": {"model": DREAM, "strategy": "dream_threshold", "cache": "prefix", **OPTIONS},
 }
 
 
 @pytest.fixture(scope="module", params=SETUPS)
-def setup(request):
-    engine = Engine.from_pretrained(**SETUPS[request.param])
-    steps, alg_temp = itertools.cycle([0, 6, 12]), 1.0 if request.param == "dream" else 0.0
+def setup(request, engine_of):
+    engine = engine_of(**SETUPS[request.param])
+    steps, lengths = itertools.cycle([0, 6, 12]), itertools.cycle([0, 12, 24, 1, 40])
     requests = [
-        (prompt, dataclasses.replace(params, denoising_steps=next(steps), alg_temp=alg_temp if i % 4 == 1 else 0.0, top_k=30 * (i % 2)))
+        (
+            prompt,
+            dataclasses.replace(
+                params,
+                denoising_steps=0 if request.param == "dream_threshold" else next(steps),
+                alg_temp=1.0 if request.param == "dream" and i % 4 == 1 else 0.0,
+                top_k=30 * (i % 2),
+                block_length=next(lengths) if "cache" in SETUPS[request.param] else 0,
+            ),
+        )
         for i, (prompt, params) in enumerate(same_answer.requests(6, [0.0, 0.7], vocab=490))
     ]
     return request.param, engine, requests, same_answer.alone(engine, requests)

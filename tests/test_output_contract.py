@@ -56,6 +56,7 @@ def expected(say: Script) -> tuple[list[int], str]:
         *(("fast_dllm_v2", 8, 1, True), ("fast_dllm_v2", 4, 3, True), ("llada2_edit", 4, 1, True), ("dmax", 8, 2, True)),
         *(("llada", 8, 1, False), ("llada_random", 4, 1, False), ("llada_threshold", 16, 1, False), ("llada_factor", 8, 1, False)),
         *(("dream", 48, 1, False), ("dream_topk_margin", 48, 1, False), ("dream_origin", 48, 1, False), ("dream_threshold", 48, 1, False)),
+        *(("dream", 8, 1, True), ("dream_origin", 16, 1, True), ("dream_threshold", 4, 1, True)),  # behind a cache
     ],
 )
 def test_exact_length_no_masks_and_the_right_reason(name, block, window, commit_alone):
@@ -65,10 +66,11 @@ def test_exact_length_no_masks_and_the_right_reason(name, block, window, commit_
     for _ in range(BATCHES):
         say = [request(rng) for _ in range(SLOTS)]
         if whole:  # blocks of any length, from the prompt's end on
-            lengths = [0] * SLOTS if STRATEGIES[name].rule.one_block else rng.integers(0, block + 1, SLOTS).tolist()
+            lengths = [0] * SLOTS if STRATEGIES[name].rule.one_block and not commit_alone else rng.integers(0, block + 1, SLOTS).tolist()
             say = [dataclasses.replace(s, params=dataclasses.replace(s.params, block_length=n)) for s, n in zip(say, lengths, strict=True)]
         sizes = {"block": block, "pages": POSITIONS // block, "window": window, "steps": 4 * POSITIONS}
-        played, _state = play(STRATEGIES[name].rule, *say, **sizes, commit_alone=commit_alone, whole_canvas=whole)
+        kind = {"commit_alone": commit_alone, "whole_canvas": whole, "cached_canvas": whole and commit_alone}
+        played, _state = play(STRATEGIES[name].rule, *say, **sizes, **kind)
         for one, script in zip(played, say, strict=True):
             assert (one.tokens, one.reason) == expected(script)
             reasons.add(one.reason)

@@ -66,13 +66,14 @@ def _guided(program: Program, state: DecodeState, tokens: jax.Array, hidden: Cal
 
 def _behind_cache(program: Program, pool: KVPool, state: DecodeState, hidden: Callable[..., Any]) -> tuple[jax.Array, KVPool]:
     """The window's hidden states. The first forward of a block is over the whole canvas, and fills the pool; in a step where no row is
-    there, only the positions that others make anew go through the network."""
+    there, only the positions that others make anew go through the network. Where outputs speak of the next position, those of the first
+    forward alone speak of the window's first."""
     total, begin = program.dims.positions, state.start[:, None]
     positions = jnp.arange(total)
     length = jnp.where(state.settings.block_length > 0, state.settings.block_length, program.dims.block)[:, None]
     dual = program.attention.cache == "dual"
     fed = (positions >= begin) & (positions < (begin + length if dual else state.limit[:, None]))
-    refresh = state.live & (state.steps[:, 0] == 0)
+    refresh = state.live & (state.pending.live if program.dims.commit_alone else state.steps[:, 0] == 0)
 
     def whole(pool: KVPool) -> tuple[jax.Array, KVPool]:
         found, kept = hidden(cached=Cached(pool, fed | refresh[:, None]), keep=True)
@@ -135,8 +136,6 @@ def _pass(
     ops = machine_ops(kernels, attend, valid=(positions < state.limit[:, None]) & state.live[:, None])
     hidden, kept = program.model.layers(params, params["embed"][jnp.take_along_axis(tokens, positions, 1)], positions, watch(ops))
     window = state.positions.reshape(slots, -1) - first
-    if program.model.spec.predicts == "next":  # a prompt has at least one token: there is a position before the window
-        assert width == total, "the position before the window is fed"
-        window -= 1
-    window = jnp.minimum(window, width - 1)
+    # A prompt has at least one token: there is a position before the window. Where it is not fed, nobody asks for the window's first.
+    window = jnp.clip(window - (program.model.spec.predicts == "next"), 0, width - 1)
     return jnp.take_along_axis(hidden, window[..., None], 1), kept

@@ -109,6 +109,7 @@ def step(
         hidden, pool, state = _forward(program, params, pool, state, page_table=page_table, writes=writes)
     else:
         hidden, pool = canvas_forward(program, params, pool, state)
+        state = state.replace(pending=state.pending.replace(live=jnp.zeros_like(commits)))
     # Where a commit is alone, no output of this forward speaks of the window's first position, which was decided before.
     fixed = _first(state) if program.dims.commit_alone else jnp.zeros_like(state.frozen)
     return pool, _decide(program, params, hidden, state, commits=commits, fixed=fixed)
@@ -154,7 +155,8 @@ def _decide(
       fixed: ``[S, K, B]`` bool, positions that no rule may write in this step, because ``hidden`` does not speak of them.
     """
     with jax.named_scope("prediction"):
-        prediction = predict(program, params, hidden, _without_draws(state, commits) if program.dims.commit_alone else state)
+        greedy = commits & (program.dims.commit_alone and program.attention.paged)
+        prediction = predict(program, params, hidden, _without_draws(state, greedy))
     with jax.named_scope("rules"):
         before = state
         state = _apply_rule(program, prediction, before, fixed)

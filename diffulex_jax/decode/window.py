@@ -92,10 +92,10 @@ def finish(state: DecodeState, broken: jax.Array) -> DecodeState:
 def advance(dims: Dims, rule: Rule, state: DecodeState) -> DecodeState:
     """Moves rows whose first block is ready one block on, and starts look-ahead blocks.
 
-    The block that leaves becomes pending; a new one enters at the window's end. On a whole canvas none becomes pending, and the next block
-    begins where this one ended.
+    The block that leaves becomes pending; a new one enters at the window's end. On a whole canvas it becomes pending only where
+    ``dims.commit_alone``, and the next block begins where this one ended.
     """
-    go = state.live & state.ready
+    go, commits = state.live & state.ready, dims.commit_alone or not dims.whole_canvas
     length = state.settings.block_length
     start = state.start + (jnp.where(length > 0, length, dims.block) if dims.whole_canvas else dims.block)
     tokens, masked, frozen = given_blocks(dims, state, start + (dims.window - 1) * dims.block, 1)
@@ -118,7 +118,7 @@ def advance(dims: Dims, rule: Rule, state: DecodeState) -> DecodeState:
         steps=rolled(state.steps, 0),
         merge=jax.tree.map(lambda a: rolled(a, 0), state.merge),
         rule=jax.tree.map(lambda a, f: rolled(a, f[:, :1]) if f.ndim > 1 else a, state.rule, fresh),
-        pending=Pending(state.tokens[:, 0], jax.tree.map(lambda a: a[:, 0], state.merge), state.active[:, 0] & (not dims.whole_canvas)),
+        pending=Pending(state.tokens[:, 0], jax.tree.map(lambda a: a[:, 0], state.merge), state.active[:, 0] & commits),
         start=start,
     )
     return activate(choose_rows(go, shifted, state).replace(sequence=write_window(state, go)))

@@ -92,7 +92,8 @@ def check(limits: Limits, prompt: Prompt, params: SamplingParams, *, name: str) 
                 "max_tokens",
                 f"{name}: max_tokens={params.max_tokens} is more than the engine's block_size={most}, all that this strategy decodes",
             )
-        if steps > FORWARDS_PER_TOKEN * most:
+    if limits.dims.noise_steps:
+        if steps > limits.dims.noise_steps:
             raise SettingError(
                 "denoising_steps",
                 f"{name}: denoising_steps={steps} is more than {FORWARDS_PER_TOKEN} for each token of the engine's block_size={most}",

@@ -33,6 +33,7 @@ from pallas_kernels import REFERENCE, Kernels, choose
 from pallas_kernels.quantised import Form
 
 
+_CACHED_BLOCK = 32  # Fast-dLLM's, where a block is not the whole output
 _LEAST_PAGE = 8  # tokens; with fewer, page tables are long and kernels' tiles empty
 
 
@@ -119,7 +120,7 @@ def limits_of(model: str, strategy: AnyStrategy | None, settings: EngineConfig) 
     chosen = for_model(spec, strategy)
     s, _, dims = plan(spec, chosen, settings)
     num_pages = None if dims.whole_canvas else s.num_pages or s.max_slots * dims.units_per_slot
-    return Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, num_pages, _reads(chosen, s)), chosen
+    return Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, num_pages, _reads(chosen, s, dims)), chosen
 
 
 def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[EngineConfig, AttentionPolicy, Dims]:
@@ -147,6 +148,9 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
         s, policy = dataclasses.replace(s, cache=cache), dataclasses.replace(spec.attention, cache=cache)
     else:
         policy = AttentionPolicy("whole" if attention == "prefix_full" else "block_causal")
+    cached = policy.cache in ("prefix", "dual")
+    if cached and strategy.rule.one_block and s.block_size is None:
+        s = dataclasses.replace(s, block_size=_CACHED_BLOCK)
     block = block_size(spec, s)
     _check_sub_blocks(spec, strategy, s, block)
     page = -(-s.max_model_len // block) * block if whole_canvas else s.sub_block_cache or page_size(block, s)
@@ -159,16 +163,18 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
         page=page,
         pages_per_slot=-(-s.max_model_len // unit) * (unit // page),
         mask_id=spec.mask_id,
-        commit_alone=spec.commit_alone,
+        commit_alone=spec.predicts == "next" and policy.cache != "none",
         sub_block_cache=s.sub_block_cache or 0,
         whole_canvas=whole_canvas,
+        cached_canvas=cached,
     )
     return dataclasses.replace(s, block_size=block, page_size=page), policy, dims
 
 
-def _reads(strategy: Strategy, settings: EngineConfig) -> tuple[str, ...]:
-    """What the strategy reads; the second forward of guidance has no cache of its own."""
-    return tuple(name for name in strategy.reads if name != "cfg_scale" or settings.cache == "none")
+def _reads(strategy: Strategy, settings: EngineConfig, dims: Dims) -> tuple[str, ...]:
+    """What the strategy reads. The second forward of guidance has no cache of its own; an output that is one block is as long as that."""
+    idle = {"cfg_scale": settings.cache != "none", "block_length": dims.one_block}
+    return tuple(name for name in strategy.reads if not idle.get(name))
 
 
 def _check_canvas(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> None:
@@ -185,12 +191,6 @@ def _check_canvas(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -
         if settings.cache is not None:
             raise SettingError("cache", f"cache={settings.cache!r} is not for this model, which {sees} and cached exactly; leave it out")
         return
-    if settings.cache in ("prefix", "dual") and spec.predicts == "next":
-        raise SettingError(
-            "cache",
-            f"cache={settings.cache!r} is not for this model, whose output at a position speaks of the next one, so that a block needs the "
-            "position before it; leave it out",
-        )
     if strategy.rule.moves or strategy.rule.merge is not None:
         does = "moves tokens within a block" if strategy.rule.moves else "makes soft tokens"
         raise SettingError("strategy", f"strategy {strategy.name!r} {does}, which a model that {sees} cannot do")
@@ -288,7 +288,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         "positions": str(dims.positions),
     }
     paged_limit = num_pages if policy.paged else None
-    limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, paged_limit, _reads(strategy, s))
+    limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, paged_limit, _reads(strategy, s, dims))
     return Parts(s, dims, limits, device, scheduler, same_kv | same_state)
 
 

@@ -26,7 +26,7 @@ class EngineConfig:
       weights: ``"int8"`` or ``"int4"`` holds the experts of a mixture quantised: a half, or a quarter, of bfloat16's bytes. All else is of
         ``dtype``. Default: all of it is.
       block_size: tokens in a block; where a model sees its whole canvas (LLaDA), the most that a request's ``block_length`` may be.
-        Default: what the model was trained with, as its checkpoint says, or as such models usually have.
+        Default: what the model was trained with, as its checkpoint says, or as such models usually have; 32 for Dream behind a ``cache``.
       force_block_size: decode in blocks that the checkpoint was not trained for. The text gets worse.
       page_size: tokens in a page of the KV pool: a multiple of a block, or a whole fraction of one. Default: a block, or as many as make
         8 tokens or more.

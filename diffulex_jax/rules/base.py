@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from diffulex_jax.state import DecodeState, Dims, Prediction
+from diffulex_jax.state import FORWARDS_PER_TOKEN, DecodeState, Dims, Prediction
 from pallas_kernels.token_merge import MergeSpec
 
 
@@ -23,7 +23,8 @@ class Rule(NamedTuple):
       margin: whether it reads ``Prediction.margin``, likewise.
       moves: whether it moves tokens within a block, all of whose positions must then be the block's own.
       one_block: whether all generated positions of a request must be one block (``Dims.one_block``), as where it shares them out over the
-        steps to come.
+        steps to come. Behind a cache, whose blocks begin with a forward over all there is, it shares out those of each block.
+      noise: whether it reads ``Settings.step_shares``.
     """
 
     init: Callable[[Dims], Any]
@@ -34,6 +35,7 @@ class Rule(NamedTuple):
     margin: bool = False
     moves: bool = False
     one_block: bool = False
+    noise: bool = False
 
 
 def dims_for(
@@ -48,8 +50,9 @@ def dims_for(
     commit_alone: bool = False,
     sub_block_cache: int = 0,
     whole_canvas: bool = False,
+    cached_canvas: bool = False,
 ) -> Dims:
-    """The sizes of a state that ``rule`` decodes."""
+    """The sizes of a state that ``rule`` decodes; ``cached_canvas``: blocks of a whole canvas begin with a forward over all of it."""
     merge_top_k = rule.merge.top_k if rule.merge is not None else 0
     return Dims(
         slots=slots,
@@ -63,7 +66,8 @@ def dims_for(
         commit_alone=commit_alone,
         sub_block_cache=sub_block_cache,
         whole_canvas=whole_canvas,
-        one_block=rule.one_block,
+        one_block=rule.one_block and not cached_canvas,
+        noise_steps=FORWARDS_PER_TOKEN * block if rule.noise else 0,
     )
 
 
@@ -110,4 +114,5 @@ def chain(*rules: Rule) -> Rule:
         margin=any(rule.margin for rule in rules),
         moves=any(rule.moves for rule in rules),
         one_block=any(rule.one_block for rule in rules),
+        noise=any(rule.noise for rule in rules),
     )

@@ -13,7 +13,7 @@ from pallas_kernels.remask import decision
 def rationed() -> Rule:
     """Fills masks whose prediction is at ``accept_threshold`` or above, within the step's ration, and the surest in any case.
 
-    A step's ration is ``num_to_transfer``, or where ``denoising_steps`` is S > 0 its share of the m masks that the output begins with:
+    A step's ration is ``num_to_transfer``, or where ``denoising_steps`` is S > 0 its share of the m masks that a block begins with:
     floor(m / S), and one more while i < m mod S for step i < S, counted from 0. What a step leaves of its ration the next may fill; after
     S steps nothing is added. Fast-dLLM's ``confidence_threshold`` without a cache (arXiv 2505.22618), whose S divides m. Ties go to the
     lower position.
