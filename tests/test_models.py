@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import pathlib
 import tracemalloc
 
 import jax
@@ -197,6 +198,17 @@ def test_sdar_configs_that_are_refused(raw, message):
 # Bounded memory.
 
 
+def resident_of(folder: pathlib.Path) -> int:
+    """Bytes of the folder's files that this process has mapped and holds in memory; 0 where the system does not tell."""
+    maps, found, counts = pathlib.Path("/proc/self/smaps"), 0, False
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        if "-" in line.split(" ", 1)[0]:  # the first line of a mapping: its addresses, and the file
+            counts = str(folder) in line
+        elif counts and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
 def test_reading_and_writing_hold_a_part_of_the_model_at_a_time(tmp_path, monkeypatch):
     """A model of 40 MB goes through files of 4 MB and pieces of 1 MB."""
     model = registry.model_of(RAW | {"hidden_size": 64, "num_hidden_layers": 16, "num_experts": 64, "moe_intermediate_size": 48})
@@ -222,3 +234,13 @@ def test_reading_and_writing_hold_a_part_of_the_model_at_a_time(tmp_path, monkey
     assert most < total / 2
     assert read == model
     jax.tree.map(np.testing.assert_array_equal, got, params)
+    mapped: list[int] = []
+
+    def watched(host, part, tensor):
+        if not part.at[:1] or part.at == (0,):  # a few of the many
+            mapped.append(resident_of(tmp_path))
+        put(host, part, tensor)
+
+    monkeypatch.setattr(checkpoint.names, "put", watched)
+    checkpoint.load(tmp_path, make_mesh())
+    assert max(mapped) < total / 2  # the system maps more around what is read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from scripted import MASK, block_of, play, script, shown, update
 from diffulex_jax import chain
 from diffulex_jax.rules import edit, entropy_bounded, remask, sequential, threshold
 from diffulex_jax.rules.blocks import quota
+from diffulex_jax.strategies import STRATEGIES
+from pallas_kernels.prediction import Sampling, predict
 
 
 _ = None
@@ -105,6 +108,30 @@ def test_filled_positions_have_no_part_in_the_bound():
 def test_a_chain_asks_for_entropy_where_one_of_its_rules_does():
     assert chain(entropy_bounded(), remask()).entropy
     assert not chain(threshold(), remask()).entropy
+
+
+# What a forward says
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 0.75), (1.0, 3, 0.7), (0.7, 4, 1.0), (2.0, 20, 0.95)])
+def test_draws_follow_the_authors_formula(temperature, top_k, top_p):
+    """Chi-square over 20 000 draws: temperature, then top-k, then top-p of what that leaves. Confidence and entropy are before both."""
+    z, mask, n = np.array([1.0, 0.5, 0.0, -0.5, 0.8, -1.0, 0.3, 0.9]), 7, 20_000
+    p = np.exp(z[:mask] / temperature) / np.exp(z[:mask] / temperature).sum()
+    kept = np.argsort(-p)[: top_k or None]
+    share = p[kept] / p[kept].sum()
+    kept = kept[np.cumsum(share) - share <= top_p]
+    expected = np.where(np.isin(np.arange(mask), kept), p, 0) / p[kept].sum()
+    row = jnp.ones(n)
+    sampling = Sampling(jax.random.split(jax.random.key(3), n), row * temperature, row * top_p, jnp.full(n, top_k))
+    logits = jnp.broadcast_to(jnp.asarray(z, jnp.float32), (n, mask + 1))
+    assert STRATEGIES["sdar"].confidence == STRATEGIES["sdar_entropy"].confidence == "tempered"
+    best = predict(logits, jnp.full(n, mask), forbidden_id=mask, sampling=sampling, tempered=True, entropy=True)
+    counts, seen = np.bincount(np.asarray(best.token), minlength=mask), expected > 0
+    assert len(counts) == mask and not counts[~seen].any()
+    assert ((counts - n * expected)[seen] ** 2 / (n * expected[seen])).sum() < 22.5  # at most 6 degrees: once in a thousand times
+    np.testing.assert_allclose(best.prob, p[np.asarray(best.token)], rtol=1e-5)
+    np.testing.assert_allclose(best.entropy, -(p * np.log(p)).sum(), rtol=1e-5)
 
 
 # With what else there is

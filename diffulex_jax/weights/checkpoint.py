@@ -28,7 +28,7 @@ from diffulex_jax.models.hf_config import readable
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import check_split, sharding
 from diffulex_jax.weights import quantise
-from diffulex_jax.weights.folder import SMALL, check_pointer, read_json, tensors_in, tokenizer_end_ids
+from diffulex_jax.weights.folder import SMALL, check_pointer, open_tensors, read_json, tensors_in, tokenizer_end_ids
 from diffulex_jax.weights.quantise import Store, form_of, store
 from pallas_kernels import REFERENCE, Kernels
 from pallas_kernels.quantised import Form
@@ -120,7 +120,7 @@ def load(
 ) -> tuple[Model, Params]:
     """Reads a model directory and places its parameters on ``mesh``.
 
-    The host holds one piece of one leaf at a time: :data:`HOST_BYTES`, or a layer where that is more.
+    The host holds one piece of one leaf at a time, :data:`HOST_BYTES` or a layer where that is more, and as much of the mapped files.
 
     Args:
       path: the directory.
@@ -284,7 +284,23 @@ def _reader(path: pathlib.Path, model: Model) -> Read:
     ]
     if problems:
         raise ValueError(f"{path}: {_few(problems)}{_renamed(expected.keys() - files, files.keys() - expected)}")
-    return lambda name: opened[files[name]].get_tensor(name)
+    return _in_little_memory({name: files[name] for name in there}, opened)
+
+
+def _in_little_memory(files: dict[str, pathlib.Path], opened: dict[pathlib.Path, Any]) -> Read:
+    """What reads a tensor from the file that holds it. What was read of a mapped file stays with the process as long as it is open, so
+    files are opened anew whenever that is more than :data:`HOST_BYTES`."""
+    read_of: collections.Counter[pathlib.Path] = collections.Counter()
+
+    def read(name: str) -> np.ndarray:
+        if read_of.total() > HOST_BYTES:
+            opened.update({file: open_tensors(file) for file in read_of})
+            read_of.clear()
+        tensor: np.ndarray = opened[files[name]].get_tensor(name)
+        read_of[files[name]] += tensor.nbytes
+        return tensor
+
+    return read
 
 
 def _renamed(missing: Iterable[str], unexpected: Iterable[str]) -> str:
