@@ -298,6 +298,17 @@ def test_doctor_says_what_jax_sees():
     assert jax.__version__ in run("doctor").stdout
 
 
+def test_doctor_says_which_kernels_a_model_runs_with():
+    facts = json.loads(
+        run("doctor", "--model", str(pathlib.Path(MODEL).parent / "families/tiny-dream"), "--max-model-len", "256", "--json").stdout
+    )["model"]
+    assert (facts["strategy"], facts["dtype"], facts["block_size"]) == ("dream", "float32", 512)
+    assert facts["kernels"]["prediction"] == {"chosen": "reference", "runs": "plain XLA"}
+    assert facts["kernels"]["grouped_matmul"] == {"chosen": "cpu", "runs": None}
+    refused = run("doctor", "--dtype", "bfloat16")
+    assert refused.exit_code == 2 and "say nothing without --model" in refused.stderr
+
+
 def test_the_installed_command_is_this_one():
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="diffulex-jax")
     assert entry.load() is cli.main

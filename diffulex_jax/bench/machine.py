@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from diffulex_jax.weights import checkpoint
-from pallas_kernels import choose
+from pallas_kernels import Kernels, choose
 
 
 def describe() -> dict[str, Any]:
@@ -24,9 +24,14 @@ def describe() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in ("diffulex-jax", "jax", "jaxlib", "tokamax")},
         "platform": backend,
         "devices": [{"id": d.id, "kind": d.device_kind, "memory_gib": _memory_gib(d)} for d in jax.devices()],
-        "kernels": choose(jax.devices()[0])._asdict(),
+        "kernels": kernels()._asdict(),
         "embedded_model": (checkpoint.EMBEDDED / "config.json").is_file(),
     }
+
+
+def kernels() -> Kernels:
+    """The kernels of this machine's devices."""
+    return choose(jax.devices()[0])
 
 
 def text(facts: dict[str, Any]) -> str:

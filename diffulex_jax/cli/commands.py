@@ -245,13 +245,26 @@ def aot_(
 
 
 @app.command(cls=PlainCommand)
-def doctor(*, as_json: _AsJson = False) -> None:
-    """Show what JAX sees here, and which kernels it takes."""
+@settings_as_options(EngineConfig)
+def doctor(
+    *,
+    model: Annotated[str | None, typer.Option(help="Say which kernels it will run with: a directory, a hub id, or 'embedded'.")] = None,
+    strategy: Annotated[str | None, typer.Option(help=f"One of {_STRATEGIES}. {_USUAL}")] = None,
+    as_json: _AsJson = False,
+    **settings: Any,
+) -> None:
+    """Show what JAX sees here, and which kernels it takes; for a model, which of them it runs with, and what falls back to plain XLA."""
     with one_line_errors():
-        from diffulex_jax.bench import machine
+        configured = EngineConfig(**settings)
+        if model is None and (strategy is not None or configured != EngineConfig()):
+            raise ValueError("--strategy and the engine's settings say nothing without --model")
+        from diffulex_jax.bench import fallbacks, machine
 
         facts = machine.describe()
-    typer.echo(json.dumps(facts) if as_json else machine.text(facts))
+        if model is not None:
+            facts["model"] = fallbacks.describe(model, strategy, configured, machine.kernels())
+    lines = [machine.text(facts), *([] if model is None else ["", fallbacks.text(facts["model"])])]
+    typer.echo(json.dumps(facts) if as_json else "\n".join(lines))
 
 
 def _plain(output: Output) -> dict[str, Any]:
