@@ -26,6 +26,8 @@ class Kernels(NamedTuple):
         steps only go through matmuls of their own. Where it is False, bits are not held to that.
       pending_apart: the pending block goes through the network ahead of the window, not beside it: where a step is bound by arithmetic and
         not by reading weights, that costs nothing, and the program compiles in less time.
+      prefill_tokens: a forward over prompts is compiled for so many tokens. Where bits are held to be independent of other rows, for one
+        number alone: with its shapes the last bits of a row may change.
       pool_order: dimensions of the KV pool from major to minor, as the kernels read it; None leaves them in their order.
     """
 
@@ -40,6 +42,7 @@ class Kernels(NamedTuple):
     layers_per_turn: int = 1
     rows_apart: bool = True
     pending_apart: bool = True
+    prefill_tokens: tuple[int, ...] = (128,)
     pool_order: tuple[int, ...] | None = None
 
     def for_layers(self, dtype: Any) -> Kernels:
@@ -50,8 +53,10 @@ class Kernels(NamedTuple):
         """
         if self.rows_apart or jnp.dtype(dtype) == jnp.bfloat16:
             return self
-        return self._replace(expert_choice="sorted", linear="sliced", layers_per_turn=1, rows_apart=True)
+        return self._replace(expert_choice="sorted", linear="sliced", layers_per_turn=1, rows_apart=True, prefill_tokens=_ONE_PREFILL)
 
+
+_ONE_PREFILL = (512,)  # of accelerators: weights are read once for so many tokens
 
 REFERENCE = Kernels(
     block_attention="reference",
@@ -86,5 +91,6 @@ def choose_for(target: Target) -> Kernels:
         layers_per_turn=2 if in_place else 1,
         rows_apart=not in_place,
         pending_apart=target.platform == "cpu",
+        prefill_tokens=(256, 1024, 2048, 4096) if in_place else (128,) if target.platform == "cpu" else _ONE_PREFILL,
         pool_order=block_attention.pool_order(attention),
     )

@@ -21,11 +21,11 @@ def sees(length: int, block: int, policy: AttentionPolicy | None = None):
 def attend_to(mask, prefix=None):
     """Dense attention over ``prefix`` (keys and values of each layer) and what ``mask`` ``[T, T]`` shows; keeps keys and values."""
 
-    def attend(layer, heads):
+    def attend(at, heads):
         q, *own = split_heads(heads)
         (k, v), seen = own, mask
         if prefix is not None:
-            k, v = (jnp.concatenate([p[layer], a], 1) for p, a in zip(prefix, own, strict=True))
+            k, v = (jnp.concatenate([p[at.layer], a], 1) for p, a in zip(prefix, own, strict=True))
             seen = jnp.concatenate([jnp.ones((len(mask), k.shape[1] - len(mask)), bool), mask], 1)
         score = jnp.where(seen, jnp.einsum("rtkgh,rskh->rkgts", q, k) / q.shape[-1] ** 0.5, -jnp.inf)
         return jnp.einsum("rkgts,rskh->rtkgh", jax.nn.softmax(score, -1), v), tuple(own)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+from collections.abc import Sequence
 
 import numpy as np
 
 from diffulex_jax.cache.pages import PagePool
-from diffulex_jax.engine.request import Ended, Tracked
+from diffulex_jax.engine.request import Chunk, Ended, Tracked
 from diffulex_jax.engine.scheduler import Scheduler
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import LENGTH, RUNNING, Canvas, StepReport
@@ -64,11 +65,12 @@ class ShadowDevice:
     def write(self, pages: list[int], tokens: list[int], block: int) -> None:
         self.content[self.place(pages, block)] = tuple(tokens[: (block + 1) * BLOCK])
 
-    def prefill(self, request: Tracked, first: int, count: int) -> None:
-        prompt = request.prompt.tolist()
-        self.check(request.pages, prompt, first)
-        for i in range(first, first + count):
-            self.write(request.pages, prompt, i)
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        for request, first, count in chunks:
+            prompt = request.prompt.tolist()
+            self.check(request.pages, prompt, first)
+            for i in range(first, first + count):
+                self.write(request.pages, prompt, i)
 
     def admit(self, request: Tracked) -> None:
         start, prompt = len(request.prompt) // BLOCK * BLOCK, request.prompt.tolist()

@@ -99,10 +99,11 @@ def decoded(mesh, model=MODEL, rule=None):
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         for slot, n in enumerate(PROMPTS):
             prompt, blocks = rng.integers(0, 90, n).astype(np.int32), n // BLOCK - (alone and n % BLOCK == 0)
-            tokens = np.zeros((2, BLOCK), np.int32)
-            tokens[:blocks] = prompt[: blocks * BLOCK].reshape(-1, BLOCK)
-            counts = {"count": np.int32(blocks), "start": np.int32(0), "length": np.int32(n)}
-            pool = prefill(params, pool, tokens, **counts, page_table=table[slot])
+            tokens = np.zeros((2, 1, BLOCK), np.int32)
+            tokens[:blocks, 0] = prompt[: blocks * BLOCK].reshape(-1, BLOCK)
+            there = np.arange(2) < blocks
+            rows = {"start": np.arange(2, dtype=np.int32) * BLOCK, "length": there.astype(np.int32) * BLOCK, "written": there[:, None]}
+            pool = prefill(params, pool, tokens, **rows, page_table=table[[slot, slot]])
             hot = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if slot == 1 else {}
             settings = SamplingParams(max_tokens=10, accept_threshold=0.6, **hot)
             packed = request_state.make_request(dims, prompt=prompt, params=settings, eos_ids=model.spec.eos_ids)

@@ -24,7 +24,7 @@ class Instant:
     def __init__(self):
         self.at = np.zeros(SLOTS, np.int64)
 
-    def prefill(self, request, first, count):
+    def prefill(self, chunks):
         pass
 
     def admit(self, request):

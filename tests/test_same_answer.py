@@ -21,12 +21,21 @@ PROMPTS, PARAMS = zip(*REQUESTS, strict=True)
 OPTIONS = {"max_slots": 8, "max_model_len": 256}
 SDAR = str(GOLDEN / "families" / "tiny-sdar-trained")
 FAST = str(GOLDEN / "families" / "tiny-fast-dllm-v2-trained")
+# Where so few tokens go together, prompts are cut, and not where they are when they are alone.
 SETUPS = {
     "llada2_edit": {"model": TRAINED, "strategy": "llada2_edit", "buffer_size": 2, **OPTIONS},
     "dmax": {"model": TRAINED, "strategy": "dmax", **OPTIONS},
-    "sdar-4": {"model": SDAR, "strategy": "sdar", "buffer_size": 2, **OPTIONS},
+    "sdar-4": {"model": SDAR, "strategy": "sdar", "buffer_size": 2, "max_batched_tokens": 72, **OPTIONS},
     "sdar-32": {"model": SDAR, "strategy": "sdar_leftmost", "block_size": 32, "force_block_size": True, **OPTIONS},
-    "fast-8": {"model": FAST, "strategy": "fast_dllm_v2", "block_size": 8, "force_block_size": True, "page_size": 16, **OPTIONS},
+    "fast-8": {
+        "model": FAST,
+        "strategy": "fast_dllm_v2",
+        "block_size": 8,
+        "force_block_size": True,
+        "page_size": 16,
+        "max_batched_tokens": 40,
+        **OPTIONS,
+    },
     "fast-32": {"model": FAST, "strategy": "fast_dllm_v2", **OPTIONS},
     "fast-cached": {"model": FAST, "strategy": "fast_dllm_v2", "sub_block_cache": 8, **OPTIONS},
 }
@@ -89,9 +98,9 @@ def test_restored_in_another_process(tmp_path, request, name):
 
 
 def test_with_room_for_all():
-    """A pool that holds every page of every slot, which no request ever has to leave."""
+    """A pool that holds every page of every slot, which no request ever has to leave, and prompts in one piece."""
     options, some = SETUPS["sdar-4"], requests_of("sdar-4")
-    engine, small = Engine.from_pretrained(**options), Engine.from_pretrained(**options_of("sdar-4"))
+    engine, small = Engine.from_pretrained(**options | {"max_batched_tokens": 2048}), Engine.from_pretrained(**options_of("sdar-4"))
     assert same_answer.together(engine, some) == same_answer.together(small, some)
     assert engine.stats["preemptions"] == 0
 

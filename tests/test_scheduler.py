@@ -152,14 +152,40 @@ def test_prompts_share_the_token_budget_in_turn():
     world = World(pool=4.0, seed=0)
     chunks = []
     prefill = world.device.prefill
-    world.device.prefill = lambda request, first, count: (chunks.append((request.id, count)), prefill(request, first, count))
+    world.device.prefill = lambda given: (chunks.append([(chunk.request.id, chunk.blocks) for chunk in given]), prefill(given))
     for i, length in enumerate((60, 9)):
         request = Tracked(id=i, prompt=np.full(length, i, np.int32), params=SamplingParams(max_tokens=1))
         world.requests[i] = request
         world.scheduler.add(request)
     world.step()
-    assert chunks == [(0, 6)]  # 24 tokens a step, blocks of 4
+    assert chunks == [[(0, 6)]]  # 24 tokens a step, blocks of 4
     world.step()
-    assert chunks[1] == (1, 2)  # the short prompt is not behind the long one
+    assert chunks[1] == [(1, 2), (0, 4)]  # the short prompt is not behind the long one, and both go together
     world.finish()
-    assert sum(count for id_, count in chunks if id_ == 0) == 15
+    assert chunks[2] == [(0, 5)]  # one row decodes, which leaves 20 tokens
+    assert sum(count for given in chunks for id_, count in given if id_ == 0) == 15
+
+
+def add(world: World, id_: int, *, prompt: int, max_tokens: int) -> Tracked:
+    request = Tracked(id=id_, prompt=np.full(prompt, id_, np.int32), params=SamplingParams(max_tokens=max_tokens))
+    world.requests[id_] = request
+    world.scheduler.add(request)
+    return request
+
+
+def test_a_prompt_with_nothing_to_prefill_waits_for_none():
+    world = World(pool=4.0, seed=0)
+    long, short = add(world, 0, prompt=60, max_tokens=1), add(world, 1, prompt=3, max_tokens=40)
+    world.step()
+    assert list(world.scheduler.running.values()) == [short] and list(world.scheduler.prefilling) == [long]
+
+
+def test_windows_that_fill_the_budget_leave_a_quarter_of_it_to_prompts():
+    world = World(pool=4.0, seed=0)
+    world.scheduler.window, world.scheduler.max_batched_tokens = 4, 48  # three rows of four blocks of 4 are 48 tokens
+    for i in range(3):
+        add(world, i, prompt=3, max_tokens=40)
+    world.step()
+    prompt = add(world, 3, prompt=60, max_tokens=1)
+    world.step()
+    assert len(world.scheduler.running) == 3 and prompt.written == 3

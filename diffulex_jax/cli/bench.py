@@ -1,4 +1,4 @@
-"""``diffulex-jax bench decode``, ``bench step`` and ``bench serve``."""
+"""``diffulex-jax bench decode``, ``bench step``, ``bench e2e`` and ``bench serve``."""
 
 from __future__ import annotations
 
@@ -87,6 +87,45 @@ def bench_step(
             kernels=kernels,
             repeats=repeats,
             progress=(lambda line: None) if as_json else typer.echo,
+        )
+    if as_json:
+        typer.echo(json.dumps(report))
+
+
+@bench.command("e2e", cls=PlainCommand)
+def bench_e2e(
+    *,
+    shape: Annotated[str, typer.Option(help=f"One of {_SHAPES}; the weights are random.")] = "llada2-mini",
+    slots: Annotated[int, typer.Option(help="Requests decoded together.")] = 32,
+    requests: Annotated[int, typer.Option(help="Given to the engine at once.")] = 64,
+    prompt: Annotated[str, typer.Option(help="Tokens of a prompt, or the least and the most of them: 400-600.")] = "400-600",
+    output: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
+    tokens_per_forward: Annotated[str, typer.Option(help="Masks that a step fills, one measurement each: 1,4,8.")] = "1,4,8",
+    strategy: Annotated[str | None, typer.Option(help=f"One that reads num_to_transfer, of {_STRATEGIES}. {_USUAL}")] = None,
+    dtype: Annotated[str, typer.Option(help="Of weights, activations and cache: bfloat16 or float32.")] = "bfloat16",
+    max_batched_tokens: Annotated[int, typer.Option(help="Of prompts and windows in a step.")] = EngineConfig.max_batched_tokens,
+    repeats: Annotated[int, typer.Option(help="How often the time to a first token is measured.")] = 5,
+    as_json: _AsJson = False,
+) -> None:
+    """Time to the first token by prompt length, prompt tokens a second, milliseconds a step all in."""
+    with one_line_errors():
+        least, _, most = prompt.partition("-")
+        lengths = numbers("--prompt", f"{least},{most or least}")
+        rates = numbers("--tokens-per-forward", tokens_per_forward)
+        from diffulex_jax.bench import e2e
+
+        report = e2e.run(
+            shape=shape,
+            slots=slots,
+            requests=requests,
+            prompt=(lengths[0], lengths[1]),
+            output=output,
+            tokens_per_forward=rates,
+            strategy=strategy,
+            dtype=dtype,
+            repeats=repeats,
+            progress=(lambda line: None) if as_json else typer.echo,
+            max_batched_tokens=max_batched_tokens,
         )
     if as_json:
         typer.echo(json.dumps(report))

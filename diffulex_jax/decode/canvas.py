@@ -12,7 +12,7 @@ from jax import lax
 
 from diffulex_jax.decode.program import Program
 from diffulex_jax.models.base import Params
-from diffulex_jax.models.ops import Ops, machine_ops
+from diffulex_jax.models.ops import At, Ops, machine_ops
 from diffulex_jax.state import DecodeState, KVPool
 from pallas_kernels.block_attention import canvas_attention, split_heads
 from pallas_kernels.target import anywhere
@@ -124,12 +124,12 @@ def _pass(
     row, positions = jnp.arange(slots)[:, None], first + jnp.arange(width, dtype=jnp.int32)
     kernels = program.kernels.for_layers(params["embed"].dtype)
 
-    def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
+    def attend(at: At, heads: jax.Array) -> tuple[jax.Array, Any]:
         q, *own = split_heads(heads)
         keys = own
         if cached is not None:
-            at = jnp.where(cached.fresh[row, positions], positions, total)
-            keys = [old[layer].at[row, at].set(new, mode="drop") for old, new in zip((cached.pool.k, cached.pool.v), own, strict=True)]
+            to = jnp.where(cached.fresh[row, positions], positions, total)
+            keys = [old[at.layer].at[row, to].set(new, mode="drop") for old, new in zip((cached.pool.k, cached.pool.v), own, strict=True)]
         out = canvas_attention(q, *keys, length=state.limit, backend=kernels.block_attention)
         return out, tuple(own) if keep else ()
 

@@ -1,4 +1,4 @@
-"""One pass of the network over rows of blocks: of a window, of a pending block in front of it, or of a prompt."""
+"""One pass of the network over rows of blocks: of a window, of a pending block in front of it, or of prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from diffulex_jax.decode.program import Program
 from diffulex_jax.models.attention import Where
 from diffulex_jax.models.base import Params
-from diffulex_jax.models.ops import Ops, machine_ops
+from diffulex_jax.models.ops import At, Ops, machine_ops
 from diffulex_jax.state import KVPool
 from pallas_kernels.block_attention import Keys, block_attention, split_heads, write_blocks
 
@@ -27,6 +27,7 @@ def forward(
     pending: jax.Array | None = None,
     visible: jax.Array | None = None,
     keep: bool = False,
+    put: Put | None = None,
     watch: Callable[[Ops], Ops] = lambda ops: ops,
 ) -> tuple[jax.Array, Any]:
     """All layers and the final norm, over whole blocks.
@@ -40,30 +41,40 @@ def forward(
       pending: ``[R]`` bool; given, each row begins with a block that sees the cached prefix and itself, and that the other blocks of the
         row see where ``pending`` holds. What the others give does not depend, to the bit, on whether it was given.
       visible: ``[R, T, T]`` bool, what each query sees of the row's own positions; default: those up to the end of its block.
-      watch: puts operations of its own around those of the machine, to measure them.
       keep: return the keys and values of all blocks, or of the pending block where there is one.
+      put: given, each layer writes its keys and values by it before it attends, so that what is cached of a row may come from another.
+      watch: puts operations of its own around those of the machine, to measure them.
 
     Returns:
-      ``(hidden [R, T, D], (k, v))``, keys and values ``[L, R, kept positions, KV, H]``; an empty tuple where nothing is kept.
+      ``(hidden [R, T, D], (k, v))``, keys and values ``[L, R, kept positions, KV, H]``; an empty tuple where nothing is kept; the pool
+      where there is a ``put``.
     """
     block = program.dims.block
     kernels = program.kernels.for_layers(params["embed"].dtype)
     attention = functools.partial(block_attention, block=block, backend=kernels.block_attention)
 
-    def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, Any]:
+    def attend(at: At, heads: jax.Array) -> tuple[jax.Array, Any]:
+        if put is not None:
+            pool = put(at.pool, at.layer, *split_heads(heads)[1:])
+            return attention(heads, keys._replace(pool_k=pool.k, pool_v=pool.v), layer=at.layer, visible=visible), pool
         if pending is None:
-            return attention(heads, keys, layer=layer, visible=visible), split_heads(heads)[1:] if keep else ()
+            return attention(heads, keys, layer=at.layer, visible=visible), split_heads(heads)[1:] if keep else ()
         first, window = heads[:, :block], heads[:, block:]
-        out = attention(first, keys._replace(lanes=pending[:, None]), layer=layer)
-        outs = [out, attention(window, keys, layer=layer, pending=(first, pending))]
+        out = attention(first, keys._replace(lanes=pending[:, None]), layer=at.layer)
+        outs = [out, attention(window, keys, layer=at.layer, pending=(first, pending))]
         return jnp.concatenate(outs, 1), split_heads(first)[1:] if keep else ()
 
     lanes = keys.lanes if pending is None else jnp.concatenate([pending[:, None], keys.lanes], 1)
     valid = jnp.repeat(lanes, block, 1)
     if visible is not None:
         valid &= visible.any(1)  # what nobody sees is no token: it must not have a say in the experts of its block
-    ops = machine_ops(kernels, attend, pending=0 if pending is None else block, valid=valid)
+    pool = KVPool(keys.pool_k, keys.pool_v) if put is not None else None
+    ops = machine_ops(kernels, attend, pending=0 if pending is None else block, valid=valid, pool=pool)
     return program.model.layers(params, x, positions, watch(ops))
+
+
+Put = Callable[[KVPool, jax.Array, jax.Array, jax.Array], KVPool]
+"""``put(pool, layer, k [R, T, KV, H], v) -> pool``"""
 
 
 def prefill(
@@ -72,46 +83,54 @@ def prefill(
     pool: KVPool,
     tokens: jax.Array,
     *,
-    count: jax.Array,
     start: jax.Array,
     length: jax.Array,
+    written: jax.Array,
     page_table: jax.Array,
 ) -> KVPool:
-    """Writes the KV of whole prompt blocks of one request.
+    """Writes the KV of prompt blocks, of any requests.
+
+    A row is a piece of a prompt. It sees what lies before it in the pool, where an earlier forward wrote it, or another row of this one:
+    every layer writes the blocks of all rows before it attends. So, to the bit, a row is what it is however prompts are cut and packed,
+    as long as its ``start`` and the compiled size are the same.
 
     Args:
-      program: the static part. Where its attention is not chunkable the whole prompt must be given at once.
+      program: the static part. Where its attention is not chunkable, a row is a whole prompt.
       params: model parameters.
       pool: the KV pool; donate it.
-      tokens: ``[C, B]`` int32, C the chunk's compiled size.
-      count: int32 scalar, how many of the C blocks are whole prompt blocks to be written.
-      start: int32 scalar, absolute position of the chunk; everything before it is in the pool.
-      length: int32 scalar, tokens of the prompt.
-      page_table: ``[P]`` int32, the request's pages.
+      tokens: ``[R, C, B]`` int32: R rows of C blocks, as compiled.
+      start: ``[R]`` int32, position of a row's first token, a multiple of B.
+      length: ``[R]`` int32, how many of its tokens exist: whole blocks, but for the last of a whole prompt; 0: no such row.
+      written: ``[R, C]`` bool, the blocks to write. Others are there to be seen in their row, or not at all.
+      page_table: ``[R, P]`` int32, the pages of each row's request.
     """
-    blocks, block = tokens.shape
-    firsts = start + jnp.arange(blocks, dtype=jnp.int32) * block
-    positions = start + jnp.arange(blocks * block, dtype=jnp.int32)
-    written, lanes, visible = jnp.arange(blocks) < count, jnp.arange(blocks) < count, None
+    rows, blocks, block = tokens.shape
+    at = jnp.arange(blocks * block, dtype=jnp.int32)
+    lanes, visible = at[::block] < length[:, None], None
     if not program.attention.chunkable:
-        lanes = firsts < length
-        where = Where(positions // block, positions < length)
-        visible = (program.attention.mask(where, where) & where.prompt)[None]
-    keys = Keys(pool.k, pool.v, page_table[None], start[None], lanes[None])
-    x = params["embed"][tokens.reshape(1, -1)]
-    _, (k, v) = forward(program, params, x, positions[None], keys=keys, visible=visible, keep=True)
-    k, v = (a.reshape(a.shape[0], blocks, block, *a.shape[3:]) for a in (k, v))
-    return write(program, pool, k, v, page_table=jnp.broadcast_to(page_table, (blocks, *page_table.shape)), start=firsts, where=written)
+        where = Where(at // block, at < length[:, None])
+        visible = program.attention.mask(where, where) & where.prompt[:, None]
+    firsts = (start[:, None] + at[::block]).reshape(-1)
+    pages = _pages_written(program, pool, jnp.repeat(page_table, blocks, 0), firsts, written.reshape(-1))
+
+    def put(pool: KVPool, layer: jax.Array, k: jax.Array, v: jax.Array) -> KVPool:
+        # The pages of all layers as those of one: then the pool stays where it is.
+        layers, count = pool.k.shape[:2]
+        here = jnp.where(pages < count, layer * count + pages, layers * count)
+        flat = jax.tree.map(lambda a: a.reshape(1, layers * count, *a.shape[2:]), pool)
+        k, v = (a.reshape(1, rows * blocks, block, *a.shape[2:]) for a in (k, v))
+        return jax.tree.map(lambda a: a.reshape(pool.k.shape), _write_at(program, flat, k, v, pages=here, start=firsts))
+
+    keys = Keys(pool.k, pool.v, page_table, start, lanes)
+    x = params["embed"][tokens.reshape(rows, -1)]
+    return forward(program, params, x, start[:, None] + at, keys=keys, visible=visible, put=put)[1]
 
 
 def write(
     program: Program, pool: KVPool, k: jax.Array, v: jax.Array, *, page_table: jax.Array, start: jax.Array, where: jax.Array
 ) -> KVPool:
     """``pool`` with the block ``k, v [L, R, B, KV, H]`` of each row at position ``start [R]`` of its ``page_table [R, P]``, ``where``."""
-    pages = jnp.where(where[:, None], pages_of(program, page_table, start), pool.k.shape[1])
-    pages = pages[:, 0] if pages.shape[1] == 1 else pages
-    put = functools.partial(write_blocks, pages=pages, offsets=start % program.dims.page, backend=program.kernels.block_attention)
-    return KVPool(put(pool.k, k), put(pool.v, v))
+    return _write_at(program, pool, k, v, pages=_pages_written(program, pool, page_table, start, where), start=start)
 
 
 def pages_of(program: Program, page_table: jax.Array, start: jax.Array) -> jax.Array:
@@ -119,3 +138,14 @@ def pages_of(program: Program, page_table: jax.Array, start: jax.Array) -> jax.A
     dims = program.dims
     at = jnp.maximum(start, 0)[:, None] // dims.page + jnp.arange(max(1, dims.block // dims.page))
     return jnp.take_along_axis(page_table, at, 1, mode="clip")
+
+
+def _pages_written(program: Program, pool: KVPool, page_table: jax.Array, start: jax.Array, where: jax.Array) -> jax.Array:
+    """:func:`pages_of`, one past the pool but ``where [R]``; without the last axis where n is 1."""
+    pages = jnp.where(where[:, None], pages_of(program, page_table, start), pool.k.shape[1])
+    return pages[:, 0] if pages.shape[1] == 1 else pages
+
+
+def _write_at(program: Program, pool: KVPool, k: jax.Array, v: jax.Array, *, pages: jax.Array, start: jax.Array) -> KVPool:
+    put = functools.partial(write_blocks, pages=pages, offsets=start % program.dims.page, backend=program.kernels.block_attention)
+    return KVPool(put(pool.k, k), put(pool.v, v))

@@ -251,6 +251,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         mesh=mesh,
         dtype=s.jax_dtype,
         num_pages=shards * num_pages * (dims.unit // dims.page),
+        max_batched_tokens=s.max_batched_tokens,
         steps_per_dispatch=s.steps_per_dispatch,
         eos_ids=network.eos_ids,
     )

@@ -46,7 +46,7 @@ class EngineConfig:
         slot.
       num_pages: pages of the pool, or blocks where a block is several pages; default: what memory allows, up to a few times what all
         slots need together. With fewer than they need, requests that no longer fit are set aside and resumed.
-      max_batched_tokens: tokens of prompts and windows processed in one step, at the most.
+      max_batched_tokens: tokens of prompts and windows processed in one step, at the most; but prompts get a quarter of it at least.
       prefix_cache: reuse the KV of blocks that begin a prompt as an earlier request did.
       steps_per_dispatch: denoise steps the device runs before the host looks.
       kernels: ``"auto"``, the fastest for the device (``diffulex-jax doctor`` names them), or ``"reference"``, plain XLA.

@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffulex_jax import decode, request_state
-from diffulex_jax.engine import programs
+from diffulex_jax.engine import packing, programs
 from diffulex_jax.engine.dispatch import Plan, exact, jit_denoise, unpack_report
-from diffulex_jax.engine.request import Tracked
+from diffulex_jax.engine.request import Chunk, Tracked
 from diffulex_jax.engine.results import TraceStep
 from diffulex_jax.models.base import Params
 from diffulex_jax.parallel.mesh import sharding
@@ -22,7 +22,6 @@ from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import STATE_AXES, Canvas, DecodeState, KVPool, StepReport, Trace
 
 
-_PREFILL_TOKENS = (256, 32)  # compiled prefill sizes, largest first
 _CACHED_PAGES = 8  # pages at the most, in times of what the slots need
 
 
@@ -45,6 +44,7 @@ class JaxDevice:
         mesh: Mesh,
         dtype: Any,
         num_pages: int,
+        max_batched_tokens: int,
         steps_per_dispatch: int,
         eos_ids: tuple[int, ...],
     ):
@@ -52,11 +52,7 @@ class JaxDevice:
         self._params, self.eos_ids = params, eos_ids
         dims = program.dims
         on_pool, on_slots, everywhere = programs.pool_placement(mesh, program.kernels), sharding(mesh, STATE_AXES), sharding(mesh, ())
-        # A prompt that sees all of itself cannot be cut into chunks: then there is a size for every power of two.
-        whole = [2**i for i in range((dims.positions // dims.block).bit_length() + 1)][::-1]
-        chunks = [n for tokens in _PREFILL_TOKENS if (n := max(1, tokens // dims.block)) * dims.block <= dims.positions]
-        sizes = list(dict.fromkeys(chunks)) or [1] if program.attention.chunkable else whole
-        self._prefill_sizes = sizes if program.attention.paged else []
+        self._prefill_shapes = packing.prefill_shapes(program, program.kernels.for_layers(dtype).prefill_tokens, budget=max_batched_tokens)
         self._pages, self._known = np.full((dims.slots, dims.pages_per_slot), num_pages, np.int32), np.zeros(dims.slots, np.int32)
         # The list of pages that each row was made from, and how many of them: only what is new is written.
         self._placed: list[tuple[list[int], int]] = [([], 0)] * dims.slots
@@ -75,19 +71,9 @@ class JaxDevice:
             self.pool, self.state = jax.jit(lambda: empty(program, dtype, num_pages), out_shardings=(on_pool, on_slots))()
         self._warm_up()
 
-    def prefill(self, request: Tracked, first: int, count: int) -> None:
-        block, table = self.program.dims.block, self._table(request.pages)
-        if not self.program.attention.chunkable:
-            blocks = -(-len(request.prompt) // block)
-            size = min(n for n in self._prefill_sizes if n >= blocks)
-            self._prefill(request.prompt, size, table, count=count, first=0, length=len(request.prompt))
-            return
-        while count:
-            size = next((n for n in self._prefill_sizes if n <= count), self._prefill_sizes[-1])
-            n = min(size, count)
-            chunk = request.prompt[first * block : (first + n) * block]
-            self._prefill(chunk, size, table, count=n, first=first, length=len(request.prompt))
-            first, count = first + n, count - n
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        for packed in packing.pack(self.program, self._prefill_shapes, chunks, table_of=self._table):
+            self._prefill(packed)
 
     def admit(self, request: Tracked) -> None:
         packed = request_state.make_request(self.program.dims, prompt=request.prompt, params=request.params, eos_ids=self.eos_ids)
@@ -175,18 +161,14 @@ class JaxDevice:
         parts = self.program.dims.unit // self.program.dims.page
         return (np.asarray(pages, np.int32)[:, None] * parts + np.arange(parts, dtype=np.int32)).reshape(-1)
 
-    def _prefill(self, tokens: np.ndarray, size: int, table: np.ndarray, *, count: int, first: int, length: int) -> None:
-        block = self.program.dims.block
-        padded = np.zeros(size * block, np.int32)
-        padded[: len(tokens)] = tokens
-        where = {"count": np.int32(count), "start": np.int32(first * block), "length": np.int32(length), "page_table": table}
+    def _prefill(self, packed: packing.Packed) -> None:
         with jax.set_mesh(self.mesh):
-            self.pool = self._jit_prefill(self._params, self.pool, padded.reshape(size, block), **where)
+            self.pool = self._jit_prefill(self._params, self.pool, **packed._asdict())
 
     def _warm_up(self) -> None:
         """Compiles every shape there will be, by running each once on nothing."""
-        for size in self._prefill_sizes:
-            self._prefill(np.zeros(0, np.int32), size, self._table([]), count=0, first=0, length=0)
+        for shape in self._prefill_shapes:
+            self._prefill(packing.packed(self.program.dims, shape, [], table_of=self._table))
         probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(seed=0).resolve(), slot=0)
         self.admit(probe)
         probe.saved = self.saved_structure = self.save(probe)

@@ -57,20 +57,20 @@ def prefill(
     pool: KVPool,
     tokens: jax.Array,
     *,
-    count: jax.Array,
     start: jax.Array,
     length: jax.Array,
+    written: jax.Array,
     page_table: jax.Array,
 ) -> KVPool:
-    """See ``decode.prefill``. All devices compute it, and those that have the request's pages write; the others see a wrong prefix."""
+    """See ``decode.prefill``. All devices compute it, and those that have a request's pages write; the others see a wrong prefix."""
 
-    def local(params: Any, pool: KVPool, tokens: Any, count: Any, start: Any, length: Any, page_table: Any) -> KVPool:
+    def local(params: Any, pool: KVPool, tokens: Any, start: Any, length: Any, written: Any, page_table: Any) -> KVPool:
         here = _own(page_table, pool)
-        return decode.prefill(program, params, pool, tokens, count=count, start=start, length=length, page_table=here)
+        return decode.prefill(program, params, pool, tokens, start=start, length=length, written=written, page_table=here)
 
     pages, every = spec(*POOL_AXES), PartitionSpec()
     run = spread(local, (param_specs(program.model), pages, *[every] * 5), pages)
-    return run(params, pool, tokens, count, start, length, page_table)
+    return run(params, pool, tokens, start, length, written, page_table)
 
 
 def pool_placement(mesh: Mesh, kernels: Kernels) -> NamedSharding | Format:

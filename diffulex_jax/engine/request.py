@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,6 +73,14 @@ class Tracked:
         """``[size]`` int32: the tokens of ``size`` known positions from ``first`` on."""
         n = len(self.prompt)
         return np.array([*self.prompt[first : first + size], *self.tokens[max(0, first - n) : first + size - n]], np.int32)
+
+
+class Chunk(NamedTuple):
+    """Blocks ``[first, first + blocks)`` of a request's prompt."""
+
+    request: Tracked
+    first: int
+    blocks: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from diffulex_jax.cache.pages import PagePool, chain_digest
-from diffulex_jax.engine.request import Ended, Tracked
+from diffulex_jax.engine.request import Chunk, Ended, Tracked
 from diffulex_jax.engine.shards import Shard, by_preference, make_shards
 from diffulex_jax.state import ERROR, RUNNING, Canvas, StepReport
 
 
 _STEPS_BETWEEN_PREFILLS = 2
-_MOST_PREFILL_BLOCKS = 16  # of one request in a row
+_MOST_PREFILL_BLOCKS = 16  # of one request in turn
+_LEAST_PREFILL_SHARE = 4  # a quarter of the budget is for prompts, however many windows there are
 _COUNTS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
 _MOST_PASSED_OVER = 64  # so often may later requests overtake one that waits for pages
 
@@ -22,8 +23,8 @@ _MOST_PASSED_OVER = 64  # so often may later requests overtake one that waits fo
 class Device(Protocol):
     """What the scheduler asks of the device. Calls take effect in order."""
 
-    def prefill(self, request: Tracked, first: int, count: int) -> None:
-        """Writes the KV of ``count`` prompt blocks from block ``first`` on into the request's pages."""
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        """Writes the KV of prompt blocks into the pages of their requests; those before them were written, or come before them here."""
 
     def admit(self, request: Tracked) -> None:
         """Sets up the request's row in its slot."""
@@ -208,8 +209,16 @@ class Scheduler:
                 self.device.restore(request)
                 request.saved = None
                 self.running[request.slot] = request
-            else:
+            elif request.written < self._to_prefill(request):
                 self.prefilling.append(request)
+            else:
+                self._start(request)
+
+    def _start(self, request: Tracked) -> None:
+        """From here on it denoises."""
+        assert request.slot is not None
+        self.device.admit(request)
+        self.running[request.slot] = request
 
     def _place(self, request: Tracked) -> Shard | None:
         """A shard with a free slot and the pages to go on with, which the request holds from then on."""
@@ -243,24 +252,23 @@ class Scheduler:
         return -(-blocks // self._per_page)
 
     def _prefill(self) -> None:
-        """Prompt blocks within the budget that decoding leaves, a chunk a request in turn; at least one chunk a step."""
-        budget = self.max_batched_tokens - len(self.running) * self.window * self.block
-        first = True
-        while self.prefilling and (first or budget >= self.block):
+        """Prompt blocks within the budget that decoding leaves, or a share of it: some of each request in turn, all in one call."""
+        decoding = len(self.running) * self.window * self.block
+        budget = max(self.max_batched_tokens - decoding, self.max_batched_tokens // _LEAST_PREFILL_SHARE)
+        chunks: list[Chunk] = []
+        done: list[Tracked] = []
+        while self.prefilling and (not chunks or budget >= self.block):
             request = self.prefilling.popleft()
             left = self._to_prefill(request) - request.written
             count = left if self._whole_prompts else min(left, max(budget // self.block, 1), _MOST_PREFILL_BLOCKS)
-            if count:
-                self.device.prefill(request, request.written, count)
-                self._publish(request, request.written + count)
-                budget -= count * self.block
-                first = False
-            if count < left:
-                self.prefilling.append(request)
-            else:
-                assert request.slot is not None
-                self.device.admit(request)
-                self.running[request.slot] = request
+            chunks.append(Chunk(request, request.written, count))
+            self._publish(request, request.written + count)
+            budget -= count * self.block
+            (self.prefilling if count < left else done).append(request)
+        if chunks:
+            self.device.prefill(chunks)
+        for request in done:
+            self._start(request)
 
     def _to_prefill(self, request: Tracked) -> int:
         """Whole blocks of the prompt that are written before the first step."""
@@ -312,7 +320,8 @@ class Scheduler:
         return ended
 
     def _publish(self, request: Tracked, written: int) -> None:
-        """Pages whose blocks all have their KV become findable; only prefill and the step's own report say that KV was written."""
+        """Pages whose blocks all have their KV become findable; only a prefill about to begin and the step's own report say that it is
+        written."""
         full = written // self._per_page
         self._digest(request, full)
         for i in range(request.written // self._per_page, full):

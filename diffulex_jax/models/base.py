@@ -111,7 +111,7 @@ class Model:
       schema: the parameter tree, with a :class:`Param` for each array. Its leaf ``"embed"`` ``[V, D]`` holds the input embeddings.
       tensors: where each tensor of a checkpoint lies in that tree.
       layers: ``layers(params, x [R, T, D], positions [R, T], ops) -> (hidden [R, T, D], fresh)``: all layers and the final norm.
-        ``fresh`` is what ``ops.attend`` kept, stacked over layers.
+        ``fresh`` is what ``ops.attend`` kept, stacked over layers; where there is an ``ops.pool``, the pool after the last layer.
       head: ``head(params)``: the output matrix ``[V, D]``; inside a program for several devices, this one's rows of it.
       unread: names of tensors that a checkpoint may hold and that nothing reads.
     """

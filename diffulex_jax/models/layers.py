@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from diffulex_jax.models.base import Param, Params
-from diffulex_jax.models.ops import Ops
+from diffulex_jax.models.ops import At, Ops
 from diffulex_jax.parallel.mesh import first_index, shared_by
 
 
@@ -41,23 +41,26 @@ def spans(kinds: Sequence[str]) -> tuple[Span, ...]:
     return tuple(made)
 
 
-Layer = Callable[[str, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""``layer(kind, i, at, x [R, T, D]) -> (x, kept)``: layer ``i`` of its kind, ``at`` among all."""
+Layer = Callable[[str, jax.Array, At, jax.Array], tuple[jax.Array, Any]]
+"""``layer(kind, i, at, x [R, T, D]) -> (x, kept)``: layer ``i`` of its kind, ``at`` among all; ``kept`` is from ``ops.attend``."""
 
 
 def run(layer: Layer, x: jax.Array, spans: Sequence[Span], ops: Ops) -> tuple[jax.Array, Any]:
-    """``x`` through all layers; what they keep comes back stacked."""
-    kept = []
+    """``x`` through all layers; what they keep comes back stacked, or, where there is an ``ops.pool``, what the last made of that."""
+    kept, pool = [], ops.pool
+    Carry = tuple[jax.Array, jax.Array, Any]
     for span in spans:
 
-        def turn(carry: tuple[jax.Array, jax.Array], _: None, span: Span = span) -> tuple[tuple[jax.Array, jax.Array], Any]:
-            n, x = carry
-            x, fresh = layer(span.kind, span.start + n, span.first + n, x)
-            return (n + 1, x), fresh
+        def turn(carry: Carry, _: None, span: Span = span) -> tuple[Carry, Any]:
+            n, x, pool = carry
+            x, fresh = layer(span.kind, span.start + n, At(span.first + n, pool), x)
+            return ((n + 1, x, None), fresh) if pool is None else ((n + 1, x, fresh), ())
 
         # On a GPU there is a gap between the turns of a loop. All layers in one turn would compile several times longer.
-        (_, x), fresh = lax.scan(turn, (jnp.int32(0), x), None, length=span.count, unroll=min(ops.layers_per_turn, span.count))
+        (_, x, pool), fresh = lax.scan(turn, (jnp.int32(0), x, pool), None, length=span.count, unroll=min(ops.layers_per_turn, span.count))
         kept.append(fresh)
+    if pool is not None:
+        return x, pool
     return x, kept[0] if len(kept) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *kept)
 
 

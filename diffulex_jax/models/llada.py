@@ -14,7 +14,7 @@ from diffulex_jax.models import layers as parts
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Params
 from diffulex_jax.models.names import Names, Tensor
-from diffulex_jax.models.ops import Ops
+from diffulex_jax.models.ops import At, Ops
 
 
 MASK_ID = 126_336  # <|mdm_mask|>
@@ -45,7 +45,7 @@ def layers(c: LLaDAConfig, params: Params, x: jax.Array, positions: jax.Array, o
     table = parts.rope_table(positions, c.head_dim, c.rope_theta)
     norm = functools.partial(parts.rms_norm, eps=c.rms_norm_eps)
 
-    def layer(kind: str, i: jax.Array, at: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
+    def layer(kind: str, i: jax.Array, at: At, x: jax.Array) -> tuple[jax.Array, Any]:
         p = params[kind]
         with jax.named_scope("attention"):
             heads = parts.rotated(ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i), table)

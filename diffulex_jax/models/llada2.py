@@ -14,7 +14,7 @@ from diffulex_jax.models import layers as parts
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Param, Params
 from diffulex_jax.models.layers import Span
 from diffulex_jax.models.names import Names, Tensor
-from diffulex_jax.models.ops import Ops
+from diffulex_jax.models.ops import At, Ops
 from pallas_kernels.expert_choice import Router
 
 
@@ -48,7 +48,7 @@ def layers(c: LLaDA2Config, params: Params, x: jax.Array, positions: jax.Array, 
     else:
         router = router._replace(groups=c.n_group, kept=c.topk_group)
 
-    def layer(kind: str, i: jax.Array, at: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
+    def layer(kind: str, i: jax.Array, at: At, x: jax.Array) -> tuple[jax.Array, Any]:
         p = params[kind]
         with jax.named_scope("attention"):
             heads = ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i)

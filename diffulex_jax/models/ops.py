@@ -15,9 +15,21 @@ from pallas_kernels import linear as linear_kernels
 from pallas_kernels.expert_choice import Router
 
 
-Attend = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""``attend(layer, heads [R, T, KV, G + 2, H]) -> (out [R, T, KV, G, H], fresh)``. ``heads`` are the queries, the key and the value of
-each key/value head; ``layer`` counts over all layers; ``fresh`` are the keys and values that the caller keeps."""
+class At(NamedTuple):
+    """Where in the network a layer is.
+
+    Attributes:
+      layer: int32 scalar, its number among all layers.
+      pool: what the layer before it made of ``Ops.pool``; None where there is none.
+    """
+
+    layer: jax.Array
+    pool: Any = None
+
+
+Attend = Callable[[At, jax.Array], tuple[jax.Array, Any]]
+"""``attend(at, heads [R, T, KV, G + 2, H]) -> (out [R, T, KV, G, H], kept)``. ``heads`` are the queries, the key and the value of
+each key/value head; ``kept`` is what the caller wants of the layer, or, where there is an ``Ops.pool``, the pool for the next layer."""
 
 
 class Ops(NamedTuple):
@@ -32,6 +44,7 @@ class Ops(NamedTuple):
       attend: see :data:`Attend`.
       total: ``total(x, axis)``: the sum of ``x`` over the devices that share a logical axis.
       layers_per_turn: layers in each turn of the loop over layers.
+      pool: the KV pool, where layers write their keys and values into it: each is given what the one before it made of it.
     """
 
     linear: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -40,9 +53,10 @@ class Ops(NamedTuple):
     attend: Attend
     total: Callable[[jax.Array, str], jax.Array] = add_up
     layers_per_turn: int = 1
+    pool: Any = None
 
 
-def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: jax.Array | None = None) -> Ops:
+def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: jax.Array | None = None, pool: Any = None) -> Ops:
     """The operations by the backends of ``kernels``.
 
     Args:
@@ -51,6 +65,7 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
       pending: so many first tokens of every row may be there or not. Where ``kernels.rows_apart``, they go through matmuls of their
         own: a matmul's rounding may change with its shape, and what the other tokens give must not.
       valid: ``[R, T]`` bool; the experts leave False tokens out, whose output means nothing.
+      pool: see :class:`Ops`.
     """
 
     def apart(f: Callable[..., Any], *arrays: jax.Array | None) -> Any:
@@ -99,4 +114,4 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
         ).reshape(x.shape)
         return y + mlp(x, shared, layer) if shared is not None and alone else y
 
-    return Ops(linear, mlp, experts, attend, add_up, kernels.layers_per_turn)
+    return Ops(linear, mlp, experts, attend, add_up, kernels.layers_per_turn, pool)

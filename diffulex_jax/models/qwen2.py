@@ -15,7 +15,7 @@ from diffulex_jax.models import layers as parts
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Params
 from diffulex_jax.models.names import Names, Tensor
-from diffulex_jax.models.ops import Ops
+from diffulex_jax.models.ops import At, Ops
 
 
 MASK_ID = 151_665  # |<MASK>|; the configs of Fast-dLLM v2 on the hub do not say so
@@ -66,7 +66,7 @@ def layers(c: Qwen2Config, params: Params, x: jax.Array, positions: jax.Array, o
     norm = functools.partial(parts.rms_norm, eps=c.rms_norm_eps)
     p = params["dense"]
 
-    def layer(kind: str, i: jax.Array, at: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
+    def layer(kind: str, i: jax.Array, at: At, x: jax.Array) -> tuple[jax.Array, Any]:
         with jax.named_scope("attention"):
             heads = ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i) + p["qkv_bias"][i]
             out, fresh = ops.attend(at, parts.rotated(heads, table))

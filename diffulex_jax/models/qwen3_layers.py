@@ -11,7 +11,7 @@ import jax
 from diffulex_jax.models import layers as parts
 from diffulex_jax.models.base import Params
 from diffulex_jax.models.names import Names, Tensor
-from diffulex_jax.models.ops import Ops
+from diffulex_jax.models.ops import At, Ops
 from pallas_kernels.expert_choice import Router
 
 
@@ -21,7 +21,7 @@ def layers(c: Shape, params: Params, x: jax.Array, positions: jax.Array, ops: Op
     norm = functools.partial(parts.rms_norm, eps=c.rms_norm_eps)
     router = Router(top_k=c.num_experts_per_tok, score="softmax", normalise=c.norm_topk_prob)
 
-    def layer(kind: str, i: jax.Array, at: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
+    def layer(kind: str, i: jax.Array, at: At, x: jax.Array) -> tuple[jax.Array, Any]:
         p = params[kind]
         with jax.named_scope("attention"):
             heads = ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i)

@@ -18,7 +18,7 @@ import optax
 
 from diffulex_jax.models.attention import AttentionPolicy, positions_of
 from diffulex_jax.models.base import Model, Params, logits
-from diffulex_jax.models.ops import Ops
+from diffulex_jax.models.ops import At, Ops
 from pallas_kernels import expert_choice
 from pallas_kernels.block_attention import masked_attention, split_heads
 from pallas_kernels.linear import linear, mlp
@@ -81,8 +81,8 @@ def predict(params: Params, model: Model, noisy: jax.Array, clean: jax.Array, *,
 def differentiable_ops(mask: jax.Array, *, balance: float = 0.0) -> Ops:
     """A layer's operations in forms that have gradients; ``mask`` ``[T, T]`` bool says what each query sees."""
 
-    def attend(layer: jax.Array, heads: jax.Array) -> tuple[jax.Array, tuple[()]]:
-        del layer
+    def attend(at: At, heads: jax.Array) -> tuple[jax.Array, tuple[()]]:
+        del at
         return masked_attention(*split_heads(heads), mask), ()
 
     def experts(x: jax.Array, stacks: Params, layer: jax.Array, router: expert_choice.Router) -> jax.Array:

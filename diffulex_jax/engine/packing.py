@@ -1,0 +1,119 @@
+"""Prompt blocks of many requests as the rows of few forwards, in the shapes that are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from diffulex_jax import decode
+from diffulex_jax.engine.request import Chunk, Tracked
+from diffulex_jax.state import Dims
+
+
+_RUN = 32  # tokens of a row where prompts may be cut: small blocks share one, and what their queries read of the pool
+
+
+class Shape(NamedTuple):
+    """What a forward over prompts is compiled for."""
+
+    rows: int
+    blocks: int
+
+
+class Packed(NamedTuple):
+    """The arrays that ``decode.prefill`` takes."""
+
+    tokens: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    written: np.ndarray
+    page_table: np.ndarray
+
+
+class Row(NamedTuple):
+    """A piece of a prompt: the blocks ``[first, end)`` of a request, of which those from ``written`` to ``last`` are to be written."""
+
+    request: Tracked
+    first: int
+    end: int
+    written: int
+    last: int
+
+
+def prefill_shapes(program: decode.Program, sizes: Sequence[int], *, budget: int) -> list[Shape]:
+    """The shapes that an engine compiles, smallest first; none where prompts are not prefilled.
+
+    Args:
+      program: what is compiled.
+      sizes: tokens of a forward, in order; see ``Kernels.prefill_tokens``. Those beyond the budget are left out, but for the first.
+      budget: tokens of prompts in a round of the scheduler, at the most.
+    """
+    dims = program.dims
+    if not program.attention.paged:
+        return []
+    most = -(-dims.positions // dims.block)
+    if not program.attention.chunkable:  # a row is a whole prompt: there is a shape for every power of two
+        most = min(most, -(-budget // dims.block))
+        return [Shape(1, 2**i) for i in range(1, max(2, (most - 1).bit_length() + 1))]
+    run = _blocks_of_a_row(dims)
+    needed = dims.slots * -(-most // run)
+    used = [size for size in sizes if size <= budget] or sizes[:1]
+    return [Shape(n, run) for n in sorted({min(needed, -(-size // (run * dims.block))) for size in used})]
+
+
+def pack(
+    program: decode.Program, shapes: Sequence[Shape], chunks: Sequence[Chunk], *, table_of: Callable[[Sequence[int]], np.ndarray]
+) -> Iterator[Packed]:
+    """The forwards that prefill ``chunks``, in order.
+
+    Args:
+      program: the static part.
+      shapes: those of :func:`prefill_shapes`.
+      chunks: what to write.
+      table_of: ``[P]`` int32 of a request's pages.
+    """
+    dims = program.dims
+    rows = [row for chunk in chunks for row in (_rows(chunk, dims) if program.attention.chunkable else [_whole(chunk, dims)])]
+    while rows:
+        fitting = [shape for shape in shapes if shape.blocks >= rows[0].end - rows[0].first]
+        shape = next((shape for shape in fitting if shape.rows >= len(rows)), max(fitting, key=lambda shape: shape.rows))
+        yield packed(dims, shape, rows[: shape.rows], table_of=table_of)
+        rows = rows[shape.rows :]
+
+
+def packed(dims: Dims, shape: Shape, rows: Sequence[Row], *, table_of: Callable[[Sequence[int]], np.ndarray]) -> Packed:
+    """At most ``shape.rows`` rows as the arrays of one forward; the others do not exist."""
+    arrays = Packed(
+        tokens=np.zeros((shape.rows, shape.blocks, dims.block), np.int32),
+        start=np.zeros(shape.rows, np.int32),
+        length=np.zeros(shape.rows, np.int32),
+        written=np.zeros((shape.rows, shape.blocks), bool),
+        page_table=np.stack([table_of([])] * shape.rows),
+    )
+    for i, row in enumerate(rows):
+        tokens = row.request.prompt[row.first * dims.block : row.end * dims.block]
+        arrays.tokens[i].reshape(-1)[: len(tokens)] = tokens
+        arrays.start[i], arrays.length[i] = row.first * dims.block, len(tokens)
+        arrays.written[i, row.written - row.first : row.last - row.first] = True
+        arrays.page_table[i] = table_of(row.request.pages)
+    return arrays
+
+
+def _rows(chunk: Chunk, dims: Dims) -> Iterator[Row]:
+    """The rows of a chunk. They begin at multiples of their length, also where the first blocks there are in the pool already: a block is
+    always computed beside the same ones before it, so its KV does not depend, to the bit, on how a prompt is cut."""
+    run, last = _blocks_of_a_row(dims), chunk.first + chunk.blocks
+    for first in range(chunk.first // run * run, last, run):
+        end = min(first + run, last)
+        yield Row(chunk.request, first, end, max(first, chunk.first), end)
+
+
+def _whole(chunk: Chunk, dims: Dims) -> Row:
+    """A whole prompt, what is left to decoding included: its other positions see it."""
+    return Row(chunk.request, 0, -(-len(chunk.request.prompt) // dims.block), chunk.first, chunk.first + chunk.blocks)
+
+
+def _blocks_of_a_row(dims: Dims) -> int:
+    return max(1, min(_RUN, dims.positions) // dims.block)
