@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 
 from diffulex_jax.errors import SettingError
@@ -33,10 +34,14 @@ def check(spec: ModelSpec, weights: str | None) -> None:
 
 
 def store(param: Param, weights: Form | None, *, kernels: Kernels, dtype: Any) -> Store | None:
-    """How a leaf is kept: quantised where ``weights`` names a form and its schema lets it be, else None, as it is."""
+    """How a leaf is kept: quantised where ``weights`` names a form and its schema lets it be, else None, as it is.
+
+    Entry after entry of the first axis is quantised: what is put into another order takes several times its room while that is done.
+    """
     if weights is None or not param.quantisable:
         return None
-    return functools.partial(grouped_matmul.stored, form=weights, backend=kernels.grouped_matmul, dtype=dtype)
+    one = functools.partial(grouped_matmul.stored, form=weights, backend=kernels.grouped_matmul, dtype=dtype)
+    return functools.partial(lax.map, one)
 
 
 def stored_bytes(param: Param, weights: Form | None, itemsize: int) -> int:
