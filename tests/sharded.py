@@ -23,12 +23,12 @@ from diffulex_jax import Engine, SamplingParams, decode, request_state
 from diffulex_jax.engine import programs
 from diffulex_jax.models.base import init, leaves
 from diffulex_jax.models.registry import model_of
-from diffulex_jax.parallel.mesh import make_mesh, sharding
+from diffulex_jax.parallel.mesh import add_up, first_index, make_mesh, sharding, spec, spread
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import POOL_AXES, STATE_AXES, KVPool
 from diffulex_jax.strategies import dmax, fast_dllm_v2
 from diffulex_jax.weights import checkpoint
-from pallas_kernels import prediction
+from pallas_kernels import grouped_matmul, prediction
 
 
 MODEL = model_of(
@@ -171,6 +171,33 @@ def loads(meshes):
         return {name: {size: loaded(make_mesh(**axes), folder, most) for size, most in sizes.items()} for name, axes in meshes.items()}
 
 
+def quantised(axes):
+    """Whether experts quantised onto a mesh are those of one device, each device with its share, and whether they compute the same."""
+    mesh, split = make_mesh(**axes), spec(*leaves(MODEL.schema)["moe", "experts_down"].axes)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(folder, MODEL, init(MODEL, jax.random.key(0), scale=0.3), dtype="float32")
+        one, shared = (checkpoint.load(folder, at, weights="int4")[1]["moe"] for at in (make_mesh(), mesh))
+    stacks = [[params[name] for name in ("experts_gate_up", "experts_down")] for params in (one, shared)]
+    rng = np.random.default_rng(0)
+    x, weights = rng.standard_normal((5, 32)).astype(np.float32), rng.random((5, 2), np.float32)
+    ids = np.stack([rng.permutation(8)[:2] for _ in range(5)]).astype(np.int32)
+
+    def run(x, ids, weights, *stacks):
+        first = first_index("expert", stacks[1].shape[1])
+        return add_up(grouped_matmul.expert_mlp(x, ids, weights, *stacks, layer=1, first_expert=first), "expert")
+
+    with jax.set_mesh(mesh):
+        every = PartitionSpec()
+        got = jax.jit(spread(run, (every, every, every, split, split), every))(x, ids, weights, *stacks[1])
+    want = grouped_matmul.expert_mlp(x, ids, weights, *stacks[0], layer=1)
+    arrays = [jax.tree.leaves(each) for each in stacks]
+    return {
+        "same": all(np.array_equal(a, b) for a, b in zip(*arrays, strict=True)),
+        "held": max(a.addressable_shards[0].data.size / a.size for a in arrays[1]),
+        "computed": bool(np.allclose(got, want, rtol=1e-5, atol=1e-5)),
+    }
+
+
 def engines(meshes):
     """Whether engines over ``meshes``, given as text, generate what one on a single device does, and what is said of a bad one."""
     rng = np.random.default_rng(0)
@@ -214,6 +241,10 @@ if __name__ == "__main__":
     found = {name: difference(single, decoded(make_mesh(**axes))) for name, axes in meshes.items()}
     single_next = decoded(make_mesh(), NEXT, fast_dllm_v2())
     found |= {f"{name}, next": difference(single_next, decoded(make_mesh(**axes), NEXT, fast_dllm_v2())) for name, axes in meshes.items()}
-    found |= {"loads": loads(meshes), "engines": engines(["data=2,expert=2,tensor=2", "data=4", "tensor=2"])}
+    found |= {
+        "loads": loads(meshes),
+        "quantised": quantised(meshes["1x4x2"]),
+        "engines": engines(["data=2,expert=2,tensor=2", "data=4", "tensor=2"]),
+    }
     generated = {"generated": int((single[0] != MASK).sum()), "generated, next": int((single_next[0] != MASK).sum())}
     print(json.dumps(found | generated | {"shared_vocabulary": shared_vocabulary()}))

@@ -56,6 +56,10 @@ def test_a_checkpoint_is_read_onto_a_mesh(found, mesh, size):
     assert read["held"] < 0.5
 
 
+def test_quantised_experts_are_shared_as_plain_ones(found):
+    assert found["quantised"] == {"same": True, "held": 1 / 8, "computed": True}
+
+
 def test_an_engine_over_a_mesh_that_is_given_as_text(found):
     """Its pool is too small for all at once: requests give way and come back, to another shard perhaps."""
     assert found["engines"]["same"] == {"data=2,expert=2,tensor=2": True, "data=4": True, "tensor=2": True}
