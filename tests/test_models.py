@@ -235,12 +235,16 @@ def test_reading_and_writing_hold_a_part_of_the_model_at_a_time(tmp_path, monkey
     assert read == model
     jax.tree.map(np.testing.assert_array_equal, got, params)
     mapped: list[int] = []
+    order: list[tuple[str, ...]] = []
 
     def watched(host, part, tensor):
+        order.append(part.leaf)
         if not part.at[:1] or part.at == (0,):  # a few of the many
             mapped.append(resident_of(tmp_path))
         put(host, part, tensor)
 
     monkeypatch.setattr(checkpoint.names, "put", watched)
     checkpoint.load(tmp_path, make_mesh())
+    stacked = [leaf[0] in ("dense", "moe") for leaf in order]
+    assert True in stacked and stacked == sorted(stacked)  # what is held whole goes first, while there is little else
     assert max(mapped) < total / 2  # the system maps more around what is read

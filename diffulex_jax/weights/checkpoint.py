@@ -147,7 +147,8 @@ def load(
             parts[part.leaf].append((tensor.name, part))
     tree: Params = {}
     with tqdm(total=sum(map(len, parts.values())), disable=not progress, desc="loading", unit="tensor") as bar:
-        for leaf, param in params.items():
+        # What is no stack is on the host whole, beside its copy: it goes first, while there is little else.
+        for leaf, param in sorted(params.items(), key=lambda item: item[1].axes[0] == "layer"):
             node = functools.reduce(lambda node, key: node.setdefault(key, {}), leaf[:-1], tree)
             of = {"dtype": np.dtype(param.dtype or dtype), "keep": store(param, weights, kernels=kernels, dtype=dtype)}
             node[leaf[-1]] = _built(param, parts[leaf], read, mesh, **of, step=bar.update)
