@@ -13,6 +13,9 @@ from diffulex_jax.models.ops import machine_ops
 from diffulex_jax.models.registry import model_of
 from pallas_kernels import REFERENCE, choose
 from pallas_kernels.block_attention import split_heads
+from pallas_kernels.grouped_matmul import is_quantised
+from pallas_kernels.grouped_matmul.stacks import plain as plain_stack
+from pallas_kernels.quantised.words import Packed
 
 
 MODEL = model_of(
@@ -50,9 +53,12 @@ def attend_with(pending):
     return attend
 
 
-@pytest.mark.parametrize("pending", [0, 32])
-def test_layers_of_the_hopper_kernels_are_the_layers(key, relative_error, pending):
-    params = random_params(MODEL, jnp.bfloat16)
+@pytest.mark.parametrize(("pending", "weights"), [(0, None), (32, None), (0, "int8"), (32, "int8"), (0, "int4"), (32, "int4")])
+def test_layers_of_the_hopper_kernels_are_the_layers(key, relative_error, pending, weights):
+    """With quantised experts too, beside a shared one that is not: against the weights that they stand for."""
+    own = choose(jax.devices()[0]).for_layers(jnp.bfloat16)
+    params = random_params(MODEL, jnp.bfloat16, weights=weights, kernels=own)
+    assert isinstance(params["moe"]["experts_down"], Packed) == (weights is not None)
     params["moe"]["router"] *= 40  # scores far enough apart that rounding seldom changes a choice
     x = jax.random.normal(key, (3, 64, 512), jnp.bfloat16)
     positions, valid = jnp.arange(64) + jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 64), bool).at[1, 40:].set(False)
@@ -61,9 +67,9 @@ def test_layers_of_the_hopper_kernels_are_the_layers(key, relative_error, pendin
     def hidden(params, x, kernels):
         return MODEL.layers(params, x, positions, machine_ops(kernels, attend_with(pending), pending=pending, valid=valid))
 
-    plain_kernels, own = REFERENCE._replace(grouped_matmul="dense"), choose(jax.devices()[0]).for_layers(jnp.bfloat16)
+    plain_kernels = REFERENCE._replace(grouped_matmul="dense")
     (plain, plain_kv), (got, got_kv) = hidden(params, x, plain_kernels), hidden(params, x, own)
-    wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+    wide = jax.tree.map(lambda a: plain_stack(a, jnp.float32).astype(jnp.float32), params, is_leaf=is_quantised)
     with jax.default_matmul_precision("highest"):
         exact = hidden(wide, x.astype(jnp.float32), plain_kernels)[0]
 
@@ -72,7 +78,9 @@ def test_layers_of_the_hopper_kernels_are_the_layers(key, relative_error, pendin
         off = jnp.linalg.norm(rows.astype(jnp.float32) - exact, axis=-1) / jnp.linalg.norm(exact, axis=-1)
         return float(jnp.median(off[valid]))
 
-    print(f"relative error of four layers, {pending} pending tokens: {error(got):.5f}, of plain XLA in bfloat16 {error(plain):.5f}")
+    print(
+        f"relative error of four layers, {weights} experts, {pending} pending tokens: {error(got):.5f}, of plain XLA in bfloat16 {error(plain):.5f}"
+    )
     assert error(got) < 1.5 * error(plain)
     assert error(plain) < 3e-2
     for a, b in zip(got_kv, plain_kv, strict=True):
