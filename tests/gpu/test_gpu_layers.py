@@ -78,10 +78,8 @@ def test_layers_of_the_hopper_kernels_are_the_layers(key, relative_error, pendin
         off = jnp.linalg.norm(rows.astype(jnp.float32) - exact, axis=-1) / jnp.linalg.norm(exact, axis=-1)
         return float(jnp.median(off[valid]))
 
-    print(
-        f"relative error of four layers, {weights} experts, {pending} pending tokens: {error(got):.5f}, of plain XLA in bfloat16 {error(plain):.5f}"
-    )
-    assert error(got) < 1.5 * error(plain)
+    print(f"relative error of four layers, {weights} experts, {pending} pending: {error(got):.5f}, of plain XLA {error(plain):.5f}")
+    assert error(got) < (2 if weights == "int4" else 1.5) * error(plain)  # int4 rounds weights to bfloat16 once more
     assert error(plain) < 3e-2
     for a, b in zip(got_kv, plain_kv, strict=True):
         assert a.shape == b.shape
