@@ -77,6 +77,9 @@ def asked(monkeypatch):
             seen.update(model=model, engine=settings)
             return cls()
 
+        def warm_up(self, prompts, params):
+            seen.update(warmed_up=prompts)
+
         def generate(self, prompts, params):
             seen.update(prompts=prompts, params=params)
             return [ANSWER] * (params.n * len(prompts))
@@ -115,7 +118,9 @@ def test_settings_of_several_values_are_given_several_times(asked):
 
 
 def test_every_engine_setting_is_an_option(asked):
-    settings = {"strategy": "llada2", "mesh": None} | {f.name: f.default for f in dataclasses.fields(EngineConfig) if f.name != "max_slots"}
+    """But for those that follow from the prompts: how many there are, and what they need compiled."""
+    chosen = {"max_slots": 1, "warm_up": False}
+    settings = {"strategy": "llada2", "mesh": None} | {f.name: f.default for f in dataclasses.fields(EngineConfig) if f.name not in chosen}
     elsewhere = {name: settings.pop(name) for name in ("cache", "sub_block_cache")}  # of other models, and refused for this one
     names = {"strategy": "dmax", "dtype": "bfloat16", "kernels": "reference", "attention": "prefix_full", "mesh": "tensor=1"}
     names |= {"weights": "int8"}
@@ -127,8 +132,8 @@ def test_every_engine_setting_is_an_option(asked):
     arguments += [f"--{'no-' * default}{name.replace('_', '-')}" for name, default in flags.items()]
     assert run("generate", "--prompt-ids", "5, 6", *arguments).exit_code == 0
     assert asked["model"] == "embedded"
-    assert asked["engine"] == wanted | elsewhere | {"max_slots": 1}
-    assert asked["prompts"] == [[5, 6]]
+    assert asked["engine"] == wanted | elsewhere | chosen
+    assert asked["prompts"] == asked["warmed_up"] == [[5, 6]]
     for name, value in (("cache", "dual"), ("sub_block_cache", "8")):
         refused = run("generate", "--prompt-ids", "5", f"--{name.replace('_', '-')}", value)
         assert refused.exit_code == 2 and f"error: {name}=" in refused.output and "is not for this model" in refused.output
@@ -329,7 +334,7 @@ def test_help_is_whole_and_comes_at_once(args):
     assert max(map(len, done.stdout.splitlines())) <= 80
     if args == ["generate", "--help"]:
         for field in (*dataclasses.fields(SamplingParams), *dataclasses.fields(EngineConfig)):
-            assert field.name == "max_slots" or f"--{field.name.replace('_', '-')} " in done.stdout
+            assert field.name in ("max_slots", "warm_up") or f"--{field.name.replace('_', '-')} " in done.stdout
         titles = [line for line in done.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
         assert titles == ["Arguments:", "Options:", "The request:", "Decoding:", "The engine:"]
     if args == ["aot", "--help"]:
@@ -384,9 +389,9 @@ def test_importing_the_package_imports_no_jax():
 
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5, 5.0, 8.0])
 def test_ctrl_c_ends_at_once_with_130_at_any_moment(seconds, tmp_path):
-    """While importing, loading and compiling: nothing is cached here. Destroying XLA while its threads compile would crash."""
+    """While importing, loading, compiling and decoding: nothing is cached here. Destroying XLA while its threads compile would crash."""
     cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "DIFFULEX_JAX_CACHE": "off"}
-    process = start("generate", "--max-tokens", "200", "--ignore-eos", "What is 1 + 2?", env=cold)
+    process = start("generate", "--max-tokens", "200", "--ignore-eos", *["What is 1 + 2?"] * 200, env=cold)
     time.sleep(seconds)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)

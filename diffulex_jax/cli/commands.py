@@ -75,7 +75,7 @@ _PROMPT = "The prompt as text; several are answered in order. '-', or none at al
 
 
 @app.command(cls=PlainCommand)
-@settings_as_options(SamplingParams, EngineConfig, leave_out=("max_slots",))
+@settings_as_options(SamplingParams, EngineConfig, leave_out=("max_slots", "warm_up"))
 def generate(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help=_PROMPT)] = None,
     *,
@@ -104,7 +104,8 @@ def generate(
 
             configured = EngineConfig(max_slots=slots, **engine_settings)
             asked = preflight.prepare(model, strategy, asked, chat=chat, sampling=sampling, settings=configured)
-            engine = Engine.from_pretrained(model, strategy=strategy, max_slots=slots, mesh=mesh, **engine_settings)
+            engine = Engine.from_pretrained(model, strategy=strategy, max_slots=slots, mesh=mesh, warm_up=False, **engine_settings)
+            engine.warm_up(asked, sampling)
         start_seconds = time.perf_counter() - began
         outputs = engine.generate(asked, sampling)
     if not as_json:
@@ -132,7 +133,7 @@ _CACHE = "Keeps compiled programs. Default: $DIFFULEX_JAX_CACHE, or the user's c
 
 
 @app.command(cls=PlainCommand)
-@settings_as_options(EngineConfig, ServerSettings)
+@settings_as_options(EngineConfig, ServerSettings, leave_out=("warm_up",))
 def serve(
     *,
     model: _Model = "embedded",

@@ -222,7 +222,7 @@ def _check_sub_blocks(spec: ModelSpec, strategy: Strategy, settings: EngineConfi
 
 
 def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memory_share: float) -> Parts:
-    """Compiles everything an engine will run.
+    """Makes what an engine consists of, and compiles what it will run where the settings ask for it.
 
     Raises:
       ValueError: for a setting that will not do, naming it.
@@ -255,6 +255,8 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         steps_per_dispatch=s.steps_per_dispatch,
         eos_ids=network.eos_ids,
     )
+    if s.warm_up:
+        own.warm_up()
     device = Mirror(own) if hosts.several() else own
     # The KV of a block depends on these; on the strategy it does not.
     same_kv = {

@@ -49,6 +49,8 @@ class EngineConfig:
       max_batched_tokens: tokens of prompts and windows processed in one step, at the most; but prompts get a quarter of it at least.
       prefix_cache: reuse the KV of blocks that begin a prompt as an earlier request did.
       steps_per_dispatch: denoise steps the device runs before the host looks.
+      warm_up: compile every program when the engine is built, so that no request waits for one. Otherwise each is compiled when it is first
+        needed, and the first answers come sooner; see ``Engine.warm_up``.
       kernels: ``"auto"``, the fastest for the device (``diffulex-jax doctor`` names them), or ``"reference"``, plain XLA.
     """
 
@@ -67,6 +69,7 @@ class EngineConfig:
     max_batched_tokens: int = 2048
     prefix_cache: bool = True
     steps_per_dispatch: int = 8
+    warm_up: bool = True
     kernels: str = "auto"
 
     def __post_init__(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,18 @@ class Desk:
         """A number that no other request has."""
         self._last_id = next(self._ids)
         return self._last_id
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Keeps requests out for the time of a ``with``.
+
+        Raises:
+          RuntimeError: when some are queued or running.
+        """
+        with self._turns.mine():
+            if self.requests:
+                raise RuntimeError(f"{len(self.requests)} requests are queued or running; this needs an engine that has none")
+            yield
 
     def add(self, requests: Sequence[Tracked]) -> list[int]:
         """Queues requests for :meth:`step`; returns their ids."""

@@ -34,7 +34,12 @@ class Launched(NamedTuple):
 
 
 class JaxDevice:
-    """Implements ``scheduler.Device`` on a mesh. Compiles everything when built."""
+    """Implements ``scheduler.Device`` on a mesh.
+
+    Attributes:
+      pool, state: what is on the device.
+      saved_structure: a ``Saved`` with shapes and dtypes for arrays; how many pages one holds differs.
+    """
 
     def __init__(
         self,
@@ -69,7 +74,26 @@ class JaxDevice:
         self._jit_denoise = {g: jit_denoise(program._replace(greedy=g), mesh, dtype=dtype, steps=steps_per_dispatch) for g in kinds}
         with jax.set_mesh(mesh):
             self.pool, self.state = jax.jit(lambda: empty(program, dtype, num_pages), out_shardings=(on_pool, on_slots))()
-        self._warm_up()
+            row = jax.eval_shape(request_state.take, self.state, np.int32(0))
+            kv = jax.eval_shape(_read_pages, self.pool, self._table([]))
+        self.saved_structure = request_state.Saved(row, kv.k, kv.v)
+
+    def warm_up(self, requests: Sequence[Tracked] | None = None) -> None:
+        """Compiles what requests need, by default every program there is, by running each once on nothing. No slot may be in use."""
+        shapes = self._prefill_shapes
+        for shape in shapes if requests is None else packing.shapes_for(self.program, shapes, requests):
+            self._prefill(packing.packed(self.program.dims, shape, [], table_of=self._table))
+        probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(seed=0).resolve(), slot=0)
+        self.admit(probe)
+        if requests is None or self.num_pages < self.program.dims.slots * self.program.dims.pages_per_slot:  # some may be set aside
+            probe.saved = self.save(probe)
+            self.restore(probe)
+        if requests is None or any(request.wants_sequence for request in requests):
+            self.read(probe)
+        self.release(0)
+        kinds = set(self._jit_denoise) if requests is None else {request.params.temperature == 0 for request in requests}
+        for greedy in sorted(kinds):
+            jax.block_until_ready(self._dispatch(Plan(self._pages, self._known, max_steps=1, stop_on_finish=False), greedy=greedy))
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         for packed in packing.pack(self.program, self._prefill_shapes, chunks, table_of=self._table):
@@ -132,7 +156,7 @@ class JaxDevice:
         return unpack_report(np.asarray(launched.report))
 
     def _dispatch(self, plan: Plan, *, greedy: bool) -> tuple[jax.Array, Trace]:
-        denoise = self._jit_denoise[greedy and True in self._jit_denoise]
+        denoise = self._jit_denoise.get(greedy, self._jit_denoise[False])
         with jax.set_mesh(self.mesh):
             self.pool, self.state, report, trace = denoise(self._params, self.pool, self.state, plan.pack())
         return report, trace
@@ -164,19 +188,6 @@ class JaxDevice:
     def _prefill(self, packed: packing.Packed) -> None:
         with jax.set_mesh(self.mesh):
             self.pool = self._jit_prefill(self._params, self.pool, **packed._asdict())
-
-    def _warm_up(self) -> None:
-        """Compiles every shape there will be, by running each once on nothing."""
-        for shape in self._prefill_shapes:
-            self._prefill(packing.packed(self.program.dims, shape, [], table_of=self._table))
-        probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(seed=0).resolve(), slot=0)
-        self.admit(probe)
-        probe.saved = self.saved_structure = self.save(probe)
-        self.restore(probe)
-        self.read(probe)
-        self.release(0)
-        for greedy in self._jit_denoise:
-            jax.block_until_ready(self._dispatch(Plan(self._pages, self._known, max_steps=1, stop_on_finish=False), greedy=greedy))
 
 
 def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, DecodeState]:

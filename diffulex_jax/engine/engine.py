@@ -47,7 +47,7 @@ class Engine:
         memory_share: float = 1.0,
         **settings: Any,
     ):
-        """Compiles everything it will run; see ``compile_cache`` for where that is kept.
+        """Compiles everything it will run, unless ``warm_up=False``; see ``compile_cache`` for where that is kept.
 
         Args:
           model: the network.
@@ -75,7 +75,7 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, model: str, *, strategy: AnyStrategy | None = None, mesh: Mesh | str | None = None, **settings: Any) -> Engine:
-        """Loads a model and compiles everything it will run.
+        """Loads a model and compiles everything it will run, unless ``warm_up=False``.
 
         Args:
           model: a Hugging Face directory, ``"embedded"``, or a hub id.
@@ -102,6 +102,22 @@ class Engine:
             for chosen, share in zip(found, shares, strict=True)
         }
 
+    def warm_up(self, prompts: Sequence[Prompt] | str, params: AnyParams | None = None) -> None:
+        """Compiles what these prompts need that is not compiled yet, so that decoding them does not wait for it.
+
+        For an engine built with ``warm_up=False``, before it is given requests.
+
+        Args:
+          prompts, params: as for :meth:`generate`.
+
+        Raises:
+          ValueError: naming the prompt and what is wrong with it.
+          RuntimeError: while requests are queued or running.
+        """
+        requests = self._requests(prompts, params, trace=False)
+        with self._desk.at_rest():
+            self._device.warm_up(requests)
+
     def generate(
         self, prompts: Sequence[Prompt] | str, params: AnyParams | None = None, *, progress: bool = False, trace: bool = False
     ) -> list[Output]:
@@ -116,8 +132,7 @@ class Engine:
         Raises:
           ValueError: naming the prompt and what is wrong with it, before anything is computed.
         """
-        pairs = enumerate(paired(prompts, SamplingParams() if params is None else params))
-        requests = [request for i, (prompt, p) in pairs for request in self._admit(prompt, p, name=f"prompt {i}", trace=trace)]
+        requests = self._requests(prompts, params, trace=trace)
         with contextlib.closing(self._desk.finish(requests)) as finished:
             outputs = dict(with_progress(finished, total=len(requests)) if progress else finished)
         return [outputs[request.id] for request in requests]
@@ -194,6 +209,11 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Counters and gauges: requests, pages, prefix cache lookups in blocks, preemptions."""
         return self._scheduler.stats
+
+    def _requests(self, prompts: Sequence[Prompt] | str, params: AnyParams | None, *, trace: bool) -> list[Tracked]:
+        """The requests of prompts, checked; not queued yet."""
+        pairs = enumerate(paired(prompts, SamplingParams() if params is None else params))
+        return [request for i, (prompt, p) in pairs for request in self._admit(prompt, p, name=f"prompt {i}", trace=trace)]
 
     def _admit(self, prompt: Prompt, params: SamplingParams, *, name: str, trace: bool) -> list[Tracked]:
         """The requests of a prompt, checked; not queued yet."""

@@ -74,13 +74,20 @@ def pack(
       chunks: what to write.
       table_of: ``[P]`` int32 of a request's pages.
     """
-    dims = program.dims
-    rows = [row for chunk in chunks for row in (_rows(chunk, dims) if program.attention.chunkable else [_whole(chunk, dims)])]
+    rows = _all_rows(program, chunks)
     while rows:
-        fitting = [shape for shape in shapes if shape.blocks >= rows[0].end - rows[0].first]
-        shape = next((shape for shape in fitting if shape.rows >= len(rows)), max(fitting, key=lambda shape: shape.rows))
-        yield packed(dims, shape, rows[: shape.rows], table_of=table_of)
+        shape = _shape(shapes, rows[0].end - rows[0].first, len(rows))
+        yield packed(program.dims, shape, rows[: shape.rows], table_of=table_of)
         rows = rows[shape.rows :]
+
+
+def shapes_for(program: decode.Program, shapes: Sequence[Shape], requests: Sequence[Tracked]) -> list[Shape]:
+    """Those of ``shapes`` in which prompts may be prefilled, in whatever company, and however much of them is found in cached pages."""
+    if not shapes:
+        return []
+    rows = _all_rows(program, [Chunk(r, 0, blocks) for r in requests if (blocks := len(r.prompt) // program.dims.block)])
+    lengths = {row.end - row.first for row in rows}
+    return sorted({_shape(shapes, blocks, count) for blocks in lengths for count in range(1, len(rows) + 1)})
 
 
 def packed(dims: Dims, shape: Shape, rows: Sequence[Row], *, table_of: Callable[[Sequence[int]], np.ndarray]) -> Packed:
@@ -99,6 +106,17 @@ def packed(dims: Dims, shape: Shape, rows: Sequence[Row], *, table_of: Callable[
         arrays.written[i, row.written - row.first : row.last - row.first] = True
         arrays.page_table[i] = table_of(row.request.pages)
     return arrays
+
+
+def _all_rows(program: decode.Program, chunks: Sequence[Chunk]) -> list[Row]:
+    dims = program.dims
+    return [row for chunk in chunks for row in (_rows(chunk, dims) if program.attention.chunkable else [_whole(chunk, dims)])]
+
+
+def _shape(shapes: Sequence[Shape], blocks: int, rows: int) -> Shape:
+    """The smallest shape that takes so many rows, the first of them of ``blocks`` blocks; where none takes all, the largest."""
+    fitting = [shape for shape in shapes if shape.blocks >= blocks]
+    return next((shape for shape in fitting if shape.rows >= rows), max(fitting, key=lambda shape: shape.rows))
 
 
 def _rows(chunk: Chunk, dims: Dims) -> Iterator[Row]:
