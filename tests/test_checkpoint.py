@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from scripted import MODEL, RAW
 
 from diffulex_jax import Engine
-from diffulex_jax.models.base import Model, is_param
+from diffulex_jax.models.base import Model, is_param, leaves
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.weights import checkpoint
@@ -255,6 +255,29 @@ def test_a_directory_goes_before_the_hub(monkeypatch, tiny):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_a, **_k: pytest.fail("asked the hub"))
     assert checkpoint.resolve(str(tiny)) == tiny
     assert (checkpoint.resolve("embedded") / "config.json").is_file()
+
+
+def test_a_host_reads_no_experts_but_those_of_its_devices(tiny, monkeypatch):
+    read, mine, count = [], slice(2, 4), RAW["num_experts"]
+
+    def reader(path, model):
+        real = checkpoint_reader(path, model)
+        return lambda name: read.append(name) or real(name)
+
+    def held_here(where, shape):
+        names = where.spec + (None,) * (len(shape) - len(where.spec))
+        return [tuple(mine if name == ("expert", "tensor") and n == count else slice(None) for name, n in zip(names, shape, strict=True))]
+
+    checkpoint_reader, whole = checkpoint._reader, load(tiny)[1]
+    monkeypatch.setattr(checkpoint, "_reader", reader)
+    monkeypatch.setattr(checkpoint, "_held_here", held_here)
+    part = load(tiny)[1]
+    experts = {int(name.split(".experts.")[1].split(".")[0]) for name in read if ".experts." in name}
+    assert experts == set(range(mine.start, mine.stop)) < set(range(count))
+    assert any("mlp.gate.weight" in name for name in read) and WORDS in read
+    for leaf in ("experts_gate_up", "experts_down"):
+        want, got = (next(value for path, value in leaves(params).items() if path[-1] == leaf) for params in (whole, part))
+        same(got[:, mine], want[:, mine])
 
 
 def test_the_mesh_has_the_parameters(tiny):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -120,7 +121,8 @@ def load(
 ) -> tuple[Model, Params]:
     """Reads a model directory and places its parameters on ``mesh``.
 
-    The host holds one piece of one leaf at a time, :data:`HOST_BYTES` or a layer where that is more, and as much of the mapped files.
+    The host holds one piece of one leaf at a time, :data:`HOST_BYTES` or a layer where that is more, and as much of the mapped files. It
+    reads no expert that only other hosts' devices hold.
 
     Args:
       path: the directory.
@@ -227,6 +229,7 @@ def _built(
     count = param.shape[0] if stacked else 1
     layer_bytes = int(np.prod(param.shape)) * dtype.itemsize // count
     at_once = min(count, max(1, HOST_BYTES // max(1, layer_bytes)))
+    here = _held_here(where, param.shape)
     of_layer: dict[int, list[tuple[str, names.Part]]] = collections.defaultdict(list)
     for name, part in parts:
         layer = part.at[0] if stacked else 0
@@ -239,18 +242,23 @@ def _built(
         for layer in layers:
             tensor, held = None, ""
             for name, part in of_layer[layer]:
+                step(1)
+                if not _is_held(part.at, here):
+                    continue
                 if name != held:  # the parts of a tensor follow each other
                     tensor, held = read(name), name
                 assert tensor is not None
                 names.put(host[layer - first] if stacked else host, part._replace(at=part.at[stacked:]), tensor)
-                step(1)
         return host
+
+    def placed(host: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
     def kept(piece: jax.Array) -> Any:
         return piece if keep is None else keep(piece)
 
     if at_once == count and keep is None:
-        return jax.device_put(piece(0), where)
+        return placed(piece(0))
     whole = jax.eval_shape(kept, jax.ShapeDtypeStruct(param.shape, dtype))
 
     def put(leaf: Any, piece: jax.Array, at: jax.Array) -> Any:
@@ -260,8 +268,23 @@ def _built(
         leaf = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), whole), out_shardings=where)()
         jitted = jax.jit(put, donate_argnums=0, out_shardings=where)
         for first in range(0, count, at_once):
-            leaf = jitted(leaf, jax.device_put(piece(first), where), first)
+            leaf = jitted(leaf, placed(piece(first)), first)
     return leaf
+
+
+def _held_here(where: Sharding, shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """The parts of an array that devices of this host hold."""
+    return [part for part in where.addressable_devices_indices_map(shape).values() if part is not None]
+
+
+def _is_held(at: names.Index, held: Iterable[tuple[slice, ...]]) -> bool:
+    """Whether what stands at ``at`` of a leaf is in one of its parts ``held``: on a pod most experts are other hosts'."""
+
+    def overlaps(part: tuple[slice, ...]) -> bool:
+        before_ellipsis = itertools.takewhile(lambda pair: pair[0] is not Ellipsis, zip(at, part, strict=False))
+        return all(not isinstance(i, int) or i in range(s.stop or i + 1)[s] for i, s in before_ellipsis)
+
+    return any(map(overlaps, held))
 
 
 def _reader(path: pathlib.Path, model: Model) -> Read:
