@@ -55,6 +55,7 @@ SLOW = (
     "kernels/test_grouped_matmul.py",
     "test_quantised_experts.py",
     "kernels/test_block_attention.py",
+    "test_bench_e2e.py",
     "test_requests.py",
     "test_training.py",
     "test_notebooks.py",
