@@ -4,7 +4,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 get off. How many people are on the bus?
 
-.PHONY: run test test-fast test-gpu test-soak notebooks browser clean
+.PHONY: run test test-fast test-pods test-gpu test-soak notebooks browser clean
 
 # Answers a question with the model that comes with the package.
 run: $(VENV)/.installed
@@ -19,7 +19,11 @@ test: $(VENV)/.installed-dev browser
 
 # The tests without those that take long, in a minute and a half: rules, scheduler, pages, configs, checkpoints, settings, small kernels.
 test-fast: $(VENV)/.installed-dev
-	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not pods"
+
+# What is compiled for every generation of TPUs and every pod that diffulex_jax/planning/pods.md lists. Half an hour.
+test-pods: $(VENV)/.installed-dev
+	$(VENV)/bin/pytest -n 2 --dist load tests/aot -m pods
 
 # The kernels against their references on a Hopper GPU; PYTHON is one whose JAX sees it.
 test-gpu:

@@ -41,7 +41,7 @@ SLOW = (
     "test_engine.py",
     "test_properties.py",
     "test_bench_step.py",
-    "aot/test_small_chips.py",
+    "aot/test_plan.py",
     "test_dream.py",
     "test_golden_fast_dllm.py",
     "test_golden_llada2.py",

@@ -24,12 +24,13 @@ from typer.testing import CliRunner
 import diffulex_jax
 from diffulex_jax import Output, SamplingParams, cli
 from diffulex_jax.async_serving import AsyncEngine
-from diffulex_jax.bench import aot, decode
+from diffulex_jax.bench import decode
 from diffulex_jax.bench.shapes import SHAPES, shape_model
 from diffulex_jax.cli import options
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models.base import leaves
+from diffulex_jax.planning.plan import plan
 from diffulex_jax.strategies import STRATEGIES
 from diffulex_jax.weights import checkpoint
 from diffulex_jax.weights.checkpoint import EMBEDDED
@@ -320,7 +321,7 @@ def test_the_installed_command_is_this_one():
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["generate", "--help"], ["serve", "--help"], ["aot", "--help"], ["bench", "decode", "--help"]]
+    "args", [["--help"], ["generate", "--help"], ["serve", "--help"], ["plan", "--help"], ["bench", "decode", "--help"]]
 )
 def test_help_is_whole_and_comes_at_once(args):
     """In a second of processor time, so that a busy machine does not matter, and without what takes seconds to import."""
@@ -337,7 +338,7 @@ def test_help_is_whole_and_comes_at_once(args):
             assert field.name in ("max_slots", "warm_up") or f"--{field.name.replace('_', '-')} " in done.stdout
         titles = [line for line in done.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
         assert titles == ["Arguments:", "Options:", "The request:", "Decoding:", "The engine:"]
-    if args == ["aot", "--help"]:
+    if args == ["plan", "--help"]:
         assert "diffulex-jax[tpu]" in done.stdout
 
 
@@ -355,14 +356,12 @@ def test_names_in_help_are_those_there_are():
     assert options.SHAPE_NAMES == tuple(SHAPES)
 
 
-@pytest.mark.parametrize(
-    ("command", "source"), [("serve", AsyncEngine.from_pretrained), ("aot", aot.compile_denoise)], ids=["serve", "aot"]
-)
+@pytest.mark.parametrize(("command", "source"), [("serve", AsyncEngine.from_pretrained), ("plan", plan)], ids=["serve", "plan"])
 def test_options_written_by_hand_have_the_defaults_of_what_they_set(command, source):
     (found,) = (c.callback for c in cli.app.registered_commands if (c.name or c.callback.__name__) == command)
     own, theirs = inspect.signature(found).parameters, inspect.signature(source).parameters
     shared = [name for name in own if name in theirs and theirs[name].default is not inspect.Parameter.empty]
-    named = {"silence_seconds", "tick_seconds"} if command == "serve" else {"data", "expert", "tensor", "context", "strategy", "block_size"}
+    named = {"silence_seconds", "tick_seconds"} if command == "serve" else {"slots", "max_len", "mesh", "dtype", "weights", "strategy"}
     assert named <= set(shared)
     for name in named:
         assert own[name].default == theirs[name].default, name

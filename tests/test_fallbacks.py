@@ -15,7 +15,7 @@ from pallas_kernels.target import Target
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-TPU, HOPPER = Target("tpu"), Target("gpu", 9.0)
+TPU, TPU7X, HOPPER = Target("tpu"), Target("tpu", kind="TPU7x"), Target("gpu", 9.0)
 LLADA2, SDAR, DREAM = "tiny-llada2", "families/tiny-sdar", "families/tiny-dream"
 needs_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Hopper kernels are for JAX 0.11 or newer")
 
@@ -31,6 +31,7 @@ def facts(checkpoint: str, target: Target, **settings):
         (SDAR, TPU, {"kernels": "reference"}, "", "block_attention linear prediction remask"),
         (DREAM, TPU, {}, "", "block_attention linear prediction"),  # a whole canvas, and confidences that no kernel knows
         # Pages of half a tile.
+        (LLADA2, TPU7X, {}, "block_attention grouped_matmul prediction remask", "expert_choice linear"),
         (LLADA2, TPU, {"page_size": 4}, "prediction remask", "block_attention expert_choice grouped_matmul linear"),
         # Heads of 16 and 32; few tokens choose their experts in XLA.
         pytest.param(SDAR, HOPPER, {"dtype": "bfloat16"}, "linear prediction", "block_attention remask", marks=needs_11),

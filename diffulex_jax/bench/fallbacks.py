@@ -117,6 +117,9 @@ def _operations(jaxpr: Any, scope: str = "") -> Iterator[str]:
         elif primitive not in ("jit", "pjit") and name in _NAMES:
             yield "grouped_matmul" if "expert_mlp" in here and _NAMES[name] == "linear" else _NAMES[name]
             continue
+        elif primitive == "pallas_call" and name is None and "expert_mlp" in here:
+            yield "grouped_matmul"  # JAX's own, which has no name
+            continue
         for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
                 yield from _operations(getattr(inner, "jaxpr", inner), here)

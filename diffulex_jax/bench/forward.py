@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from diffulex_jax.decode.canvas import canvas_forward
 from diffulex_jax.decode.forward import forward
@@ -14,6 +15,7 @@ from diffulex_jax.engine.build import plan
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.models.base import Model, Params, leaves
 from diffulex_jax.models.ops import Ops
+from diffulex_jax.parallel.mesh import ONE_DEVICE, parts
 from diffulex_jax.state import DecodeState, KVPool
 from diffulex_jax.strategies import Strategy
 from diffulex_jax.weights.quantise import stored_bytes
@@ -83,22 +85,31 @@ def touch_counter(program: Program) -> tuple[Callable[..., jax.Array], list[int]
     return count, counts
 
 
-def step_bytes(model: Model, itemsize: int, *, batch: int, context: int, experts: float, weights: Form | None = None) -> float:
-    """What a denoise step must read: each weight once, of the routed experts ``experts`` a layer, quantised as ``weights`` says, and the
-    cached context once, where the model's attention lets it be cached.
+def step_bytes(
+    model: Model,
+    itemsize: int,
+    *,
+    batch: int,
+    context: int,
+    experts: float,
+    weights: Form | None = None,
+    mesh: AbstractMesh = ONE_DEVICE,
+) -> float:
+    """What each device of ``mesh`` must read in a denoise step: each of its weights once, of the routed experts, quantised as ``weights``
+    says, ``experts`` a layer on all devices together, and the cached context once, where the model's attention lets it be cached.
 
     Activations stay in caches and are not counted, nor is the embedding, of which a few rows are looked up, unless it is the output
-    matrix too.
+    matrix too. ``batch`` are the rows of one index of ``data``.
     """
     total = 0.0
     for path, param in leaves(model.schema).items():
-        size = float(stored_bytes(param, weights, itemsize))
+        size = stored_bytes(param, weights, itemsize) / parts(mesh, param.axes)
         if "expert" in param.axes:
             size *= experts / param.shape[param.axes.index("expert")]
         total += 0 if path == ("embed",) and ("lm_head",) in leaves(model.schema) else size
     layers = model.spec.layers
     cached = context * batch if model.spec.attention.paged else 0
-    return total + 2 * layers.count * layers.kv_heads * layers.head_dim * cached * itemsize
+    return total + 2 * layers.count * layers.kv_heads * layers.head_dim * cached * itemsize / parts(mesh, ("kv_heads",))
 
 
 def expert_stacks(params: Params) -> list[Stack]:

@@ -35,6 +35,23 @@ _TINY = {
     "eos_token_id": 1020,
     "max_position_embeddings": 4096,
 }
+_MINI = {
+    "model_type": "llada2_moe",
+    "vocab_size": 157_184,
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "n_group": 8,
+    "topk_group": 4,
+    "mask_token_id": 156_895,
+    "eos_token_id": 156_892,
+}
 _SDAR = {
     "model_type": "sdar",
     "vocab_size": 151_936,
@@ -61,23 +78,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mask_token_id": 32_767,
         "eos_token_id": 32_766,
     },
-    # inclusionAI's LLaDA2.0-mini: 16.3 G parameters, 32.5 GB in bfloat16.
-    "llada2-mini": {
-        "model_type": "llada2_moe",
-        "vocab_size": 157_184,
-        "hidden_size": 2048,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 20,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 256,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 512,
-        "n_group": 8,
-        "topk_group": 4,
-        "mask_token_id": 156_895,
-        "eos_token_id": 156_892,
+    # inclusionAI's LLaDA2.0-mini: 16.3 G parameters, 32.5 GB in bfloat16; and LLaDA2.0-flash: 102.9 G, 206 GB.
+    "llada2-mini": _MINI,
+    "llada2-flash": _MINI
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "moe_intermediate_size": 1024,
     },
     # JetLM's SDAR-1.7B-Chat, SDAR-4B-Chat, SDAR-8B-Chat and SDAR-30B-A3B-Chat.
     "sdar-1.7b": _SDAR

@@ -1,4 +1,4 @@
-"""``diffulex-jax generate``, ``serve``, ``aot`` and ``doctor``; ``bench`` stands beside.
+"""``diffulex-jax generate``, ``serve``, ``plan`` and ``doctor``; ``bench`` stands beside.
 
 Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``EngineConfig``.
 """
@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import functools
 import json
+import os
 import pathlib
 import threading
 import time
@@ -68,6 +69,7 @@ _Mesh = Annotated[
     str | None,
     typer.Option(help="How devices share the work: data=2,expert=2,tensor=2. Default: one device.", rich_help_panel="The engine"),
 ]
+_PLAN_MESH = "How the devices are used: data=4,expert=2,tensor=2. Default: the smallest expert x tensor that fits, the rest to data."
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _STRATEGIES = f"{', '.join(STRATEGY_NAMES)}, or the import path of one of your own, my_module:my_rule"
 _USUAL = "Default: the one that the model's authors decode it with."
@@ -194,55 +196,36 @@ def serve(
         raise typer.Exit(code)
 
 
-_SLICE = "The slice"
-
-
-@app.command("aot", cls=PlainCommand)
-def aot_(
+@app.command("plan", cls=PlainCommand)
+def plan_(
     *,
-    topology: Annotated[str, typer.Option(help="A slice of TPUs: v5e:2x2, v5e:16x16, v6e:2x2, v5p:2x2x1, v4:2x2x1, tpu7x:2x2x1, ….")],
-    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPE_NAMES)}.")] = "llada2-mini",
+    model: Annotated[str, typer.Option(help=f"A Hugging Face directory, a hub id, 'embedded', or a shape: {', '.join(SHAPE_NAMES)}.")],
+    topology: Annotated[
+        str, typer.Option(help="A slice of v4, v5e, v5p, v6e or tpu7x by its chips, v5e:4x4, v5p:4x4x4; or h100:2, h200:8 of one host.")
+    ],
+    slots: Annotated[int, typer.Option(help="Requests decoded together, on all devices.")] = 64,
+    max_len: Annotated[int, typer.Option(help="Most tokens of a prompt and its output.")] = 4096,
+    mesh: Annotated[str | None, typer.Option(help=_PLAN_MESH)] = None,
+    dtype: Annotated[str, typer.Option(help="Of parameters, activations and the KV pool: bfloat16 or float32.")] = "bfloat16",
+    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8 or int4. Default: as --dtype.")] = None,
     strategy: Annotated[str | None, typer.Option(help=f"One of {_STRATEGIES}. {_USUAL}")] = None,
-    data: Annotated[
-        int | None, typer.Option(help="Devices over which slots and pages are split; default: all that are left.", rich_help_panel=_SLICE)
-    ] = None,
-    expert: Annotated[
-        int, typer.Option(help="Devices over which experts and vocabulary are split, beside those of tensor.", rich_help_panel=_SLICE)
-    ] = 1,
-    tensor: Annotated[
-        int | None, typer.Option(help="Devices over which heads are split too; default: by key/value heads.", rich_help_panel=_SLICE)
-    ] = None,
-    slots_per_device: Annotated[int, typer.Option(help="Requests decoded together, for each index of data.", rich_help_panel=_SLICE)] = 8,
-    context: Annotated[int, typer.Option(help="Positions of each slot.", rich_help_panel=_SLICE)] = 2048,
-    block_size: Annotated[int, typer.Option(help="Tokens in a block.")] = 32,
-    buffer_size: Annotated[int, typer.Option(help="Blocks denoised together.")] = 1,
-    steps_per_dispatch: Annotated[int, typer.Option(help="Denoise steps the device runs before the host looks.")] = 8,
     as_json: _AsJson = False,
 ) -> None:
-    """Compile for TPUs that are not there.
+    """Plan a model on devices that need not be there.
 
-    Says of the denoise loop: does it fit, and what is exchanged? Needs diffulex-jax[tpu].
+    Compiles the engine's denoise program for them, on this machine's CPU, and prints what a device has to hold, what a step exchanges, and
+    how long it might take. Compiling needs diffulex-jax[tpu] or diffulex-jax[cuda]; without, sizes are computed and the rest is estimated.
+    Exit code 1: it does not fit.
     """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX looks for devices: none is used
     with one_line_errors():
-        if shape not in SHAPE_NAMES:
-            raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPE_NAMES)}")
-        from diffulex_jax.bench import aot
-        from diffulex_jax.bench.shapes import shape_model
+        from diffulex_jax.planning import plan
 
-        compiled = aot.compile_denoise(
-            topology,
-            shape_model(shape),
-            strategy=strategy,
-            data=data,
-            expert=expert,
-            tensor=tensor,
-            slots_per_device=slots_per_device,
-            context=context,
-            block_size=block_size,
-            buffer_size=buffer_size,
-            steps_per_dispatch=steps_per_dispatch,
-        )
-        typer.echo(json.dumps(dataclasses.asdict(compiled) | {"fits": compiled.fits}) if as_json else aot.text(compiled))
+        made = plan.plan(model, topology, slots=slots, max_len=max_len, mesh=mesh, dtype=dtype, weights=weights, strategy=strategy)
+    typer.echo(json.dumps(dataclasses.asdict(made) | {"head_room": made.head_room}) if as_json else plan.text(made))
+    if made.missing:
+        typer.echo(f"error: {model} does not fit on {topology}: {made.missing} bytes are missing on each device", err=True)
+        raise typer.Exit(1)
 
 
 @app.command(cls=PlainCommand)

@@ -28,7 +28,7 @@ STRATEGY_NAMES = (
 """The names in ``strategies.STRATEGIES``, whose module takes JAX to import."""
 
 SHAPE_NAMES = (
-    *("tiny", "cpu-131m", "llada2-mini", "sdar-1.7b", "sdar-4b", "sdar-8b", "sdar-30b-a3b"),
+    *("tiny", "cpu-131m", "llada2-mini", "llada2-flash", "sdar-1.7b", "sdar-4b", "sdar-8b", "sdar-30b-a3b"),
     *("fast-dllm-v2-1.5b", "fast-dllm-v2-7b", "llada-8b", "llada-moe-7b-a1b", "dream-7b"),
 )
 """The names in ``bench.shapes.SHAPES``, likewise."""
@@ -49,7 +49,6 @@ _ORDER = (
     "Several hosts",
     "The server",
     "The load",
-    "The slice",
 )
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from diffulex_jax.errors import SettingError
 
@@ -59,7 +59,7 @@ def mesh_of(mesh: Mesh | str | None) -> Mesh:
       SettingError: for a text that is not such a list, other axes, or more devices than exist.
     """
     try:
-        made = mesh if isinstance(mesh, Mesh) else make_mesh(None, **({} if mesh is None else _sizes(mesh)))
+        made = mesh if isinstance(mesh, Mesh) else make_mesh(None, **({} if mesh is None else sizes_of(mesh)))
     except ValueError as error:
         raise SettingError("mesh", f"mesh={mesh!r}: {error}") from None
     if made.axis_names != MESH_AXES:
@@ -69,8 +69,12 @@ def mesh_of(mesh: Mesh | str | None) -> Mesh:
     return made
 
 
-def _sizes(text: str) -> dict[str, int]:
-    """``"expert=2,tensor=2"`` as ``{"expert": 2, "tensor": 2}``."""
+def sizes_of(text: str) -> dict[str, int]:
+    """The axes that a text names, ``"expert=2,tensor=2"``, and the devices of each.
+
+    Raises:
+      ValueError: for a text that is not such a list, or another axis.
+    """
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = (word.strip() for word in part.partition("="))
@@ -92,7 +96,21 @@ def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, spec(*axes))
 
 
-def check_split(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None], name: str) -> None:
+def abstract_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of :func:`make_mesh` without its devices: what is split, and over how many."""
+    return AbstractMesh((data, expert, tensor), MESH_AXES)
+
+
+ONE_DEVICE = abstract_mesh()
+
+
+def parts(mesh: Mesh | AbstractMesh, axes: Sequence[str | None]) -> int:
+    """In how many parts an array is split whose dimensions carry the logical names ``axes``."""
+    names = [name for split in spec(*axes) if split for name in ((split,) if isinstance(split, str) else split)]
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def check_split(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str | None], name: str) -> None:
     """Checks that every device of ``mesh`` gets an equal part of an array.
 
     Raises:

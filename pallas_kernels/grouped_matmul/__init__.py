@@ -21,7 +21,7 @@ from pallas_kernels.target import Target, is_hopper, pick
 
 __all__ = ["Backend", "Counted", "Stack", "choose_backend", "dense", "expert_mlp", "is_quantised", "stored"]
 
-Backend = Literal["dense", "ragged", "cpu", "gpu"]
+Backend = Literal["dense", "ragged", "cpu", "gpu", "tpu"]
 
 
 def _hopper(*args: Any, **kwargs: Any) -> jax.Array:
@@ -30,17 +30,25 @@ def _hopper(*args: Any, **kwargs: Any) -> jax.Array:
     return hopper(*args, **kwargs)
 
 
+def _tiled(*args: Any, **kwargs: Any) -> jax.Array:
+    from pallas_kernels.grouped_matmul.tpu import tiled  # Pallas for TPUs likewise
+
+    return tiled(*args, **kwargs)
+
+
 Counted = tuple[jax.Array, jax.Array]
 """``[T, k]`` int32, how many earlier tokens have the expert of a pair; and ``[E]`` int32, how many have an expert. Valid ones count."""
 
 
-_BACKENDS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "ragged": ragged, "cpu": streamed, "gpu": _hopper}
+_BACKENDS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "ragged": ragged, "cpu": streamed, "gpu": _hopper, "tpu": _tiled}
 assert tuple(_BACKENDS) == get_args(Backend)
 
 
 def choose_backend(target: Target) -> Backend:
     """The backend used on ``target`` unless told otherwise."""
-    return "cpu" if target.platform == "cpu" else "gpu" if is_hopper(target) else "ragged"
+    if target.platform == "cpu":
+        return "cpu"
+    return "gpu" if is_hopper(target) else "tpu" if target.kind == "TPU7x" else "ragged"
 
 
 def expert_mlp(
@@ -73,12 +81,13 @@ def expert_mlp(
         backend, which reads the stack in place.
       valid: ``[T]`` bool; False rows route nowhere, give zeros, and their ``x``, ids and weights mean nothing.
       first_expert: int32 scalar: the matrices hold only the experts from this id on, and the result is their share of the sum. Devices
-        that share the experts add theirs up. By ``lax.ragged_dot``, or ``"gpu"``.
+        that share the experts add theirs up. By ``"gpu"`` or ``"tpu"``, else ``"ragged"``.
       shared: ``(gate_up [D, 2, S], down [S, D])`` of an expert that is added, unweighted, for every token; with ``layer`` both
         have a leading L.
       counted: what ``expert_choice.choose`` counted, with the same ``valid``, if it did. For backend ``"gpu"``, which counts otherwise.
       backend: ``"dense"`` (every expert for every token; the only one meant to be differentiated), ``"ragged"``
-        (``lax.ragged_dot``), ``"cpu"`` or ``"gpu"`` (Hopper); None chooses by the current mesh's devices, else the default one.
+        (``lax.ragged_dot``), ``"cpu"``, ``"gpu"`` (Hopper) or ``"tpu"`` (TPU7x); None chooses by the current mesh's devices, else the
+        default one.
 
     Returns:
       ``[T, D]`` in ``x.dtype``.
@@ -93,7 +102,8 @@ def expert_mlp(
             hints = {"first_expert": first_expert, "shared": shared, "counted": counted}
             return compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, **hints)
         if first_expert is not None:
-            routed = ragged(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, first_expert=first_expert)
+            shares = compute if compute is _tiled else ragged
+            routed = shares(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, first_expert=first_expert)
         else:
             routed = compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid)
         return add_shared(routed, x, shared, layer=layer, valid=valid)

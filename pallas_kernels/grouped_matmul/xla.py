@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,18 +25,20 @@ def ragged(
     layer: ArrayLike | None = None,
     valid: jax.Array | None = None,
     first_expert: ArrayLike | None = None,
+    multiply: Callable[..., jax.Array] = lax.ragged_dot,
 ) -> jax.Array:
     """See ``expert_mlp``. Right on every platform; on the CPU ``ragged_dot`` is a dense loop and slow.
 
     With ``first_expert`` the matrices hold only the experts from that id on, and what the others would add is left out. Quantised
-    matrices are multiplied as they are where the device does that; elsewhere one layer of them at a time is made plain.
+    matrices are multiplied as they are where the device does that; elsewhere one layer of them at a time is made plain. ``multiply``
+    stands in for ``lax.ragged_dot``, and need not say what rows get that are in no group.
     """
     num_experts = gate_up.shape[-3]
     held = None
     if first_expert is not None:
         expert_ids, held = held_here(expert_ids, first_expert, num_experts)
     routing = route(expert_ids, num_experts=num_experts, valid=valid)
-    if any(is_quantised(stack) and not _as_they_are(x, stack) for stack in (gate_up, down)):
+    if any(is_quantised(stack) and (multiply is not lax.ragged_dot or not _as_they_are(x, stack)) for stack in (gate_up, down)):
         gate_up, down = (plain(stack if layer is None else stack[layer], x.dtype) for stack in (gate_up, down))
         layer = None
     sizes = jnp.sum(routing.expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
@@ -46,7 +50,7 @@ def ragged(
 
     def product(x: jax.Array, stack: Stack) -> jax.Array:
         matrices, scales = (stack.values, stack.scales) if isinstance(stack, Quantised) else (plain(stack, x.dtype), None)
-        out = lax.ragged_dot(x, matrices.reshape(-1, *matrices.shape[-2:]), sizes, preferred_element_type=jnp.float32)
+        out = multiply(x, matrices.reshape(-1, *matrices.shape[-2:]), sizes, preferred_element_type=jnp.float32)
         return out if scales is None else out * scales.reshape(-1, scales.shape[-1])[expert].astype(jnp.float32)
 
     gate, up = jnp.split(product(x[routing.token], gate_up), 2, axis=-1)

@@ -9,21 +9,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffulex_jax.bench import aot
 from diffulex_jax.parallel.mesh import make_mesh
+from diffulex_jax.planning.chips import slice_of
+from diffulex_jax.planning.compiling import _missing
 from pallas_kernels import block_attention, grouped_matmul, prediction, remask, token_merge
 from pallas_kernels.block_attention.tpu import POOL_ORDER
 from pallas_kernels.quantised import Quantised
 
 
-GENERATIONS = ["v5e:2x2", "v6e:2x2", "v5p:2x2x1", "v4:2x2x1", "tpu7x:2x2x1"]
+GENERATIONS = ["v5e:2x2", "tpu7x:2x2x1", *(pytest.param(there, marks=pytest.mark.pods) for there in ("v6e:2x2", "v5p:2x2x1", "v4:2x2x1"))]
 ROWS, VOCAB, EMBED = 250, 157_201, 2048  # no tile divides them
 POOL = (20, 512, 32, 4, 128)
 
 
 def compile_for(topology, function, *args, pools=0, returns_pool=False, **options):
     """``function`` of arrays of these shapes and dtypes, for one chip; the first ``pools`` lie as the kernels read them."""
-    mesh = make_mesh(aot.tpu_devices(topology))
+    mesh = make_mesh(slice_of(topology).devices)
     where = NamedSharding(mesh, PartitionSpec())
     lies = Format(Layout(major_to_minor=POOL_ORDER), where)
     shapes = [jax.ShapeDtypeStruct(*arg, sharding=lies if i < pools else where) for i, arg in enumerate(args)]
@@ -155,3 +156,10 @@ def test_quantised_experts_are_multiplied_as_they_are():
     rows = ((tokens, embed), jnp.bfloat16), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)
     memory = compile_for("v5e:2x2", run, *rows, *stack(embed, 2 * width), *stack(width, embed)).memory_analysis()
     assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 20
+
+
+def test_a_program_larger_than_the_memory_says_how_much_is_missing():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="exceeds available HBM") as refused:
+        compile_for("v5e:2x2", lambda x: x + 1, ((9 << 10, 1 << 10, 1 << 8), jnp.float32))
+    assert _missing(refused.value).missing == pytest.approx((18 - 15.75) * 2**30, abs=0.02 * 2**30)
+    assert _missing(ValueError("something else")) is None

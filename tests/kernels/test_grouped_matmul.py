@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu
 from jax.test_util import check_grads
 
-from pallas_kernels.grouped_matmul import choose_backend, dense, expert_mlp, gpu, gpu_kernel, gpu_weights, stored
+from pallas_kernels.grouped_matmul import choose_backend, dense, expert_mlp, gpu, gpu_kernel, gpu_weights, stored, tpu
 from pallas_kernels.quantised import dequantise
 from pallas_kernels.quantised.words import STEP, TILE, Packed, unpack
 from pallas_kernels.target import Target, current_target
@@ -135,6 +135,24 @@ def test_cpu_reads_a_stack_of_layers_in_place():
     assert compiled.memory_analysis().temp_size_in_bytes < gate_up.nbytes / 2
 
 
+@pytest.mark.parametrize("dtype, error", [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)])
+def test_the_tpu_kernel_on_its_share_of_the_experts_of_a_layer(dtype, error):
+    """21 pairs are less than a tile of rows, 99 more than three, and in no tile does a group begin or end where the tile does."""
+    run_tiled = jax.jit(functools.partial(tpu.tiled, interpret=True))
+    for tokens in (7, 33):
+        x, ids, weights, gate_up, down = make(11, tokens=tokens, experts=6, embed=128, width=64, dtype=dtype)
+        stacks = jnp.stack([gate_up * 0, gate_up]), jnp.stack([down * 0, down])
+        valid = jnp.arange(tokens) % 4 > 0
+        expected = run(x, ids, weights, gate_up, down, backend="dense", valid=valid).astype(jnp.float32)
+        whole = run_tiled(x, ids, weights, *stacks, layer=1, valid=valid)
+        shares = [
+            run_tiled(x, ids, weights, *(a[:, first : first + 3] for a in stacks), layer=1, valid=valid, first_expert=first)
+            for first in (0, 3)
+        ]
+        for y in (whole, sum(share.astype(jnp.float32) for share in shares)):
+            np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=error, atol=error)
+
+
 def test_dense_gradient():
     x, ids, weights, gate_up, down = make(7, tokens=3, embed=6, width=4)
     valid = jnp.array([True, True, False])
@@ -149,6 +167,8 @@ def test_dense_gradient():
 def test_choice_of_backend():
     assert choose_backend(Target("cpu")) == "cpu"
     assert {choose_backend(t) for t in (Target("tpu"), Target("gpu"), Target("gpu", 7.5))} == {"ragged"}
+    kinds = "TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"
+    assert [choose_backend(Target("tpu", kind=kind)) for kind in kinds] == ["ragged"] * 4 + ["tpu"]
     args = make(8, tokens=2)
     chosen = run(*args, backend=choose_backend(current_target()))
     np.testing.assert_array_equal(run(*args, backend=None), chosen)
