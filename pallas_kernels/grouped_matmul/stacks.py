@@ -18,10 +18,9 @@ def stored(w: jax.Array, form: Form, *, backend: str, dtype: jax.typing.DTypeLik
     A CPU holds ``"int4"`` in int8: XLA would widen the whole stack of a program to that before its first layer. The tensor cores of Hopper
     read words of their own, where activations are bfloat16 and the matrices consist of whole tiles.
     """
-    q = quantise(w, form)
-    if backend == "cpu":
-        return Quantised(q.values.astype(jnp.int8), q.scales, form)
-    return pack(q) if backend == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and packs(q.shape) else q
+    if backend == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and packs(w.shape):
+        return pack(quantise(w, form, dtype=jnp.int8))
+    return quantise(w, form, dtype=jnp.int8 if backend == "cpu" else None)
 
 
 def plain(stack: Stack, dtype: jax.typing.DTypeLike) -> jax.Array:

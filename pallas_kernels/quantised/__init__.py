@@ -64,11 +64,11 @@ class Quantised:
         return Quantised(self.values[at], self.scales[at], self.form)
 
 
-def quantise(w: jax.Array, form: Form) -> Quantised:
+def quantise(w: jax.Array, form: Form, *, dtype: jax.typing.DTypeLike | None = None) -> Quantised:
     """The nearest integers of ``w [..., K, N]`` in units of scales that the largest weight of a column, or of a group, decides.
 
-    ``|w - dequantise(quantise(w, form))|`` is at most half a scale. Values are int8 or int4, as the form says. What is not finite makes its
-    whole group so.
+    ``|w - dequantise(quantise(w, form))|`` is at most half a scale. Values are of ``dtype``; default: int8 or int4, as the form says. What
+    is not finite makes its whole group so.
 
     Raises:
       ValueError: for an unknown form.
@@ -83,7 +83,7 @@ def quantise(w: jax.Array, form: Form) -> Quantised:
     scales = lax.reduce_precision(largest, exponent_bits=8, mantissa_bits=7)
     scales = jnp.where(scales == 0, 1, scales)
     values = jnp.clip(jnp.round(parts / scales[..., None, :]), -_MOST[form], _MOST[form])
-    return Quantised(values.astype(form).reshape(w.shape), scales.astype(jnp.bfloat16), form)
+    return Quantised(values.astype(dtype or form).reshape(w.shape), scales.astype(jnp.bfloat16), form)
 
 
 def dequantise(q: Quantised, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:

@@ -13,7 +13,7 @@ from pallas_kernels.grouped_matmul import expert_mlp, stored
 from pallas_kernels.grouped_matmul.gpu_kernel import Groups, Tile, matmul
 from pallas_kernels.grouped_matmul.stacks import plain
 from pallas_kernels.quantised import FORMS, quantise
-from pallas_kernels.quantised.words import Packed, pack
+from pallas_kernels.quantised.words import Packed, pack, unpack
 
 
 LAYERS, EXPERTS, CHOSEN, EMBED, WIDTH = 3, 64, 8, 512, 256
@@ -84,6 +84,18 @@ def test_the_kernels_read_quantised_experts(key, relative_error, tokens, crowded
     np.testing.assert_array_equal(got, run((*args[:3], *stacks)))
     alone = jax.jit(lambda *a: expert_mlp(*a, backend="gpu"))(*args[:3], *(stack[1] for stack in stacks))
     np.testing.assert_array_equal(got, alone)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gpu_quantises_as_a_cpu_does(form, key):
+    """Up to the rounding of a division, which may tip a weight between two integers to the other."""
+    w = (jax.random.normal(key, (3, 256, 128)) * 0.02).astype(jnp.bfloat16)
+    got = unpack(jax.jit(lambda w: stored(w, form, backend="gpu", dtype=jnp.bfloat16))(w))
+    want = jax.device_put(w, jax.devices("cpu")[0])
+    want = quantise(want, form, dtype=jnp.int8)
+    np.testing.assert_array_equal(got.scales, want.scales)
+    off = np.abs(np.asarray(got.values, np.int32) - np.asarray(want.values, np.int32))
+    assert off.max() <= 1 and off.mean() < 1e-3
 
 
 @pytest.mark.parametrize("form", FORMS)
