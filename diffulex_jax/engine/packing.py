@@ -97,14 +97,15 @@ def packed(dims: Dims, shape: Shape, rows: Sequence[Row], *, table_of: Callable[
         start=np.zeros(shape.rows, np.int32),
         length=np.zeros(shape.rows, np.int32),
         written=np.zeros((shape.rows, shape.blocks), bool),
-        page_table=np.stack([table_of([])] * shape.rows),
+        page_table=np.tile(table_of([]), (shape.rows, 1)),
     )
+    tables = {id_: table_of(pages) for id_, pages in {row.request.id: row.request.pages for row in rows}.items()}
     for i, row in enumerate(rows):
         tokens = row.request.prompt[row.first * dims.block : row.end * dims.block]
         arrays.tokens[i].reshape(-1)[: len(tokens)] = tokens
         arrays.start[i], arrays.length[i] = row.first * dims.block, len(tokens)
         arrays.written[i, row.written - row.first : row.last - row.first] = True
-        arrays.page_table[i] = table_of(row.request.pages)
+        arrays.page_table[i] = tables[row.request.id]
     return arrays
 
 
