@@ -94,10 +94,9 @@ def test_every_family(model):
     assert made.compiled is not None
 
 
-@pytest.mark.pods
 def test_what_the_compiler_refuses(monkeypatch):
-    """The proposal leaves a tenth; a model that takes all but a little is the compiler's to refuse."""
-    raw = SHAPES["llada2-mini"] | {"num_hidden_layers": 1, "intermediate_size": 1_290_000}
+    """The proposal leaves a tenth; here it is 0.8 GiB, and the hidden values of 512 tokens take 2.3."""
+    raw = SHAPES["llada2-mini"] | {"num_hidden_layers": 1, "intermediate_size": 1_200_000}
     monkeypatch.setitem(SHAPES, "wide", raw)
     made = plan("wide", "v5e:2x2", slots=64, max_len=32, mesh="data=4")
     assert made.weights + made.pool < made.memory
