@@ -133,11 +133,15 @@ def _a_file_leaves_nothing_behind():
 
 @pytest.fixture(scope="module")
 def engine_of():
-    """``engine_of(model, strategy=..., ...)``: the engine of a golden checkpoint or "embedded"; one each for the tests of a file."""
+    """``engine_of(model, strategy=..., ...)``: the engine of a golden checkpoint or "embedded"; one each for the tests of a file.
+
+    Each of its programs is compiled when a test first needs it.
+    """
 
     @functools.cache
     def build(model: str, **settings) -> Engine:
-        return Engine.from_pretrained("embedded" if model == "embedded" else str(GOLDEN / model), **settings)
+        folder = "embedded" if model == "embedded" else str(GOLDEN / model)
+        return Engine.from_pretrained(folder, **{"warm_up": False} | settings)
 
     return build
 

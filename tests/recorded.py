@@ -110,4 +110,4 @@ def _decoded(name: str, key: replay.EngineKey) -> dict[tuple[str, str], replay.D
 def engine_of(name: str, **settings) -> Engine:
     """One at a time: each takes some 1500 of the 65530 mappings of memory that Linux gives to a process."""
     gc.collect()
-    return Engine.from_pretrained(str(GOLDEN / name), **settings)
+    return Engine.from_pretrained(str(GOLDEN / name), warm_up=False, **settings)

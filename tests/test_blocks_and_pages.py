@@ -75,7 +75,7 @@ def test_pages_and_blocks_that_do_not_divide_each_other(sdar, block, page):
 
 
 REQUESTS = same_answer.requests(4, [0.0, 0.8], longest=40, most=24, vocab=60)
-OPTIONS = {"strategy": "sdar", "max_slots": 3, "max_model_len": 64, "force_block_size": True}
+OPTIONS = {"strategy": "sdar", "max_slots": 3, "max_model_len": 64, "force_block_size": True, "warm_up": False}
 
 
 @pytest.mark.parametrize(("block", "pages"), [(4, (4, 8, 16)), (16, (4, 8, 32))])

@@ -38,7 +38,7 @@ def engine(engine_of):
 def tiny_engine(*, dtype: str = "float32", **settings) -> Engine:
     """An engine of 16 tokens at most over a model with random weights, which is quickly compiled and seldom sure."""
     params = init(SCRIPTED, jax.random.key(0), jnp.dtype(dtype), scale=0.5)
-    return Engine(SCRIPTED, params, dtype=dtype, block_size=4, max_slots=2, max_model_len=16, **settings)
+    return Engine(SCRIPTED, params, dtype=dtype, block_size=4, max_slots=2, max_model_len=16, warm_up=False, **settings)
 
 
 def prompt(n: int, seed: int = 0) -> list[int]:
@@ -421,7 +421,7 @@ def talking(tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}", mask_token=f"w{MASK}")
     tokenizer.chat_template = "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w2{% endif %}"
     tokenizer.save_pretrained(path)
-    return Engine.from_pretrained(str(path), block_size=BLOCK, max_slots=SLOTS, max_model_len=LONGEST)
+    return Engine.from_pretrained(str(path), block_size=BLOCK, max_slots=SLOTS, max_model_len=LONGEST, warm_up=False)
 
 
 def test_text(talking, engine):

@@ -30,7 +30,7 @@ from pallas_kernels.prediction import Sampling, predict
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "families"
 DENSE, MOE = str(GOLDEN / "tiny-llada"), str(GOLDEN / "tiny-llada-moe")
-OPTIONS = {"block_size": 64, "max_slots": 4, "max_model_len": 256}
+OPTIONS = {"block_size": 64, "max_slots": 4, "max_model_len": 256, "warm_up": False}
 _ = None
 
 

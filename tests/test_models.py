@@ -92,7 +92,7 @@ def draft_folder(tmp_path, monkeypatch):
 
 def test_a_draft_family_is_loaded_decoded_and_cached(draft_folder):
     """Nothing outside this file knows it, and its tokens are those of a plain forward over the whole sequence."""
-    engine = Engine.from_pretrained(str(draft_folder), page_size=4, max_slots=2, max_model_len=32)
+    engine = Engine.from_pretrained(str(draft_folder), page_size=4, max_slots=2, max_model_len=32, warm_up=False)
     assert engine.dims.block == 4
     model, params = checkpoint.load(draft_folder, make_mesh())
     forward = jax.jit(lambda ids: logits_of(model, params, ids, attend_to(sees(16, 4)))[0])

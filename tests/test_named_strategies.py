@@ -122,7 +122,7 @@ def test_another_type_is_refused():
 # Served
 
 
-OPTIONS = {"block_size": 8, "max_slots": 2, "max_model_len": 64}
+OPTIONS = {"block_size": 8, "max_slots": 2, "max_model_len": 64, "warm_up": False}
 NAMES = ["llada2", "my_rules:leftmost", "my_rules:greedy_two"]
 PARAMS = SamplingParams(max_tokens=20, ignore_eos=True)
 

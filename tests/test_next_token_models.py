@@ -23,7 +23,7 @@ PROMPTS = [[5], [3, 1, 4], [1, 2, 3, 4], [9, 8, 7, 6, 5], [2, 7, 1, 8, 2, 8, 1, 
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(MODEL, PARAMS, max_slots=4, max_model_len=LONGEST, page_size=BLOCK)
+    return Engine(MODEL, PARAMS, max_slots=4, max_model_len=LONGEST, page_size=BLOCK, warm_up=False)
 
 
 def test_its_authors_strategy_decodes_a_model_where_none_is_named(engine):
@@ -129,7 +129,7 @@ def test_given_tokens_stay_and_a_whole_block_of_them_needs_no_forward_of_its_own
 
 def test_no_rule_edits_the_first_token_of_a_block():
     """Nothing that a forward over the block says speaks of it; the others are edited, initial tokens too."""
-    engine = Engine(MODEL, PARAMS, strategy="llada2_edit", max_slots=2, max_model_len=LONGEST, page_size=BLOCK)
+    engine = Engine(MODEL, PARAMS, strategy="llada2_edit", max_slots=2, max_model_len=LONGEST, page_size=BLOCK, warm_up=False)
     prompt, params = PROMPTS[4], full(8, accept_threshold=0.2, edit_threshold=0.0, init_tokens={0: 17, 1: 18, 2: 19, 3: 20})
     (output,) = engine.generate([prompt], params)
     assert output.token_ids[0] == 17
@@ -141,7 +141,9 @@ def test_no_rule_edits_the_first_token_of_a_block():
 
 def test_look_ahead_blocks_end_with_what_was_asked_for():
     """With several blocks at once the first token of a block may be guessed before the one in front of it is complete."""
-    engine = Engine(MODEL, PARAMS, strategy="fast_dllm_v2", buffer_size=2, max_slots=4, max_model_len=LONGEST, page_size=BLOCK)
+    engine = Engine(
+        MODEL, PARAMS, strategy="fast_dllm_v2", buffer_size=2, max_slots=4, max_model_len=LONGEST, page_size=BLOCK, warm_up=False
+    )
     params = [full(17, accept_threshold=0.3) for _ in PROMPTS]
     together = engine.generate(PROMPTS, params)
     assert [len(o.token_ids) for o in together] == [17] * len(PROMPTS)
@@ -152,7 +154,7 @@ def test_look_ahead_blocks_end_with_what_was_asked_for():
 
 
 def cached(**settings) -> Engine:
-    return Engine(MODEL, PARAMS, sub_block_cache=2, max_slots=4, max_model_len=LONGEST, **settings)
+    return Engine(MODEL, PARAMS, sub_block_cache=2, max_slots=4, max_model_len=LONGEST, warm_up=False, **settings)
 
 
 def test_what_a_row_does_beside_old_keys_never_depends_on_the_others():

@@ -23,7 +23,7 @@ from diffulex_jax.weights import checkpoint
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODEL = GOLDEN / "tiny-llada2-trained"
 BLOCK, MASK, POISON = 8, 1021, 1000
-OPTIONS = {"block_size": BLOCK, "max_slots": 2, "max_model_len": 64}
+OPTIONS = {"block_size": BLOCK, "max_slots": 2, "max_model_len": 64, "warm_up": False}
 NETWORK, PARAMS = checkpoint.load(MODEL, make_mesh())
 
 

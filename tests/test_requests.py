@@ -16,7 +16,7 @@ from diffulex_jax.sampling_params import seeds
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODEL = "tiny-llada2-trained"
-OPTIONS = {"max_slots": 8, "max_model_len": 256}
+OPTIONS = {"max_slots": 8, "max_model_len": 256, "warm_up": False}
 PROMPT = list(range(40, 53))
 
 

@@ -18,7 +18,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 TRAINED = str(GOLDEN / "tiny-llada2-trained")
 REQUESTS = same_answer.requests(8, [0.0, 0.7])
 PROMPTS, PARAMS = zip(*REQUESTS, strict=True)
-OPTIONS = {"max_slots": 8, "max_model_len": 256}
+OPTIONS = {"max_slots": 8, "max_model_len": 256, "warm_up": False}
 SDAR = str(GOLDEN / "families" / "tiny-sdar-trained")
 FAST = str(GOLDEN / "families" / "tiny-fast-dllm-v2-trained")
 # Where so few tokens go together, prompts are cut, and not where they are when they are alone.

@@ -20,7 +20,7 @@ def decode():
     """``decode(strategy, temperature)``: tokens and forwards of two prompts."""
 
     def run(strategy: Strategy, temperature: float, **settings) -> list[tuple[list[int], int]]:
-        engine = Engine.from_pretrained(MODEL, strategy=strategy, block_size=8, max_slots=4, max_model_len=256)
+        engine = Engine.from_pretrained(MODEL, strategy=strategy, block_size=8, max_slots=4, max_model_len=256, warm_up=False)
         params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=temperature, seed=5, **settings)
         return [(output.token_ids, output.nfe) for output in engine.generate(PROMPTS, params)]
 

@@ -40,7 +40,7 @@ TINY = model_of(
 
 @pytest.fixture(scope="module")
 def embedded():
-    return Engine.from_pretrained("embedded", strategy="dmax", max_slots=evaluate.SLOTS, max_model_len=data.CANVAS)
+    return Engine.from_pretrained("embedded", strategy="dmax", max_slots=evaluate.SLOTS, max_model_len=data.CANVAS, warm_up=False)
 
 
 # Problems.
