@@ -60,7 +60,15 @@ def test_what_follows_from_the_device():
     assert [k.pool_order for k in (REFERENCE, cpu, tpu, ampere, hopper)] == [None, None, (0, 1, 3, 2, 4), None, None]
 
 
-@pytest.mark.parametrize("kernels", [REFERENCE, REFERENCE._replace(linear="gpu", expert_choice="gpu", rows_apart=False, layers_per_turn=2)])
-def test_layers_in_place_are_for_bfloat16(kernels):
+IN_PLACE = {"linear": "gpu", "expert_choice": "gpu", "rows_apart": False, "layers_per_turn": 2, "prefill_tokens": (256, 1024, 2048, 4096)}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "prefill_tokens"),
+    [(REFERENCE, REFERENCE.prefill_tokens), (REFERENCE._replace(**IN_PLACE), (512,))],
+    ids=["apart", "in place"],
+)
+def test_layers_in_place_are_for_bfloat16(kernels, prefill_tokens):
+    """In float32 prompts are prefilled in one size: another would give other bits."""
     assert kernels.for_layers(jnp.bfloat16) == kernels
-    assert kernels.for_layers(jnp.float32) == REFERENCE
+    assert kernels.for_layers(jnp.float32) == REFERENCE._replace(prefill_tokens=prefill_tokens)
