@@ -56,6 +56,8 @@ SLOW = (
     "test_quantised_experts.py",
     "kernels/test_block_attention.py",
     "test_bench_e2e.py",
+    "test_warm_up.py",
+    "test_prefill.py",
     "test_requests.py",
     "test_training.py",
     "test_notebooks.py",
