@@ -28,6 +28,7 @@ class Request(struct.PyTreeNode):
       given: ``[T]`` bool, positions of ``sequence`` that the caller fixed.
       initial: ``[T]`` bool, positions of ``sequence`` that the caller filled to start with.
       prompt_len, limit: int32, generated positions are ``[prompt_len, limit)``.
+      carried: ``[Dims.carried]`` float32, the hidden state of the prompt's last position.
       seed: ``[2]`` uint32, the upper and lower half of the request's seed: its random key.
       settings: one row.
     """
@@ -37,6 +38,7 @@ class Request(struct.PyTreeNode):
     initial: np.ndarray
     prompt_len: np.ndarray
     limit: np.ndarray
+    carried: np.ndarray | jax.Array
     seed: np.ndarray
     settings: Settings
 
@@ -54,7 +56,9 @@ class Saved(struct.PyTreeNode):
     v: np.ndarray
 
 
-def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_ids: Sequence[int]) -> Request:
+def make_request(
+    dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_ids: Sequence[int], carried: jax.Array | None = None
+) -> Request:
     """Packs a validated request.
 
     Args:
@@ -62,6 +66,7 @@ def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_
       prompt: ``[n]`` int32, 1 <= n < T.
       params: the request's settings.
       eos_ids: the model's own stop tokens.
+      carried: what prefill left of the prompt's last position; default: zeros.
     """
     n = len(prompt)
     sequence = np.full(dims.positions, dims.mask_id, np.int32)
@@ -76,6 +81,7 @@ def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_
         initial=initial & ~given,
         prompt_len=np.asarray(n, np.int32),
         limit=np.asarray(n + params.max_tokens, np.int32),
+        carried=np.zeros(dims.carried, np.float32) if carried is None else carried,
         seed=np.array([(params.seed or 0) >> 32, (params.seed or 0) & 0xFFFFFFFF], np.uint32),
         settings=settings_row(params, eos_ids, _step_shares(dims, params.resolve())),
     )
@@ -114,8 +120,9 @@ def admit(dims: Dims, rule: Rule, state: DecodeState, slot: jax.Array, request: 
     """``state`` with a request in slot ``slot``, before its first denoise step.
 
     Its window starts at the last, partly filled block of the prompt; whole prompt blocks are expected in the pool. Where there is no
-    such block and ``dims.commit_alone``, the last whole one is pending. On a whole canvas the window starts at the prompt's end, and
-    nothing is in the pool; where ``dims.commit_alone``, the whole prompt is pending.
+    such block and ``dims.commit_alone``, the last whole one is pending. Where ``dims.prompt_apart`` the window starts at the prompt's end,
+    and all of the prompt is in the pool. On a whole canvas it starts there too, and nothing is in the pool; where ``dims.commit_alone``,
+    the whole prompt is pending.
     """
     request = jax.tree.map(lambda a: jnp.asarray(a)[None], request)
     row = empty_state(dataclasses.replace(dims, slots=1), rule)
@@ -123,7 +130,7 @@ def admit(dims: Dims, rule: Rule, state: DecodeState, slot: jax.Array, request: 
     if dims.whole_canvas:
         start, written, left = length, row.written_upto, row.pending.live | dims.commit_alone
     else:
-        start = length // dims.block * dims.block
+        start = length if dims.prompt_apart else length // dims.block * dims.block
         left = dims.commit_alone & (length % dims.block == 0)
         written = start - left * dims.block
     last = jnp.take_along_axis(request.sequence, (start - dims.block)[:, None] + jnp.arange(dims.block), 1, mode="clip")
@@ -135,6 +142,7 @@ def admit(dims: Dims, rule: Rule, state: DecodeState, slot: jax.Array, request: 
         pending=row.pending.replace(tokens=last, live=left),
         start=start,
         written_upto=written,
+        carried=request.carried,
         prompt_len=request.prompt_len,
         limit=request.limit,
         live=jnp.ones(1, bool),
@@ -192,6 +200,7 @@ def empty_state(dims: Dims, rule: Rule) -> DecodeState:
         pending=Pending(tokens=zeros(jnp.int32, b), merge=merge(b), live=zeros(jnp.bool_)),
         start=zeros(jnp.int32),
         written_upto=zeros(jnp.int32),
+        carried=zeros(jnp.float32, dims.carried),
         sequence=canvas(dims.positions),
         given=zeros(jnp.bool_, dims.positions),
         initial=zeros(jnp.bool_, dims.positions),

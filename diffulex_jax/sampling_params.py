@@ -58,8 +58,8 @@ class SamplingParams:
       max_tokens: real tokens to generate: exactly that many, unless EOS comes first.
       temperature: 0 is greedy; above 0 tokens are drawn from softmax(logits / temperature). Default: 0.
       top_p: (temperature > 0) keep the smallest set of tokens whose probability reaches this; 1 keeps all. Default: 1.
-      top_k: (temperature > 0) keep this many tokens; 0 keeps all. Default: 0. With ``dream`` and its variants, top-p and top-k change
-        confidences at temperature 0 too.
+      top_k: (temperature > 0) keep this many tokens; 0 keeps all. Default: 0. With ``d2f``, ``dream`` and its variants, top-p and top-k
+        change confidences at temperature 0 too.
       seed: (temperature > 0) of the request's own random key, below 2**64; the same seed gives the same tokens alone and in any batch.
         None: a fresh one for every request and prompt. ``Output.seed`` tells the one used.
       ignore_eos: go on after EOS, to ``max_tokens``.
@@ -111,7 +111,7 @@ class SamplingParams:
       token_stability_threshold: (``buffer_size`` above 1) and this share of its filled tokens kept their value in the step.
         Default: 0.
       semi_complete_threshold: (``buffer_size`` above 1) a look-ahead block is forced to fill a mask in every step only once this
-        share of its predecessor is filled. Default: 0.9.
+        share of its predecessor is filled. Default: 0.9 (``d2f``: 0.95).
       penalty_lambda: subtracted from the logit of the token one position to the left (against repetition). Default: 0.
     """
 

@@ -30,6 +30,9 @@ class Dims:
       mask_id: the token that masked positions read as.
       whole_canvas: every forward sees all of a row's canvas ``[0, limit)``, and no position past it exists. Blocks are counted from the
         prompt's end, and a request says how long they are; the window holds one, and what follows it up to B tokens.
+      prompt_apart: blocks are counted from the prompt's end, all of which is in the pool before the first step (D2F).
+      carried: how much of the hidden state before the window a row keeps: D where that speaks of the window's first position, and a
+        window may go on before it is decided; else 0.
       merge_top_k: M, candidates mixed into a soft token.
       candidates: most probable tokens that a prediction lists, at least M.
       commit_alone: a block's KV is written in a step that does nothing else for its row but decide the first token of the next block. On a
@@ -46,6 +49,8 @@ class Dims:
     pages_per_slot: int
     mask_id: int
     whole_canvas: bool = False
+    prompt_apart: bool = False
+    carried: int = 0
     merge_top_k: int = 0
     candidates: int = 0
     commit_alone: bool = False
@@ -168,8 +173,10 @@ class DecodeState(struct.PyTreeNode):
       steps: ``[S, K]`` int32, forwards spent on the block.
       merge: soft-token descriptors of the window, ``[S, K, B, M]``.
       pending: the finished block before the window.
-      start: ``[S]`` int32, absolute position of the window's first token, a multiple of B unless ``Dims.whole_canvas``.
+      start: ``[S]`` int32, absolute position of the window's first token, a multiple of B unless ``Dims.whole_canvas`` or
+        ``Dims.prompt_apart``.
       written_upto: ``[S]`` int32, positions below it have their KV in the pool. Only a step that wrote advances it.
+      carried: ``[S, Dims.carried]`` float32, the hidden state of the last position that was written.
       sequence: ``[S, T]``, everything known by absolute position; the window's part is written back as it moves on.
       given: ``[S, T]`` bool, positions fixed by the caller (prompt, pinned).
       initial: ``[S, T]`` bool, positions the caller filled to start with; rules may change them.
@@ -198,6 +205,7 @@ class DecodeState(struct.PyTreeNode):
     pending: Pending
     start: jax.Array
     written_upto: jax.Array
+    carried: jax.Array
     sequence: Canvas
     given: jax.Array
     initial: jax.Array

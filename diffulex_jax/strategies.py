@@ -51,8 +51,8 @@ class Strategy(NamedTuple):
         model's with the mask id's share, and without the request's ``doubted_token_ids``. ``"narrowed"``: at any temperature what top-p and
         then top-k leave of the tempered one, the mask id's share included.
       reads: settings of ``sampling_params.READ_BY_FEW`` that requests may set.
-      canvas: what it is for: ``"block_causal"``, models whose blocks see none behind them; ``"whole"``, models that see their whole canvas
-        (LLaDA, Dream). None: both.
+      canvas: what it is for: ``"block_causal"``, models whose blocks see none behind them, or are made to by ``attention``; ``"whole"``,
+        models that see their whole canvas (LLaDA, Dream). None: both.
     """
 
     name: str
@@ -235,7 +235,15 @@ STRATEGIES: dict[str, Strategy] = {
     for strategy in (
         _of_blocks("llada2", llada2()),
         _of_blocks("multi_bd", llada2(), window=2),  # MBD-LMs' buffer
-        _of_blocks("d2f", llada2(), window=4, attention="prefix_full"),
+        _of_blocks(
+            "d2f",
+            llada2(),
+            window=4,
+            attention="prefix_full",
+            defaults=MappingProxyType({"semi_complete_threshold": 0.95}),  # its scripts'
+            draws="step",
+            confidence="narrowed",
+        ),
         _of_blocks("llada2_edit", llada2_edit()),
         _of_blocks("llada2_levenshtein", llada2_levenshtein()),
         _of_blocks("dmax", dmax()),

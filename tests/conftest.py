@@ -43,6 +43,7 @@ SLOW = (
     "test_bench_step.py",
     "aot/test_plan.py",
     "test_dream.py",
+    "test_d2f.py",
     "test_golden_fast_dllm.py",
     "test_golden_llada2.py",
     "kernels/test_prediction.py",

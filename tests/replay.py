@@ -43,10 +43,12 @@ PEERS = {
     "fastdllm": "Fast-dLLM v1",
     "dinfer_fastdllm": "dInfer",
     "dream_generate": "diffusion_generate",
+    "d2f": "D2F-eval",
 }
 FAST_DLLM = ("generate", "batch_sample")  # of Fast-dLLM v2
 LLADA = ("llada_generate", "fastdllm", "dinfer_fastdllm")
 DREAM = ("dream_generate", "fastdllm_dream")
+WHOLE_CANVAS = (*LLADA, *DREAM, "d2f")  # peers of models that were trained on one
 DROPS_EOS = ("dinfer_threshold", "dmax_soft_parallel")
 
 _EVERY = {"gen_length", "block_length", "threshold"}
@@ -71,6 +73,7 @@ SETTINGS = {
     "dinfer_fastdllm": _LLADA | {"cache", "threshold", "factor", "early_stop", "eos_id"},
     "dream_generate": _DREAM,
     "fastdllm_dream": _DREAM | {"cache", "threshold", "block_length"},
+    "d2f": {"max_new_tokens", "block_size", "block_add_threshold", "decoded_token_threshold", "skip_threshold"},
 }
 DREAM_STRATEGIES = {
     "entropy": "dream",
@@ -126,7 +129,7 @@ class Case:
     def block(self) -> int:
         if self.peer in DREAM and not self.cached:
             return self.max_tokens
-        return self.settings["block_size" if self.peer in FAST_DLLM else "block_length"]
+        return self.settings["block_size" if self.peer in (*FAST_DLLM, "d2f") else "block_length"]
 
     @property
     def cached(self) -> bool:
@@ -135,15 +138,15 @@ class Case:
 
     @property
     def max_tokens(self) -> int:
-        """Fast-dLLM v2 decodes whole blocks, and then a token more."""
+        """Fast-dLLM v2 decodes whole blocks, and then a token more; D2F begins no block once it has written an EOS."""
         if self.peer in DREAM:
             return self.settings["max_new_tokens"]
-        return len(self.recorded["output"]) if self.peer in FAST_DLLM else self.settings["gen_length"]
+        return len(self.recorded["output"]) if self.peer in (*FAST_DLLM, "d2f") else self.settings["gen_length"]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end the output, none where the peer goes on after EOS."""
-        if self.peer in LLADA + DREAM:
+        if self.peer in WHOLE_CANVAS:
             return ()
         if self.peer == "diffusers_pipeline" and not self.settings["eos_early_stop"]:
             return ()
@@ -218,7 +221,7 @@ def unknown_setting(case: Case) -> str | None:
 def left_out(case: Case) -> str | None:
     """The reason why a case says nothing about ours; None where it is compared. It depends on what was recorded alone."""
     s = case.settings
-    if case.peer in LLADA + DREAM and case.recorded["fp64_same"]:
+    if case.peer in WHOLE_CANVAS and case.recorded["fp64_same"]:
         return _canvas_left_out(case)
     if case.recorded.get("quirk"):
         return case.recorded["quirk"]
@@ -265,7 +268,7 @@ def _canvas_left_out(case: Case) -> str | None:
 def reading(case: Case) -> Reading:
     """The strategy and settings that mean what the peer's settings mean."""
     families = {**dict.fromkeys(SDAR_STRATEGIES, _sdar), **dict.fromkeys(FAST_DLLM, _fast_dllm)}
-    families |= {**dict.fromkeys(LLADA, _llada), **dict.fromkeys(DREAM, _dream)}
+    families |= {**dict.fromkeys(LLADA, _llada), **dict.fromkeys(DREAM, _dream), "d2f": _d2f}
     return families.get(case.peer, _llada2)(case)
 
 
@@ -309,6 +312,18 @@ def _dream(case: Case) -> Reading:
         params["denoising_steps"] = s["steps"] // (case.max_tokens // case.block)
     strategy = DREAM_STRATEGIES[s["alg"] if sure or not case.cached else "entropy"]
     return Reading(strategy, SamplingParams(max_tokens=case.max_tokens, **params))
+
+
+def _d2f(case: Case) -> Reading:
+    s = case.settings
+    params = SamplingParams(
+        max_tokens=case.max_tokens,
+        accept_threshold=s["skip_threshold"],
+        add_block_threshold=s["block_add_threshold"],
+        semi_complete_threshold=s["decoded_token_threshold"],
+        ignore_eos=True,
+    )
+    return Reading("d2f", params)
 
 
 def _steps_of_a_block(case: Case) -> int:
@@ -389,6 +404,8 @@ def engine_key(case: Case) -> EngineKey:
     strategy, s = reading(case).strategy, case.settings
     if case.peer in LLADA + DREAM:
         return EngineKey(strategy, -(-case.block // 64) * 64, (("cache", s.get("cache", "none")),))
+    if case.peer == "d2f":  # as many blocks at once as there are
+        return EngineKey(strategy, case.block, (("buffer_size", max(4, -(-case.max_tokens // case.block))),))
     if case.peer in FAST_DLLM and s["use_block_cache"]:
         return EngineKey(strategy, case.block, (("sub_block_cache", s["small_block_size"]),))
     return EngineKey(strategy, case.block)
@@ -463,6 +480,8 @@ def forwards(case: Case, ours: Decoded) -> tuple[int, int] | None:
         s = case.settings
         idle = s["steps"] - _steps_of_a_block(case) * (s["gen_length"] // s["block_length"]) if case.peer == "llada_generate" else 0
         return ours.output.nfe, case.recorded["nfe"] - idle
+    if case.peer == "d2f":
+        return ours.output.nfe, case.recorded["nfe"]
     if case.peer in DREAM:
         return ours.output.nfe, sum(bool(step["written"]) for step in case.recorded["trajectory"])
     if any(eos in case.decoded[: case.settings["gen_length"]] for eos in case.eos_ids):

@@ -92,7 +92,7 @@ def decoded(mesh, model=MODEL, rule=None):
     def jit(function, donated, out):
         return jax.jit(function, donate_argnums=donated, out_shardings=out)
 
-    prefill = jit(functools.partial(programs.prefill, program), 1, on_pool)
+    prefill = jit(functools.partial(programs.prefill, program), 1, (on_pool, everywhere))
     admit = jit(functools.partial(request_state.admit, dims, rule), 0, on_slots)
     out = on_pool, on_slots, everywhere, everywhere
     denoise = jit(functools.partial(programs.denoise, program, steps=STEPS), (1, 2), out)
@@ -103,7 +103,7 @@ def decoded(mesh, model=MODEL, rule=None):
             tokens[:blocks, 0] = prompt[: blocks * BLOCK].reshape(-1, BLOCK)
             there = np.arange(2) < blocks
             rows = {"start": np.arange(2, dtype=np.int32) * BLOCK, "length": there.astype(np.int32) * BLOCK, "written": there[:, None]}
-            pool = prefill(params, pool, tokens, **rows, page_table=table[[slot, slot]])
+            pool, _ = prefill(params, pool, tokens, **rows, page_table=table[[slot, slot]])
             hot = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if slot == 1 else {}
             settings = SamplingParams(max_tokens=10, accept_threshold=0.6, **hot)
             packed = request_state.make_request(dims, prompt=prompt, params=settings, eos_ids=model.spec.eos_ids)

@@ -103,17 +103,19 @@ def test_the_bare_model_runs_the_kernels_of_the_step(monkeypatch):
     assert bare == set(asked) == {REFERENCE.grouped_matmul}
 
 
-@pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream", "tiny-fast-dllm-v2-trained"])
-def test_a_step_of_every_family_is_the_engines(monkeypatch, name):
-    """A canvas that every forward sees whole, and a step that does nothing but commit."""
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("tiny-llada", None), ("tiny-llada", "d2f"), ("tiny-dream", None), ("tiny-fast-dllm-v2-trained", None)]
+)
+def test_a_step_of_every_family_is_the_engines(monkeypatch, name, strategy):
+    """A canvas that every forward sees whole, the same model in blocks, and a step that does nothing but commit."""
     config = GOLDEN / "families" / name / "config.json"
     monkeypatch.setitem(SHAPES, name, json.loads(config.read_text()))
-    report = step.run(shape=name, batches=[2], strategies=[None], contexts=[32], dtype="float32", repeats=1)
+    report = step.run(shape=name, batches=[2], strategies=[strategy], contexts=[32], dtype="float32", repeats=1)
     (figures,) = report["steps"]
     model = shape_model(name)
-    assert figures["strategy"] == model.spec.strategy
+    assert figures["strategy"] == (strategy or model.spec.strategy)
     assert 0 < figures["floor_ms"] < figures["ms_median"]
-    cached = 64 if model.spec.attention.paged else 0
+    cached = 64 if model.spec.attention.paged or strategy == "d2f" else 0
     assert figures["gigabytes"] * 1e9 == pytest.approx(step_bytes(model, 4, batch=2, context=cached, experts=0))
 
 

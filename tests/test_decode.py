@@ -58,7 +58,7 @@ def rows(*pieces: tuple[int, list[int]], size: int = 2) -> dict[str, np.ndarray]
 
 def prefilled(program: decode.Program, pool: KVPool, tokens: list[int]) -> KVPool:
     """The pool after a plain forward over whole blocks of ``tokens``."""
-    return prefill(program, PARAMS, pool, **rows((0, tokens)))
+    return prefill(program, PARAMS, pool, **rows((0, tokens)))[0]
 
 
 def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
@@ -84,8 +84,8 @@ def test_a_prefill_in_chunks_equals_one():
     program, pool, state = setup(REFERENCE, [1, 2, 3, 4, 5, 6, 7, 8, 9])
     one = prefilled(program, pool, [1, 2, 3, 4, 5, 6, 7, 8])
     chunks = prefilled(program, pool, [1, 2, 3, 4])
-    chunks = prefill(program, PARAMS, chunks, **rows((1, [5, 6, 7, 8])))
-    together = prefill(program, PARAMS, pool, **rows((1, [5, 6, 7, 8]), (0, [1, 2, 3, 4])))
+    chunks, _ = prefill(program, PARAMS, chunks, **rows((1, [5, 6, 7, 8])))
+    together, _ = prefill(program, PARAMS, pool, **rows((1, [5, 6, 7, 8]), (0, [1, 2, 3, 4])))
     for got in (chunks, together):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, one)
     assert np.abs(one.k[:, :1]).min() > 0

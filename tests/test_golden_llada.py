@@ -26,5 +26,5 @@ LEFT_OUT = {
     ("families/tiny-llada", "llada-16"): "the peer draws the order by a generator of its own",
     ("families/tiny-llada-moe", "llada-14"): "the peer draws the order by a generator of its own",
 }
-STABLE = 35
-COUNTED = (33, 0)
+STABLE = 37
+COUNTED = (35, 0)

@@ -54,6 +54,7 @@ def expected(say: Script) -> tuple[list[int], str]:
         *(("dmax", 4, 3, False), ("dmax", 16, 1, False)),
         *(("sdar_leftmost", 4, 1, False), ("sdar_sequential", 8, 3, False), ("sdar_entropy", 4, 2, False)),
         *(("fast_dllm_v2", 8, 1, True), ("fast_dllm_v2", 4, 3, True), ("llada2_edit", 4, 1, True), ("dmax", 8, 2, True)),
+        *(("d2f", 8, 1, False), ("d2f", 4, 8, False)),
         *(("llada", 8, 1, False), ("llada_random", 4, 1, False), ("llada_threshold", 16, 1, False), ("llada_factor", 8, 1, False)),
         *(("dream", 48, 1, False), ("dream_topk_margin", 48, 1, False), ("dream_origin", 48, 1, False), ("dream_threshold", 48, 1, False)),
         *(("dream", 8, 1, True), ("dream_origin", 16, 1, True), ("dream_threshold", 4, 1, True)),  # behind a cache
@@ -62,14 +63,14 @@ def expected(say: Script) -> tuple[list[int], str]:
 def test_exact_length_no_masks_and_the_right_reason(name, block, window, commit_alone):
     rng = np.random.default_rng([len(name), block, window])
     reasons = set()
-    whole = STRATEGIES[name].canvas == "whole"
+    whole, kind = STRATEGIES[name].canvas == "whole", {"commit_alone": commit_alone, "prompt_apart": name == "d2f"}
     for _ in range(BATCHES):
         say = [request(rng) for _ in range(SLOTS)]
         if whole:  # blocks of any length, from the prompt's end on
             lengths = [0] * SLOTS if STRATEGIES[name].rule.one_block and not commit_alone else rng.integers(0, block + 1, SLOTS).tolist()
             say = [dataclasses.replace(s, params=dataclasses.replace(s.params, block_length=n)) for s, n in zip(say, lengths, strict=True)]
         sizes = {"block": block, "pages": POSITIONS // block, "window": window, "steps": 4 * POSITIONS}
-        kind = {"commit_alone": commit_alone, "whole_canvas": whole, "cached_canvas": whole and commit_alone}
+        kind |= {"whole_canvas": whole, "cached_canvas": whole and commit_alone}
         played, _state = play(STRATEGIES[name].rule, *say, **sizes, **kind)
         for one, script in zip(played, say, strict=True):
             assert (one.tokens, one.reason) == expected(script)
@@ -83,6 +84,7 @@ def test_exact_length_no_masks_and_the_right_reason(name, block, window, commit_
         *(("tiny-llada2-trained", "llada2_edit", 32), ("families/tiny-sdar-trained", "sdar", 4)),
         *(("families/tiny-sdar-moe", "sdar_leftmost", 8), ("families/tiny-fast-dllm-v2-trained", "fast_dllm_v2", 32)),
         *(("families/tiny-llada", "llada_threshold", 32), ("families/tiny-dream", "dream", 144)),
+        ("families/tiny-dream", "d2f", 16),
     ],
 )
 def test_a_real_model_ends_where_the_same_output_without_stops_has_one(engine_of, checkpoint, strategy, block):

@@ -130,6 +130,8 @@ def test_a_model_that_keeps_no_keys_has_no_pool(nothing_compiles):
     made = plan("llada-8b", "h100:1", slots=2, max_len=512)
     assert made.pool == 0
     assert made.operations == pytest.approx(2 * 2 * 512 * 7.5e9, rel=0.1)  # the whole canvas goes through all but the embedding
+    blocks = plan("llada-8b", "h100:1", slots=2, max_len=512, strategy="d2f")
+    assert blocks.pool == blocks.read - made.read == 2 * 512 * 2 * 32 * 4096 * 2  # in blocks its keys are kept, and read
 
 
 def test_the_smallest_split_that_leaves_a_tenth_is_proposed(nothing_compiles):

@@ -66,7 +66,7 @@ class World:
         pool = self.pool()
         for chunks in rounds:
             for packed in packing.pack(self.program, self.shapes, chunks, table_of=self.table):
-                pool = self._prefill(PARAMS, pool, **packed._asdict())
+                pool, _ = self._prefill(PARAMS, pool, **packed._asdict())
         return pool
 
     def alone(self) -> KVPool:
@@ -121,7 +121,7 @@ def test_a_prompt_is_one_sequence():
     request = whole.requests[0]
     shape = Shape(1, -(-TOKENS // 4))
     row = packing.packed(whole.program.dims, shape, [packing.Row(request, 0, 17, 0, 17)], table_of=whole.table)
-    pool = jax.jit(functools.partial(decode.prefill, causal))(PARAMS, whole.pool(), **row._asdict())
+    pool, _ = jax.jit(functools.partial(decode.prefill, causal))(PARAMS, whole.pool(), **row._asdict())
     for got, want in zip(jax.tree.leaves(packed.prefilled([Chunk(request, 0, 17)])), jax.tree.leaves(pool), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 

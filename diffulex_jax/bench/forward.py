@@ -96,7 +96,7 @@ def step_bytes(
     mesh: AbstractMesh = ONE_DEVICE,
 ) -> float:
     """What each device of ``mesh`` must read in a denoise step: each of its weights once, of the routed experts, quantised as ``weights``
-    says, ``experts`` a layer on all devices together, and the cached context once, where the model's attention lets it be cached.
+    says, ``experts`` a layer on all devices together, and ``context`` cached positions once.
 
     Activations stay in caches and are not counted, nor is the embedding, of which a few rows are looked up, unless it is the output
     matrix too. ``batch`` are the rows of one index of ``data``.
@@ -108,8 +108,7 @@ def step_bytes(
             size *= experts / param.shape[param.axes.index("expert")]
         total += 0 if path == ("embed",) and ("lm_head",) in leaves(model.schema) else size
     layers = model.spec.layers
-    cached = context * batch if model.spec.attention.paged else 0
-    return total + 2 * layers.count * layers.kv_heads * layers.head_dim * cached * itemsize / parts(mesh, ("kv_heads",))
+    return total + 2 * layers.count * layers.kv_heads * layers.head_dim * context * batch * itemsize / parts(mesh, ("kv_heads",))
 
 
 def expert_stacks(params: Params) -> list[Stack]:

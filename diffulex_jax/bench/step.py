@@ -190,7 +190,8 @@ def measure(
                 raise RuntimeError(f"a block of {BLOCK} tokens took {own.nfe - state.nfe} steps instead of one a token")
     median, device = (statistics.median(sum(each) / BLOCK for each in spent[read]) for read in (True, False))
     mean = statistics.mean(counts) if counts else 0.0
-    sizes: dict[str, Any] = {"batch": batch, "context": context + BLOCK, "experts": mean, "weights": weights}
+    cached = context + BLOCK if program.attention.paged else 0
+    sizes: dict[str, Any] = {"batch": batch, "context": cached, "experts": mean, "weights": weights}
     bytes_read = forward.step_bytes(program.model, params["embed"].dtype.itemsize, **sizes)
     gigabytes = bytes_read / 1e9
     floor = 1e12 * gigabytes / bandwidth

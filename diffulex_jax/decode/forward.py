@@ -14,7 +14,7 @@ from diffulex_jax.models.attention import Where
 from diffulex_jax.models.base import Params
 from diffulex_jax.models.ops import At, Ops, machine_ops
 from diffulex_jax.state import KVPool
-from pallas_kernels.block_attention import Keys, block_attention, split_heads, write_blocks
+from pallas_kernels.block_attention import Keys, block_attention, split_heads, write_blocks, write_positions
 
 
 def forward(
@@ -51,7 +51,8 @@ def forward(
     """
     block = program.dims.block
     kernels = program.kernels.for_layers(params["embed"].dtype)
-    attention = functools.partial(block_attention, block=block, backend=kernels.block_attention)
+    whole = not program.dims.prompt_apart
+    attention = functools.partial(block_attention, block=block, whole_blocks=whole, backend=kernels.block_attention)
 
     def attend(at: At, heads: jax.Array) -> tuple[jax.Array, Any]:
         if put is not None:
@@ -87,7 +88,7 @@ def prefill(
     length: jax.Array,
     written: jax.Array,
     page_table: jax.Array,
-) -> KVPool:
+) -> tuple[KVPool, jax.Array]:
     """Writes the KV of prompt blocks, of any requests.
 
     A row is a piece of a prompt. It sees what lies before it in the pool, where an earlier forward wrote it, or another row of this one:
@@ -103,6 +104,9 @@ def prefill(
       length: ``[R]`` int32, how many of its tokens exist: whole blocks, but for the last of a whole prompt; 0: no such row.
       written: ``[R, C]`` bool, the blocks to write. Others are there to be seen in their row, or not at all.
       page_table: ``[R, P]`` int32, the pages of each row's request.
+
+    Returns:
+      The pool, and ``[R, dims.carried]`` float32, the hidden state of each row's last position.
     """
     rows, blocks, block = tokens.shape
     at = jnp.arange(blocks * block, dtype=jnp.int32)
@@ -123,7 +127,9 @@ def prefill(
 
     keys = Keys(pool.k, pool.v, page_table, start, lanes)
     x = params["embed"][tokens.reshape(rows, -1)]
-    return forward(program, params, x, start[:, None] + at, keys=keys, visible=visible, put=put)[1]
+    hidden, pool = forward(program, params, x, start[:, None] + at, keys=keys, visible=visible, put=put)
+    last = hidden[jnp.arange(rows), jnp.maximum(length - 1, 0), : program.dims.carried]
+    return pool, last.astype(jnp.float32)
 
 
 def write(
@@ -134,9 +140,13 @@ def write(
 
 
 def pages_of(program: Program, page_table: jax.Array, start: jax.Array) -> jax.Array:
-    """``[R, n]`` int32: the n pages that hold each row's block at position ``start [R]``; n is 1 unless a block is several pages."""
+    """``[R, n]`` int32: the n pages that hold each row's block at position ``start [R]``; n is 1 unless a block is several pages, or, where
+    a block may begin anywhere in a page, B: the page of each position."""
     dims = program.dims
-    at = jnp.maximum(start, 0)[:, None] // dims.page + jnp.arange(max(1, dims.block // dims.page))
+    if dims.prompt_apart:
+        at = jnp.maximum(start[:, None] + jnp.arange(dims.block), 0) // dims.page
+    else:
+        at = jnp.maximum(start, 0)[:, None] // dims.page + jnp.arange(max(1, dims.block // dims.page))
     return jnp.take_along_axis(page_table, at, 1, mode="clip")
 
 
@@ -147,5 +157,9 @@ def _pages_written(program: Program, pool: KVPool, page_table: jax.Array, start:
 
 
 def _write_at(program: Program, pool: KVPool, k: jax.Array, v: jax.Array, *, pages: jax.Array, start: jax.Array) -> KVPool:
-    put = functools.partial(write_blocks, pages=pages, offsets=start % program.dims.page, backend=program.kernels.block_attention)
+    dims = program.dims
+    if dims.prompt_apart:
+        offsets = (start[:, None] + jnp.arange(dims.block)) % dims.page
+        return KVPool(*(write_positions(old, new, pages, offsets) for old, new in ((pool.k, k), (pool.v, v))))
+    put = functools.partial(write_blocks, pages=pages, offsets=start % dims.page, backend=program.kernels.block_attention)
     return KVPool(put(pool.k, k), put(pool.v, v))

@@ -212,7 +212,11 @@ def _forward_pending_and_window(
     program: Program, params: Params, pool: KVPool, state: DecodeState, *, page_table: jax.Array, writes: bool | None
 ) -> tuple[jax.Array, KVPool, DecodeState]:
     """As :func:`_forward`. Only in steps where some row has a pending block does it go through the network: with the window, or, where
-    ``kernels.pending_apart``, ahead of it."""
+    ``kernels.pending_apart``, ahead of it.
+
+    Where ``dims.carried``, the output at a position speaks of the next one. Then that of the last position before the window is kept, from
+    the forward that wrote it.
+    """
     slots, window, block = state.tokens.shape
     embed = functools.partial(_embed, program, params)
     live, active = state.pending.live & state.live, state.active & state.live[:, None]
@@ -224,20 +228,24 @@ def _forward_pending_and_window(
     def written(pool: KVPool, kv: tuple[jax.Array, jax.Array]) -> KVPool:
         return write(program, pool, *kv, page_table=page_table, start=state.start - block, where=live)
 
-    def pending_only(pool: KVPool) -> KVPool:
+    def last_of(hidden: jax.Array) -> jax.Array:
+        last = hidden[:, block - 1, : program.dims.carried].astype(jnp.float32)
+        return jnp.where(live[:, None], last, state.carried)
+
+    def pending_only(pool: KVPool) -> tuple[jax.Array, KVPool]:
         keys = Keys(pool.k, pool.v, page_table, state.written_upto, live[:, None])
-        _, kv = forward(program, params, embed(state.pending.tokens, state.pending.merge), at, keys=keys, keep=True)
-        return written(pool, kv)
+        hidden, kv = forward(program, params, embed(state.pending.tokens, state.pending.merge), at, keys=keys, keep=True)
+        return last_of(hidden), written(pool, kv)
 
-    def window_only(pool: KVPool) -> tuple[jax.Array, KVPool]:
+    def window_only(carried: jax.Array, pool: KVPool) -> tuple[jax.Array, jax.Array, KVPool]:
         keys = Keys(pool.k, pool.v, page_table, after.written_upto, active)
-        return forward(program, params, x, positions, keys=keys)[0], pool
+        return forward(program, params, x, positions, keys=keys)[0], carried, pool
 
-    def together(pool: KVPool) -> tuple[jax.Array, KVPool]:
+    def together(pool: KVPool) -> tuple[jax.Array, jax.Array, KVPool]:
         keys = Keys(pool.k, pool.v, page_table, state.written_upto, active)
         both = jnp.concatenate([embed(state.pending.tokens, state.pending.merge), x], 1)
         hidden, kv = forward(program, params, both, jnp.concatenate([at, positions], 1), keys=keys, pending=live, keep=True)
-        return hidden[:, block:], written(pool, kv)
+        return hidden[:, block:], last_of(hidden), written(pool, kv)
 
     def either(then: Callable[..., Any], otherwise: Callable[..., Any]) -> Any:
         """By whether some row has a pending block; without one, ``after`` has written as much as ``state``."""
@@ -246,10 +254,12 @@ def _forward_pending_and_window(
         return (then if writes else otherwise)(pool)
 
     if program.kernels.pending_apart:
-        hidden, pool = window_only(either(pending_only, lambda pool: pool))
+        hidden, carried, pool = window_only(*either(pending_only, lambda pool: (state.carried, pool)))
     else:
-        hidden, pool = either(together, window_only)
-    return hidden, pool, after
+        hidden, carried, pool = either(together, functools.partial(window_only, state.carried))
+    if program.dims.carried:
+        hidden = jnp.concatenate([carried[:, None].astype(hidden.dtype), hidden[:, :-1]], 1)
+    return hidden, pool, after.replace(carried=carried)
 
 
 def _forward_pending_or_window(

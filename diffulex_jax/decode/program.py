@@ -32,5 +32,6 @@ class Program(NamedTuple):
 
     @property
     def block_budget(self) -> int:
-        """Forwards after which a block is filled by force, whatever the rules say: every block ends."""
-        return FORWARDS_PER_TOKEN * self.dims.block
+        """Forwards after which a block is filled by force, whatever the rules say: every block ends. Where a window is wide, a block may
+        wait for a token a forward in each of those before it."""
+        return max(FORWARDS_PER_TOKEN, self.dims.window) * self.dims.block

@@ -133,7 +133,8 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
     Raises:
       SettingError: for a setting that will not do.
     """
-    whole_canvas = spec.attention.canvas == "whole"
+    spec = _form_of(spec, strategy, settings)
+    whole_canvas, prompt_apart = spec.attention.canvas == "whole", spec.attention == AttentionPolicy("whole")
     quantise.check(spec, settings.weights)
     _check_canvas(spec, strategy, settings)
     usual = "full" if whole_canvas else "block_causal"
@@ -163,12 +164,20 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
         page=page,
         pages_per_slot=-(-s.max_model_len // unit) * (unit // page),
         mask_id=spec.mask_id,
-        commit_alone=spec.predicts == "next" and policy.cache != "none",
+        commit_alone=spec.predicts == "next" and policy.cache != "none" and not prompt_apart,
         sub_block_cache=s.sub_block_cache or 0,
         whole_canvas=whole_canvas,
         cached_canvas=cached,
+        prompt_apart=prompt_apart,
+        carried=spec.hidden_size if prompt_apart and spec.predicts == "next" else 0,
     )
     return dataclasses.replace(s, block_size=block, page_size=page), policy, dims
+
+
+def _form_of(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> ModelSpec:
+    """The spec as settings and strategy have the model run: one that sees its whole canvas may be D2F's, which sees a prompt and blocks."""
+    attention = settings.attention or strategy.attention
+    return spec.in_blocks() if spec.attention.canvas == "whole" and attention == "prefix_full" else spec
 
 
 def _reads(strategy: Strategy, settings: EngineConfig, dims: Dims) -> tuple[str, ...]:
@@ -180,13 +189,15 @@ def _reads(strategy: Strategy, settings: EngineConfig, dims: Dims) -> tuple[str,
 def _check_canvas(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> None:
     whole = spec.attention.canvas == "whole"
     sees = "sees its whole canvas" if whole else "is block-causal"
+    if spec.attention == AttentionPolicy("whole"):
+        sees += " with attention='prefix_full'"
+    if (settings.attention == "full") != whole and settings.attention is not None:
+        raise SettingError("attention", f"attention={settings.attention!r} is not for this model, which {sees}; leave it out")
     fitting = [name for name, known in STRATEGIES.items() if known.canvas == ("whole" if whole else "block_causal")]
     if strategy.canvas not in (None, "whole" if whole else "block_causal"):
         raise SettingError(
             "strategy", f"strategy {strategy.name!r} is not for this model, which {sees}; choose one of {', '.join(fitting)}"
         )
-    if (settings.attention == "full") != whole and settings.attention is not None:
-        raise SettingError("attention", f"attention={settings.attention!r} is not for this model, which {sees}; leave it out")
     if not whole:
         if settings.cache is not None:
             raise SettingError("cache", f"cache={settings.cache!r} is not for this model, which {sees} and cached exactly; leave it out")
@@ -278,6 +289,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         max_batched_tokens=s.max_batched_tokens,
         steps_per_dispatch=s.steps_per_dispatch,
         whole_prompts=not policy.chunkable,
+        prompt_apart=dims.prompt_apart,
         commit_alone=dims.commit_alone,
         keeps_window=dims.sub_block_cache > 0,
         paged=policy.paged,

@@ -26,7 +26,8 @@ class EngineConfig:
       weights: ``"int8"`` or ``"int4"`` holds the experts of a mixture quantised: a half, or a quarter, of bfloat16's bytes. All else is of
         ``dtype``. Default: all of it is.
       block_size: tokens in a block; where a model sees its whole canvas (LLaDA), the most that a request's ``block_length`` may be.
-        Default: what the model was trained with, as its checkpoint says, or as such models usually have; 32 for Dream behind a ``cache``.
+        Default: what the model was trained with, as its checkpoint says, or as such models usually have; 32 for Dream behind a ``cache``,
+        and for LLaDA and Dream with ``attention="prefix_full"``.
       force_block_size: decode in blocks that the checkpoint was not trained for. The text gets worse.
       page_size: tokens in a page of the KV pool: a multiple of a block, or a whole fraction of one. Default: a block, or as many as make
         8 tokens or more.
@@ -34,7 +35,8 @@ class EngineConfig:
         strategy names, else 1.
       attention: what a prompt sees of itself: ``"block_causal"``, its blocks up to the position's own, or ``"prefix_full"``, all of it
         (D2F; such prompts share no prefixes and are prefilled in one piece). ``"full"``: everything sees the whole canvas, masks included,
-        which is what models made so do (LLaDA). Default: what the strategy names, else the model's.
+        which is what models made so do (LLaDA, Dream); they take ``"prefix_full"`` too, for D2F's checkpoints of them, whose blocks begin
+        at the prompt's end. Default: what the strategy names, else the model's.
       cache: for models that see their whole canvas. ``"none"``: every forward is over all of it, which is exact. ``"prefix"``: a block's
         first forward is, and the others take the keys and values of what lies before the block from it. ``"dual"``: they take those of all
         but the block. Both are approximations, in which ``cfg_scale`` is not to be had (Fast-dLLM, arXiv 2505.22618). Default: ``"none"``.

@@ -61,8 +61,12 @@ class JaxDevice:
         self._pages, self._known = np.full((dims.slots, dims.pages_per_slot), num_pages, np.int32), np.zeros(dims.slots, np.int32)
         # The list of pages that each row was made from, and how many of them: only what is new is written.
         self._placed: list[tuple[list[int], int]] = [([], 0)] * dims.slots
+        # What a prefill left for the row of a request, by its number, until it is admitted.
+        self._carried: dict[int, jax.Array] = {}
+        self._jit_first = jax.jit(lambda rows: rows[0], out_shardings=everywhere)
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
-        self._jit_prefill = jax.jit(exact(functools.partial(programs.prefill, program), dtype), donate_argnums=(1,), out_shardings=on_pool)
+        prefill = exact(functools.partial(programs.prefill, program), dtype)
+        self._jit_prefill = jax.jit(prefill, donate_argnums=(1,), out_shardings=(on_pool, everywhere))
         self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule))
         self._jit_put, self._jit_release = jit_state(request_state.put), jit_state(request_state.release)
         self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
@@ -81,9 +85,11 @@ class JaxDevice:
     def warm_up(self, requests: Sequence[Tracked] | None = None) -> None:
         """Compiles what requests need, by default every program there is, by running each once on nothing. No slot may be in use."""
         shapes = self._prefill_shapes
-        for shape in shapes if requests is None else packing.shapes_for(self.program, shapes, requests):
-            self._prefill(packing.packed(self.program.dims, shape, [], table_of=self._table))
         probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(seed=0).resolve(), slot=0)
+        for shape in shapes if requests is None else packing.shapes_for(self.program, shapes, requests):
+            last = self._prefill(packing.packed(self.program.dims, shape, [], table_of=self._table))
+            if self.program.dims.carried:
+                self._keep(probe, last)
         self.admit(probe)
         if requests is None or self.num_pages < self.program.dims.slots * self.program.dims.pages_per_slot:  # some may be set aside
             probe.saved = self.save(probe)
@@ -96,11 +102,16 @@ class JaxDevice:
             jax.block_until_ready(self._dispatch(Plan(self._pages, self._known, max_steps=1, stop_on_finish=False), greedy=greedy))
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
-        for packed in packing.pack(self.program, self._prefill_shapes, chunks, table_of=self._table):
-            self._prefill(packed)
+        for i, packed in enumerate(packing.pack(self.program, self._prefill_shapes, chunks, table_of=self._table)):
+            last = self._prefill(packed)
+            if self.program.dims.carried:  # then a forward is over one whole prompt
+                self._keep(chunks[i].request, last)
 
     def admit(self, request: Tracked) -> None:
-        packed = request_state.make_request(self.program.dims, prompt=request.prompt, params=request.params, eos_ids=self.eos_ids)
+        carried = self._carried.pop(request.id, None)
+        packed = request_state.make_request(
+            self.program.dims, prompt=request.prompt, params=request.params, eos_ids=self.eos_ids, carried=carried
+        )
         with jax.set_mesh(self.mesh):
             self.state = self._jit_admit(self.state, _slot(request), packed)
 
@@ -185,9 +196,14 @@ class JaxDevice:
         parts = self.program.dims.unit // self.program.dims.page
         return (np.asarray(pages, np.int32)[:, None] * parts + np.arange(parts, dtype=np.int32)).reshape(-1)
 
-    def _prefill(self, packed: packing.Packed) -> None:
+    def _prefill(self, packed: packing.Packed) -> jax.Array:
         with jax.set_mesh(self.mesh):
-            self.pool = self._jit_prefill(self._params, self.pool, **packed._asdict())
+            self.pool, last = self._jit_prefill(self._params, self.pool, **packed._asdict())
+        return last
+
+    def _keep(self, request: Tracked, last: jax.Array) -> None:
+        with jax.set_mesh(self.mesh):
+            self._carried[request.id] = self._jit_first(last)
 
 
 def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, DecodeState]:

@@ -85,7 +85,9 @@ def shapes_for(program: decode.Program, shapes: Sequence[Shape], requests: Seque
     """Those of ``shapes`` in which prompts may be prefilled, in whatever company, and however much of them is found in cached pages."""
     if not shapes:
         return []
-    rows = _all_rows(program, [Chunk(r, 0, blocks) for r in requests if (blocks := len(r.prompt) // program.dims.block)])
+    block = program.dims.block
+    rest = block - 1 if program.dims.prompt_apart else 0  # there the last block is written too, however few tokens it has
+    rows = _all_rows(program, [Chunk(r, 0, blocks) for r in requests if (blocks := (len(r.prompt) + rest) // block)])
     lengths = {row.end - row.first for row in rows}
     return sorted({_shape(shapes, blocks, count) for blocks in lengths for count in range(1, len(rows) + 1)})
 

@@ -61,15 +61,15 @@ def prefill(
     length: jax.Array,
     written: jax.Array,
     page_table: jax.Array,
-) -> KVPool:
+) -> tuple[KVPool, jax.Array]:
     """See ``decode.prefill``. All devices compute it, and those that have a request's pages write; the others see a wrong prefix."""
 
-    def local(params: Any, pool: KVPool, tokens: Any, start: Any, length: Any, written: Any, page_table: Any) -> KVPool:
+    def local(params: Any, pool: KVPool, tokens: Any, start: Any, length: Any, written: Any, page_table: Any) -> Any:
         here = _own(page_table, pool)
         return decode.prefill(program, params, pool, tokens, start=start, length=length, written=written, page_table=here)
 
     pages, every = spec(*POOL_AXES), PartitionSpec()
-    run = spread(local, (param_specs(program.model), pages, *[every] * 5), pages)
+    run = spread(local, (param_specs(program.model), pages, *[every] * 5), (pages, every))
     return run(params, pool, tokens, start, length, written, page_table)
 
 

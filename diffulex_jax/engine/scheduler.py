@@ -71,6 +71,7 @@ class Scheduler:
         steps_per_dispatch: int,
         root: bytes,
         whole_prompts: bool = False,
+        prompt_apart: bool = False,
         commit_alone: bool = False,
         keeps_window: bool = False,
         paged: bool = True,
@@ -81,6 +82,7 @@ class Scheduler:
           pools: the pages of each data shard. Each has its equal part of the ``slots``, in order.
           page: tokens of a page, one or several blocks.
           whole_prompts: a prompt is prefilled in one piece, however long.
+          prompt_apart: see ``state.Dims``. The last block of a prompt is written before the first step too, however few tokens it has.
           commit_alone: see ``state.Dims``. The last block of a prompt that ends with one is left to the first step, which decides the
             token behind it.
           keeps_window: a block has its pages from its first step on, not only when it is committed.
@@ -95,7 +97,7 @@ class Scheduler:
         self.running: dict[int, Tracked] = {}
         self.preemptions = 0
         self._root, self._whole_prompts, self._commit_alone, self._paged = root, whole_prompts, commit_alone, paged
-        self._keeps_window = keeps_window
+        self._keeps_window, self._prompt_apart = keeps_window, prompt_apart
         self._admitted = 0
         self._flight: Flight | None = None
         self._ended: list[Ended] = []
@@ -232,24 +234,25 @@ class Scheduler:
         if not self._paged:
             return True
         if request.saved is not None:
-            needed = self._pages_of(request.written + 1)
+            needed = self._pages_upto(request, (request.written + 1) * self.block)
             if pool.num_available < needed:
                 return False
             request.pages = pool.allocate(needed)
             return True
         whole = len(request.prompt) // self.block
         shared = pool.match(request.digests)
-        needed = self._pages_of(whole + 1) - len(shared)
+        needed = self._pages_upto(request, (whole + 1) * self.block) - len(shared)
         if pool.num_available < needed:
             pool.release(shared)
             return False
         request.pages = shared + pool.allocate(needed)
-        request.written, request.start = len(shared) * self._per_page, whole * self.block
+        request.written = len(shared) * self._per_page
+        request.start = len(request.prompt) if self._prompt_apart else whole * self.block
         return True
 
-    def _pages_of(self, blocks: int) -> int:
-        """Pages that hold so many first blocks."""
-        return -(-blocks // self._per_page)
+    def _pages_upto(self, request: Tracked, position: int) -> int:
+        """Pages that hold the positions of a request below ``position``."""
+        return -(-min(position, len(request.prompt) + request.params.max_tokens) // self.page)
 
     def _prefill(self) -> None:
         """Prompt blocks within the budget that decoding leaves, or a share of it: some of each request in turn, all in one call."""
@@ -271,20 +274,19 @@ class Scheduler:
             self._start(request)
 
     def _to_prefill(self, request: Tracked) -> int:
-        """Whole blocks of the prompt that are written before the first step."""
+        """Blocks of the prompt that are written before the first step."""
         if not self._paged:
             return 0
         whole, left = divmod(len(request.prompt), self.block)
-        return whole - (self._commit_alone and left == 0)
+        return whole + (self._prompt_apart and left > 0) - (self._commit_alone and left == 0)
 
     def _provide_page(self, request: Tracked) -> None:
         """Makes sure the window's first block can be committed, and, where it must, that the window can move on; the youngest others of its
         shard give way when pages run out."""
         if not self._paged:
             return
-        blocks = request.start // self.block + 1 + self._keeps_window
-        last = -(-(len(request.prompt) + request.params.max_tokens) // self.block)
-        missing = self._pages_of(min(blocks, last)) - len(request.pages)
+        upto = request.start + (1 + self._keeps_window) * self.block
+        missing = self._pages_upto(request, upto) - len(request.pages)
         shard = self._shard_of(request)
         while missing > 0 and shard.pages.num_available < missing:
             beside = [r for r in (*self.running.values(), *self.prefilling) if self._shard_of(r) is shard]
@@ -312,7 +314,7 @@ class Scheduler:
             if request.tokens:
                 request.settled = request.settled or now
             if status != ERROR:
-                self._publish(request, row["written_upto"] // self.block)
+                self._publish(request, -(-row["written_upto"] // self.block))
             if status != RUNNING:
                 ended.append(Ended(request, status, self.device.read(request) if request.wants_sequence else None))
                 del self.running[slot]

@@ -14,6 +14,8 @@ from diffulex_jax.models.names import Tensor
 from diffulex_jax.models.ops import Ops
 
 
+D2F_BLOCK = 32  # most of its authors' scripts; no checkpoint says
+
 Params = dict[str, Any]
 """A tree of the structure of ``Model.schema``: of arrays, and of what ``weights.quantise`` makes of some of them."""
 
@@ -87,8 +89,13 @@ class ModelSpec:
     @property
     def commit_alone(self) -> bool:
         """Whether a block must be complete before the first token of the next can be decided: its last output speaks of that, and comes
-        from the forward that writes its KV."""
-        return self.predicts == "next" and self.attention.paged
+        from the forward that writes its KV. In D2F's form that output is as good as any other, and blocks behind do not wait for it."""
+        return self.predicts == "next" and self.attention.chunkable
+
+    def in_blocks(self) -> ModelSpec:
+        """The spec of the same network as D2F trains it further: its prompt sees all of itself, and blocks behind it none that follow
+        (arXiv 2508.09192)."""
+        return dataclasses.replace(self, attention=AttentionPolicy("whole"), block_size=D2F_BLOCK, strategy="d2f")
 
     def __post_init__(self) -> None:
         for name, ids in (("mask_token_id", (self.mask_id,)), ("eos_token_id", self.eos_ids)):

@@ -135,9 +135,8 @@ def plan(
     rows = slots // split.shape["data"]
     tokens = rows * (wanted.dims.window * wanted.dims.block if paged else wanted.dims.positions)
     experts = _experts_touched(network, tokens)
-    read = step_bytes(
-        network, settings.jax_dtype.itemsize, batch=rows, context=max_len, experts=experts, weights=_form(settings), mesh=split
-    )
+    sizes: dict[str, Any] = {"batch": rows, "context": max_len if paged else 0, "experts": experts, "weights": _form(settings)}
+    read = step_bytes(network, settings.jax_dtype.itemsize, **sizes, mesh=split)
     operations = _operations(network, split, tokens=tokens, context=max_len)
     exchanges = _exchanges(wanted, split, tokens) if compiled is None else compiled.exchanges
     chip, group = there.chip, split.shape["expert"] * split.shape["tensor"]

@@ -51,6 +51,8 @@ def dims_for(
     sub_block_cache: int = 0,
     whole_canvas: bool = False,
     cached_canvas: bool = False,
+    prompt_apart: bool = False,
+    carried: int = 0,
 ) -> Dims:
     """The sizes of a state that ``rule`` decodes; ``cached_canvas``: blocks of a whole canvas begin with a forward over all of it."""
     merge_top_k = rule.merge.top_k if rule.merge is not None else 0
@@ -66,6 +68,8 @@ def dims_for(
         commit_alone=commit_alone,
         sub_block_cache=sub_block_cache,
         whole_canvas=whole_canvas,
+        prompt_apart=prompt_apart,
+        carried=carried,
         one_block=rule.one_block and not cached_canvas,
         noise_steps=FORWARDS_PER_TOKEN * block if rule.noise else 0,
     )

@@ -11,7 +11,7 @@ import jax
 
 from pallas_kernels.block_attention import gpu, reference, tpu
 from pallas_kernels.block_attention.masked import canvas_attention, masked_attention
-from pallas_kernels.block_attention.reference import Keys, split_heads
+from pallas_kernels.block_attention.reference import Keys, split_heads, write_positions
 from pallas_kernels.target import Target, is_hopper, pick
 
 
@@ -25,6 +25,7 @@ __all__ = [
     "pool_order",
     "split_heads",
     "write_blocks",
+    "write_positions",
 ]
 
 Backend = Literal["reference", "gpu", "tpu"]
@@ -63,6 +64,7 @@ def block_attention(
     block: int,
     pending: tuple[jax.Array, jax.Array] | None = None,
     visible: jax.Array | None = None,
+    whole_blocks: bool = True,
     backend: str | None = None,
 ) -> jax.Array:
     """Block-causal attention: queries see the cached prefix, the pending block, the live blocks before theirs, and their own block.
@@ -76,6 +78,7 @@ def block_attention(
         seen by all queries of rows where ``live``. Their queries are not read.
       visible: ``[R, W, W]`` bool (query, key) or ``[R, W]`` (key): where given, queries see just these positions of the window, whatever
         their blocks. Always plain XLA.
+      whole_blocks: whether every cached prefix is a number of whole blocks; static. The GPU's kernel needs that.
       backend: see :data:`Backend`; None chooses by the current mesh. What a kernel is not made for takes the reference.
 
     Returns:
@@ -90,6 +93,8 @@ def block_attention(
     if visible is not None:
         return reference.block_attention(heads, keys, layer=layer, block=block, pending=pending, visible=visible)
     attend = pick("block_attention", backend, choose_backend, _ATTENTION)
+    if attend is gpu.block_attention and not whole_blocks:
+        attend = reference.block_attention
     return attend(heads, keys, layer=layer, block=block, pending=pending)
 
 

@@ -19,7 +19,7 @@ class Keys(NamedTuple):
     Attributes:
       pool_k, pool_v: ``[L, N, P, KV, H]``, the paged pool.
       page_table: ``[R, M]`` int32, the pages of a row's positions; entries at or past N are not read into any result.
-      prefix_len: ``[R]`` int32, how many positions from 0 on are cached: whole blocks, but the last page need not be full.
+      prefix_len: ``[R]`` int32, how many positions from 0 on are cached; the last page need not be full.
       lanes: ``[R, W / B]`` bool, blocks of the window that exist; no other block sees a lane that does not.
     """
 
@@ -109,3 +109,16 @@ def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array, offsets: j
     where = lax.ScatterDimensionNumbers(update_window_dims=(0, 2, 3, 4), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1, 2))
     at = jnp.stack([pages, offsets], 1)
     return lax.scatter(pool, at, fresh, where, mode=lax.GatherScatterMode.FILL_OR_DROP)
+
+
+def write_positions(pool: jax.Array, fresh: jax.Array, pages: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Writes positions one by one, wherever they lie: blocks that need not begin where a page does, or a multiple of a block into it.
+
+    Args:
+      pool: ``[L, N, P, KV, H]``.
+      fresh: ``[L, R, B, KV, H]``.
+      pages: ``[R, B]`` int32, the page of each position. Nothing is written to pages at or past N.
+      offsets: ``[R, B]`` int32, where in its page each lies.
+    """
+    flat = fresh.reshape(fresh.shape[0], -1, *fresh.shape[3:]).astype(pool.dtype)
+    return pool.at[:, pages.reshape(-1), offsets.reshape(-1)].set(flat, mode="drop")
