@@ -96,7 +96,7 @@ def expert_mlp(
       ValueError: for an unknown backend, or shapes that do not fit together.
     """
     compute = pick("grouped_matmul", backend, choose_backend, _BACKENDS)
-    _check_shapes(x, expert_ids, weights, gate_up, down, layer, valid)
+    _check_shapes(x, expert_ids, weights, (gate_up, down), layer=layer, valid=valid)
     with jax.named_scope("expert_mlp"):
         if compute is _hopper:
             hints = {"first_expert": first_expert, "shared": shared, "counted": counted}
@@ -113,11 +113,12 @@ def _check_shapes(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
-    gate_up: Stack,
-    down: Stack,
+    stacks: tuple[Stack, Stack],
+    *,
     layer: ArrayLike | None,
     valid: jax.Array | None,
 ) -> None:
+    gate_up, down = stacks
     stacked = () if layer is None else gate_up.shape[:1]
     tokens, embed = x.shape
     experts, width = down.shape[-3], down.shape[-2]
