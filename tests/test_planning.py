@@ -74,6 +74,13 @@ def test_what_a_step_exchanges():
     assert exchanges_of_step(STEP) == {"all-reduce": Exchange(19 + 1, 19 * 16 + 8), "all-gather": Exchange(1, 32)}
 
 
+def test_what_starts_an_exchange_is_counted_once():
+    """A sum for GPUs has both what goes in and what comes out, one for TPUs only the latter."""
+    one = "%psum.1 = bf16[2,4]{1,0:T(8,128)} all-reduce("
+    for started in ("((bf16[2,4]{1,0}), bf16[2,4]{1,0})", "bf16[2,4]{1,0:T(8,128)}"):
+        assert exchanges_of_step(STEP.replace(one, f"%psum.1 = {started} all-reduce-start(")) == exchanges_of_step(STEP)
+
+
 def test_a_step_of_either_kind_where_the_host_drives_loops():
     """Two loops of unknown length in the body: steps that write, and those that do not. The latter count."""
     kinds = STEP.replace("%step (p", "%steps (p").replace("body=%step", "body=%kinds")

@@ -46,6 +46,10 @@ def test_the_kernel_for_a_shared_vocabulary(found):
     assert found["shared_vocabulary"]
 
 
+def test_gpus_that_share_the_vocabulary_exchange_four_numbers_a_row(found):
+    assert found["shared_by_gpus"] == {"same": True, "tie": 30, "no number": True, "exchanged": [["s32[4,4,12]", "all-gather"]]}
+
+
 @pytest.mark.parametrize("size", ["by layer", "at once"])
 @pytest.mark.parametrize("mesh", ["2x2x2", "1x4x2"])
 def test_a_checkpoint_is_read_onto_a_mesh(found, mesh, size):

@@ -41,8 +41,9 @@ def exchanges_of_step(hlo: str) -> Exchanges:
         open_loops = []
         for line in computations[name]:
             if found := _EXCHANGE.search(line):
-                # What starts an exchange has what goes in beside what comes out; only a sum, where both are alike, has one.
-                pair = bool(found["start"]) and found["kind"] != "all-reduce"
+                # What starts an exchange has what goes in beside what comes out, in a tuple of its own for GPUs; only a sum for others,
+                # where both are alike, has one.
+                pair = bool(found["start"]) and (found["kind"] != "all-reduce" or found["result"].startswith("(("))
                 total = _add(total, {found["kind"]: Exchange(1, _bytes(found["result"], pair=pair))})
             elif loop := _WHILE.search(line):
                 turn, times = _add(of(loop["body"]), of(loop["condition"])), _turns(line, computations[loop["condition"]])

@@ -1,7 +1,8 @@
 """lm_head and prediction in one pass over the vocabulary on Hopper GPUs (Mosaic GPU).
 
 Every thread block owns a range of the vocabulary and keeps, per hidden row, the running maximum, its id, the sum of
-exponentials and the current token's logit; a small XLA reduction joins the ranges. Logits live in registers only.
+exponentials and the current token's logit; a small XLA reduction joins the ranges. Logits live in registers only. Devices that share
+the vocabulary exchange these four numbers a row.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jax import lax
 
 from pallas_kernels.prediction import reference
 from pallas_kernels.prediction.reference import Best, Sampling
+from pallas_kernels.target import anywhere
 
 
 _TILE_K = 64  # bf16 elements of one 128-byte swizzled row
@@ -186,7 +188,7 @@ def _join(a: Any, b: Any) -> Any:
 def reduce_vocabulary(
     hidden: jax.Array, lm_head: jax.Array, ids: jax.Array, *, forbidden_id: int, plan: Tiling | None = None, **debug: Any
 ) -> Stats:
-    """:data:`Stats` of the whole vocabulary.
+    """:data:`Stats` of all rows of ``lm_head``.
 
     Args:
       hidden: ``[R, D]`` bfloat16, D a multiple of 64.
@@ -238,6 +240,7 @@ def greedy(
     penalized: jax.Array | None = None,
     penalty: jax.Array | None = None,
     banned: jax.Array | None = None,
+    vocab_axes: tuple[str, ...] = (),
 ) -> Best:
     """What the reference gives for rows of temperature 0 and ``top_k`` up to 1."""
     none = jnp.full_like(current, -1)
@@ -245,10 +248,26 @@ def greedy(
         penalized, penalty = none, jnp.zeros(len(current), jnp.float32)
     bits = lax.bitcast_convert_type(penalty, jnp.int32)
     ids = jnp.stack([current, jnp.where(penalty != 0, penalized, -1), bits, *([] if banned is None else banned.T)])
-    peak, total, best, current_logit = reduce_vocabulary(hidden, lm_head, ids, forbidden_id=forbidden_id)
-    token = jnp.minimum(best, len(lm_head) - 1)  # a row of NaN has no best token
+    reduce = functools.partial(_reduce_shared, axes=vocab_axes) if vocab_axes else reduce_vocabulary
+    peak, total, best, current_logit = reduce(hidden, lm_head, ids, forbidden_id=forbidden_id)
+    token = jnp.minimum(best, len(lm_head) * math.prod(map(lax.axis_size, vocab_axes)) - 1)  # a row of NaN has no best token
     prob, top = 1 / total, (slice(None), slice(top_k))
     return Best(token, prob, jnp.exp(current_logit - peak) / total, token[:, None][top], prob[:, None][top])
+
+
+def _reduce_shared(hidden: jax.Array, lm_head: jax.Array, ids: jax.Array, *, forbidden_id: int, axes: tuple[str, ...]) -> Stats:
+    """:func:`reduce_vocabulary` of the vocabulary that the devices of ``axes`` share, after one exchange of 16 bytes a row."""
+    vocab = len(lm_head)
+    first = lax.axis_index(axes) * vocab
+    # All devices run one program, and the forbidden id is not on all of them: there it is one more that is banned.
+    ids = jnp.concatenate([ids, jnp.full_like(ids[:1], forbidden_id)])
+    own = jnp.where((ids >= first) & (ids < first + vocab), ids - first, -1).at[2].set(ids[2])
+    peak, total, best, current = reduce_vocabulary(hidden, lm_head, own, forbidden_id=-1)
+    floats = jnp.stack([peak, total, current])
+    found = jnp.stack([*lax.bitcast_convert_type(floats, jnp.int32), jnp.where(best < vocab, best + first, _NO_ID)])
+    everyones = lax.all_gather(found, axes)
+    peak, total, current = jnp.moveaxis(lax.bitcast_convert_type(everyones[:, :3], jnp.float32), 1, 0)
+    return lax.reduce((peak, total, everyones[:, 3], current), _nothing(), _join, (0,))
 
 
 def predict_from_hidden(
@@ -266,13 +285,13 @@ def predict_from_hidden(
     """See the package's ``predict_from_hidden``.
 
     The kernel serves greedy batches in bfloat16 that ask for one candidate at most. Batches in which a row samples, more candidates,
-    the entropy, other dtypes and a sharded vocabulary take the reference.
+    the entropy and other dtypes take the reference.
     """
     vocab, width = lm_head.shape
     asked: dict[str, Any] = {"sampling": sampling, "top_k": top_k, "tempered": tempered, "entropy": entropy, "vocab_axes": vocab_axes}
     full = functools.partial(reference.predict_from_hidden, hidden, lm_head, current, **asked, **options)
     tiled = width % _TILE_K == 0 and vocab % 8 == 0  # shared memory is laid out in tiles of 8 rows
-    if vocab_axes or entropy or top_k > 1 or not tiled or not hidden.dtype == lm_head.dtype == jnp.bfloat16:
+    if entropy or top_k > 1 or not tiled or not hidden.dtype == lm_head.dtype == jnp.bfloat16:
         return full()
-    fast = functools.partial(greedy, hidden, lm_head, current, top_k=top_k, **options)
-    return fast() if sampling is None else lax.cond((sampling.temperature > 0).any(), full, fast)
+    fast = functools.partial(greedy, hidden, lm_head, current, top_k=top_k, vocab_axes=vocab_axes, **options)
+    return fast() if sampling is None else lax.cond(anywhere((sampling.temperature > 0).any()), full, fast)

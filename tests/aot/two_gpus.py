@@ -1,6 +1,6 @@
 """Compiles a program for two H100s that are not there; run by test_two_gpus in a process of its own, which a fault in XLA ends.
 
-``python two_gpus.py NAME`` prints "compiled" behind the program's exchanges.
+``python two_gpus.py NAME`` prints "compiled" behind the program's exchanges: ``all-reduce[4,8,128]`` is one of arrays of that shape.
 """
 
 from __future__ import annotations
@@ -62,4 +62,5 @@ if __name__ == "__main__":
     function, args = make(mesh)
     with jax.set_mesh(mesh):
         text = function.lower(*args).compile().as_text()
-    print(*sorted(set(re.findall(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", text))), "compiled")
+    found = re.findall(r"(\[[\d,]*\])\S* (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?=-done\(|\()", text)
+    print(*sorted({kind + shape for shape, kind in found}), "compiled")
