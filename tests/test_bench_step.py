@@ -104,19 +104,46 @@ def test_the_bare_model_runs_the_kernels_of_the_step(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy"), [("tiny-llada", None), ("tiny-llada", "d2f"), ("tiny-dream", None), ("tiny-fast-dllm-v2-trained", None)]
+    ("name", "strategy", "settings", "fed", "cached"),
+    [
+        ("tiny-llada", None, {}, 128, 0),
+        # Of 32 forwards one is over the canvas of 128; the others feed 64 or 32 positions beside the rest.
+        ("tiny-llada", None, {"cache": "prefix"}, 62 + 4, 62),
+        ("tiny-dream", None, {"cache": "dual"}, 31 + 4, 93),
+        ("tiny-llada", "d2f", {}, 32, 64),
+        ("tiny-fast-dllm-v2-trained", None, {"sub_block_cache": 8}, 8, 88),
+    ],
 )
-def test_a_step_of_every_family_is_the_engines(monkeypatch, name, strategy):
-    """A canvas that every forward sees whole, the same model in blocks, and a step that does nothing but commit."""
+def test_a_step_of_every_family_is_the_engines(monkeypatch, name, strategy, settings, fed, cached):
+    """A canvas that every forward sees whole, or behind a cache; the same model in blocks; and steps that do nothing but commit."""
     config = GOLDEN / "families" / name / "config.json"
     monkeypatch.setitem(SHAPES, name, json.loads(config.read_text()))
-    report = step.run(shape=name, batches=[2], strategies=[strategy], contexts=[32], dtype="float32", repeats=1)
+    report = step.run(shape=name, batches=[2], strategies=[strategy], contexts=[32], dtype="float32", repeats=1, **settings)
     (figures,) = report["steps"]
     model = shape_model(name)
     assert figures["strategy"] == (strategy or model.spec.strategy)
     assert 0 < figures["floor_ms"] < figures["ms_median"]
-    cached = 64 if model.spec.attention.paged or strategy == "d2f" else 0
     assert figures["gigabytes"] * 1e9 == pytest.approx(step_bytes(model, 4, batch=2, context=cached, experts=0))
+    assert figures["arithmetic_ms"] * report["matmul_teraflops"] * 1e9 == pytest.approx(_operations(model, 2, fed, 32, fed + cached))
+
+
+def _operations(model, rows, fed, window, seen):
+    """Two for each weight that a position meets, the output matrix those of the window alone; and attention."""
+    layers = model.spec.layers
+    head = model.spec.vocab_size * model.spec.hidden_size
+    matrices = sum(math.prod(param.shape) for path, param in leaves(model.schema).items() if path not in {("embed",), ("lm_head",)})
+    attention = 4 * fed * seen * layers.count * layers.query_heads * layers.head_dim
+    return rows * (2 * fed * matrices + 2 * window * head + attention)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [({"cache": "dual"}, "cache='dual' is not for this model"), ({"sub_block_cache": 8}, "sub_block_cache=8 is not for this model")],
+)
+def test_a_cache_that_is_not_for_the_model_is_refused_before_weights_are_made(monkeypatch, settings, complaint):
+    monkeypatch.setattr(step, "random_params", lambda *_, **__: pytest.fail("made weights"))
+    with pytest.raises(ValueError, match=complaint):
+        step.run(shape="llada2-mini", batches=[1], strategies=[None], contexts=[32], **settings)
 
 
 def test_it_reports_every_combination_and_every_kernel():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -37,8 +38,9 @@ def program_of(model: Model, strategy: Strategy, settings: EngineConfig, kernels
 
 
 def shared_part(state: DecodeState) -> DecodeState:
-    """What a forward needs of a state, which is the same for every strategy."""
-    return state.replace(rule=(), merge=(), pending=())
+    """What a forward needs of a state, which is the same for every strategy; as it is within a block, not in its first forward."""
+    pending = state.pending.replace(merge=(), live=jnp.zeros_like(state.pending.live))
+    return state.replace(rule=(), merge=(), pending=pending, steps=jnp.ones_like(state.steps))
 
 
 def bare(
@@ -109,6 +111,17 @@ def step_bytes(
         total += 0 if path == ("embed",) and ("lm_head",) in leaves(model.schema) else size
     layers = model.spec.layers
     return total + 2 * layers.count * layers.kv_heads * layers.head_dim * context * batch * itemsize / parts(mesh, ("kv_heads",))
+
+
+def step_operations(model: Model, *, tokens: float, context: float, mesh: AbstractMesh = ONE_DEVICE) -> float:
+    """Operations of each device of ``mesh`` in a step over ``tokens``: two for each weight a token goes through, and attention over
+    ``context``."""
+    tree, layers, total = leaves(model.schema), model.spec.layers, 0.0
+    for path, param in tree.items():
+        through = model.spec.experts_per_token / param.shape[param.axes.index("expert")] if "expert" in param.axes else 1
+        looked_up = path == ("embed",) and ("lm_head",) in tree
+        total += 0 if looked_up else 2 * tokens * through * math.prod(param.shape) / parts(mesh, param.axes)
+    return total + 4 * tokens * context * layers.count * layers.query_heads * layers.head_dim / parts(mesh, ("kv_heads",))
 
 
 def expert_stacks(params: Params) -> list[Stack]:

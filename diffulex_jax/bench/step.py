@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from diffulex_jax import decode, request_state
 from diffulex_jax.bench import forward, traffic
 from diffulex_jax.bench import kernels as kernel_times
 from diffulex_jax.bench.shapes import random_params, shape_model
+from diffulex_jax.engine import build
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import empty
 from diffulex_jax.engine.dispatch import Plan, exact, packed_denoise
@@ -26,7 +28,7 @@ from diffulex_jax.models.base import Params, leaves
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import DecodeState, KVPool
-from diffulex_jax.strategies import for_model
+from diffulex_jax.strategies import Strategy, for_model
 from diffulex_jax.weights import quantise
 from pallas_kernels import REFERENCE, choose
 from pallas_kernels.quantised import Form
@@ -43,6 +45,8 @@ def run(
     contexts: Sequence[int],
     dtype: str = "bfloat16",
     weights: Form | None = None,
+    cache: str | None = None,
+    sub_block_cache: int | None = None,
     kernels: str = "auto",
     repeats: int = 10,
     progress: Callable[[str], None] = lambda line: None,
@@ -58,28 +62,32 @@ def run(
       contexts: cached positions in front of the first block, multiples of the block size.
       dtype: of weights, activations and cache: ``"bfloat16"`` or ``"float32"``.
       weights: ``"int8"`` or ``"int4"`` for quantised experts; None for none.
+      cache, sub_block_cache: as in ``EngineConfig``.
       kernels: ``"auto"`` or ``"reference"``, as in ``EngineConfig``.
       repeats: measurements of each combination.
       progress: is given the report line by line as it comes.
 
     Returns:
-      Plain data: what was measured on what; under ``steps`` the figures of :func:`measure` for each combination, and under
+      Plain data: what was measured on what; under ``steps`` the figures of :func:`measure` and :func:`floor` for each combination, with
+      ``floor_ratio`` = median / floor; under
       ``kernel_times`` those of ``kernels.measure`` for each batch.
 
     Raises:
       ValueError: for a name that does not exist or a number that will not do.
     """
     model = shape_model(shape)
-    settings = EngineConfig(dtype=dtype, weights=weights, kernels=kernels)
+    settings = EngineConfig(dtype=dtype, weights=weights, cache=cache, sub_block_cache=sub_block_cache, kernels=kernels)
     for name, numbers in {"batch": batches, "repeats": (repeats,), "context": contexts}.items():
         if bad := [n for n in numbers if n < 1 or (name == "context" and n % BLOCK)]:
             raise ValueError(f"{name}={bad[0]} must be positive" + (f" and a multiple of {BLOCK}" if name == "context" else ""))
     quantise.check(model.spec, weights)
     found = [for_model(model.spec, name) for name in strategies]
+    for strategy in found:
+        build.plan(model.spec, strategy, _sized(settings, strategy, batch=1, context=BLOCK))  # what will not do should not cost the weights
     device = jax.devices()[0]
     chosen = choose(device) if settings.kernels == "auto" else REFERENCE
     with jax.set_mesh(make_mesh()):
-        bandwidth = traffic.copy_bandwidth(device)
+        bandwidth, rate = traffic.copy_bandwidth(device), traffic.matmul_rate(device, settings.jax_dtype)
         params = random_params(model, settings.jax_dtype, weights=weights, kernels=chosen)
         report: dict[str, Any] = {
             "device": f"{device.platform}: {device.device_kind}",
@@ -88,8 +96,11 @@ def run(
             "parameters": sum(math.prod(param.shape) for param in leaves(model.schema).values()),
             "dtype": dtype,
             "weights": weights,
+            "cache": cache,
+            "sub_block_cache": sub_block_cache,
             "kernels": chosen._asdict(),
             "copy_terabytes_per_second": bandwidth / 1e12,
+            "matmul_teraflops": rate / 1e12,
             "steps_per_dispatch": STEPS,
             "steps": [],
             "kernel_times": [],
@@ -99,30 +110,26 @@ def run(
         with ThreadPoolExecutor() as threads:  # everything is compiled before anything is timed
             compiled, counters = {}, {}
             for (context, batch, name), strategy in zip(cases, itertools.cycle(found), strict=False):
-                sizes: dict[str, Any] = {
-                    "block_size": 3 * BLOCK if strategy.rule.one_block else BLOCK,
-                    "force_block_size": True,
-                    "buffer_size": 1,
-                    "max_slots": batch,
-                }
-                asked = EngineConfig(dtype=dtype, weights=weights, max_model_len=context + 3 * BLOCK, **sizes)
+                asked = _sized(settings, strategy, batch=batch, context=context)
                 program = forward.program_of(model, strategy, asked, chosen)
                 arguments = _arguments(program, params)
                 dispatch = jax.jit(
                     exact(functools.partial(packed_denoise, program=program, steps=STEPS), settings.jax_dtype), donate_argnums=(1, 2)
                 )
                 compiled[context, batch, name] = program, threads.submit(dispatch.lower(*arguments).compile)
-                if (context, batch) not in counters:
+                if model.spec.experts_per_token and (context, batch) not in counters:
                     count, counts = forward.touch_counter(program)
                     state = jax.eval_shape(forward.shared_part, arguments[2])
                     lowered = jax.jit(count).lower(*arguments[:2], state, _page_tables(program))
                     counters[context, batch] = threads.submit(lowered.compile), counts
         for context, batch, name in cases:
             program, executable = compiled[context, batch, name]
-            counter, counts = counters[context, batch]
-            run_block = functools.partial(measure, program, params, executable.result(), counter.result(), counts, weights=weights)
-            figures = run_block(context=context, bandwidth=bandwidth, repeats=repeats)
-            report["steps"].append({"strategy": name, "batch": batch, "context": context} | figures)
+            counter = counters.get((context, batch))
+            times = measure(program, params, executable.result(), counter=counter, context=context, repeats=repeats)
+            touched = times["experts_touched"]
+            floors = floor(program, params, context=context, experts=touched, weights=weights, bandwidth=bandwidth, rate=rate)
+            ratio = {"floor_ratio": times["ms_median"] / floors["floor_ms"]}
+            report["steps"].append({"strategy": name, "batch": batch, "context": context} | times | floors | ratio)
             progress(_line(_STEP_COLUMNS, report["steps"][-1]))
         progress(_title(_KERNEL_COLUMNS))
         for batch in batches:
@@ -136,14 +143,11 @@ def measure(
     program: decode.Program,
     params: Params,
     dispatch: Callable[..., Any],
-    counter: Callable[..., Any],
-    counts: list[int],
     *,
+    counter: tuple[Future[Any], list[int]] | None,
     context: int,
-    bandwidth: float,
     repeats: int,
-    weights: Form | None = None,
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Times whole blocks, one token of each row a step: dispatches of a few steps, the first of which also writes the block before.
 
     They are timed as the engine runs them, each with its report read before the next is launched, and once more queued all at once:
@@ -152,19 +156,25 @@ def measure(
     Args:
       program, params: what is run.
       dispatch: the compiled ``packed_denoise``.
-      counter, counts: the compiled ``forward.touch_counter`` of these shapes.
-      context, bandwidth, repeats, weights: see :func:`run`.
+      counter: the compiled ``forward.touch_counter`` of these shapes; None for a model without experts.
+      context, repeats: see :func:`run`.
 
     Returns:
-      ``ms_median`` over blocks and ``ms_p90`` over dispatches, of a step; ``device_ms`` of a step with nobody waiting; ``host_share``
-      = 1 - device / median; ``experts_touched`` a layer, on average over the block's beginning and end; ``gigabytes`` that a step must
-      read with so many; ``floor_ms``, those at ``bandwidth`` bytes a second; ``floor_ratio`` = median / floor.
+      ``ms_median`` over blocks, of a row's step, and ``ms_p90`` over dispatches, of the device's; ``device_ms`` with nobody waiting;
+      ``host_share`` = 1 - device / median; ``experts_touched`` a layer, on average over the block's beginning and end.
     """
     pool, state = _mid_request(program, params, context=context)
-    batch, pages = program.dims.slots, _page_tables(program)
+    pages = _page_tables(program)
     plan = Plan(pages, known=0, max_steps=STEPS, stop_on_finish=False).pack()
-    counts.clear()
-    jax.block_until_ready(counter(params, pool, forward.shared_part(state), pages))
+    touched: list[int] = []
+
+    def count(pool: KVPool, state: DecodeState) -> None:
+        if counter is not None:
+            executable, counts = counter
+            counts.clear()
+            jax.block_until_ready(executable.result()(params, pool, forward.shared_part(state), pages))
+            jax.effects_barrier()
+            touched.extend(counts)
 
     def block(pool: KVPool, state: DecodeState, *, read: bool) -> tuple[KVPool, DecodeState, list[float]]:
         times = [time.perf_counter()]
@@ -177,34 +187,77 @@ def measure(
         times[-1 if read else 1 :] = [time.perf_counter()]
         return pool, state, [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
 
+    count(pool, state)
     pool, state, _ = block(pool, state, read=True)  # the first block
-    jax.block_until_ready(counter(params, pool, forward.shared_part(state), pages))
-    jax.effects_barrier()
+    count(pool, state)
     spent: dict[bool, list[list[float]]] = {True: [], False: []}
     for _ in range(repeats):
         for read, times in spent.items():
             own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             pool, own, each = block(pool, own, read=read)
             times.append(each)
-            if int((own.nfe - state.nfe).min()) != BLOCK:
-                raise RuntimeError(f"a block of {BLOCK} tokens took {own.nfe - state.nfe} steps instead of one a token")
-    median, device = (statistics.median(sum(each) / BLOCK for each in spent[read]) for read in (True, False))
-    mean = statistics.mean(counts) if counts else 0.0
-    cached = context + BLOCK if program.attention.paged else 0
-    sizes: dict[str, Any] = {"batch": batch, "context": cached, "experts": mean, "weights": weights}
-    bytes_read = forward.step_bytes(program.model, params["embed"].dtype.itemsize, **sizes)
-    gigabytes = bytes_read / 1e9
-    floor = 1e12 * gigabytes / bandwidth
+            forwards = np.asarray(own.nfe - state.nfe)
+            if not program.dims.sub_block_cache and int(forwards.min()) != BLOCK:
+                raise RuntimeError(f"a block of {BLOCK} tokens took {forwards} steps instead of one a token")
+    # Behind a cache of sub-blocks rows wait for each other, and then take fewer steps than the device.
+    median, device = (statistics.median(sum(each) / forwards.mean() for each in spent[read]) for read in (True, False))
     return {
         "ms_median": median,
         "ms_p90": float(np.percentile(np.array(spent[True]) / STEPS, 90)),
         "device_ms": device,
         "host_share": max(0.0, 1 - device / median),
-        "experts_touched": mean,
-        "gigabytes": gigabytes,
-        "floor_ms": floor,
-        "floor_ratio": median / floor,
+        "experts_touched": statistics.mean(touched) if touched else 0.0,
     }
+
+
+def floor(
+    program: decode.Program,
+    params: Params,
+    *,
+    context: int,
+    experts: float,
+    bandwidth: float,
+    rate: float,
+    weights: Form | None = None,
+) -> dict[str, float]:
+    """What no step of :func:`measure` can do without, on average over a block.
+
+    Args:
+      program, params, context, weights: as there, and see :func:`run`.
+      experts: routed experts of a layer that some token of a step goes to.
+      bandwidth, rate: bytes and operations a second.
+
+    Returns:
+      ``gigabytes`` that a step must read, ``floor_ms``, which they take at ``bandwidth``, and ``arithmetic_ms``, which its operations on
+      matrices take at ``rate``: where a step feeds many positions, that is the greater one.
+    """
+    model, batch = program.model, program.dims.slots
+    fed, cached = _fed_and_cached(program, context)
+    sizes: dict[str, Any] = {"batch": batch, "context": cached, "experts": experts, "weights": weights}
+    bytes_read = forward.step_bytes(model, params["embed"].dtype.itemsize, **sizes)
+    head = model.head(params).size * batch * (program.dims.window * program.dims.block - fed)  # only of the window
+    operations = forward.step_operations(model, tokens=batch * fed, context=fed + cached) + 2 * head
+    return {"gigabytes": bytes_read / 1e9, "floor_ms": 1e3 * bytes_read / bandwidth, "arithmetic_ms": 1e3 * operations / rate}
+
+
+def _fed_and_cached(program: decode.Program, context: int) -> tuple[float, float]:
+    """Positions of a row that go through the network in a step, and those whose keys and values it reads. It decodes its second block."""
+    start, end = context + BLOCK, context + 3 * BLOCK
+    if program.attention.paged:
+        fed = program.dims.sub_block_cache or BLOCK
+        return fed, start + BLOCK - fed
+    if program.attention.cache == "none":
+        return end, 0
+    fed = BLOCK if program.attention.cache == "dual" else end - start
+    later = 1 - 1 / BLOCK  # all but the first forward of a block, which is over the whole canvas
+    return later * fed + end / BLOCK, later * (end - fed)
+
+
+def _sized(settings: EngineConfig, strategy: Strategy, *, batch: int, context: int) -> EngineConfig:
+    """The settings of an engine that decodes three blocks behind ``context`` positions, or one of three where there can be but one."""
+    block = 3 * BLOCK if strategy.rule.one_block and settings.cache in (None, "none") else BLOCK
+    sizes: dict[str, Any] = {"max_slots": batch, "max_model_len": context + 3 * BLOCK}
+    return dataclasses.replace(settings, block_size=block, force_block_size=True, buffer_size=1, **sizes)
 
 
 def _arguments(program: decode.Program, params: Params) -> tuple[Any, ...]:
@@ -244,6 +297,7 @@ _STEP_COLUMNS = {
     "GB": ("gigabytes", ".2f"),
     "floor": ("floor_ms", ".3f"),
     "x floor": ("floor_ratio", ".2f"),
+    "compute": ("arithmetic_ms", ".3f"),
 }
 _KERNEL_COLUMNS = {
     "kernel": ("kernel", "s"),

@@ -1,11 +1,15 @@
-"""How fast the device moves bytes."""
+"""How fast the device moves bytes, and how fast it multiplies matrices."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from diffulex_jax.engine.dispatch import exact
 
 
 def copy_bandwidth(device: jax.Device) -> float:
@@ -13,6 +17,19 @@ def copy_bandwidth(device: jax.Device) -> float:
     count = 2**28 if device.memory_stats() else 2**22  # float32: far more than any cache of an accelerator or a CPU holds
     change = jax.jit(lambda x: x + 1, donate_argnums=0)  # as a copy, but one that no compiler leaves out
     x = jax.block_until_ready(change(jnp.zeros(count, jnp.float32)))
+    return 2 * x.nbytes / _best_seconds(change, x)
+
+
+def matmul_rate(device: jax.Device, dtype: Any) -> float:
+    """Operations a second of a large matrix product of ``dtype`` on ``device``, the best of several."""
+    size = 8192 if device.memory_stats() else 512
+    times_itself = jax.jit(exact(lambda x: x @ x, dtype))
+    x = jax.block_until_ready(times_itself(jnp.zeros((size, size), dtype)))
+    return 2 * size**3 / _best_seconds(times_itself, x)
+
+
+def _best_seconds(change: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+    """Seconds of one ``change`` of many in a row."""
     best = float("inf")
     for _ in range(5):
         began = time.perf_counter()
@@ -20,4 +37,4 @@ def copy_bandwidth(device: jax.Device) -> float:
             x = change(x)
         jax.block_until_ready(x)
         best = min(best, (time.perf_counter() - began) / 10)
-    return 2 * x.nbytes / best
+    return best

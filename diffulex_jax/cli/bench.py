@@ -66,6 +66,8 @@ def bench_step(
     context: Annotated[str, typer.Option(help="Cached positions in front of the block: 128,2048.")] = "128,2048",
     dtype: Annotated[str, typer.Option(help="Of weights, activations and cache: bfloat16 or float32.")] = "bfloat16",
     weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8 or int4. Default: as --dtype.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Of a model that sees its whole canvas: none, prefix or dual. Default: none.")] = None,
+    sub_block_cache: Annotated[int | None, typer.Option(help="Of Fast-dLLM v2: forwards over one sub-block of so many tokens.")] = None,
     kernels: Annotated[str, typer.Option(help="auto (the device's own kernels) or reference (plain XLA).")] = "auto",
     repeats: Annotated[int, typer.Option(help="How many blocks of each combination are timed.")] = 10,
     as_json: _AsJson = False,
@@ -84,6 +86,8 @@ def bench_step(
             contexts=contexts,
             dtype=dtype,
             weights=cast(Any, weights),  # checked with the other settings
+            cache=cache,
+            sub_block_cache=sub_block_cache,
             kernels=kernels,
             repeats=repeats,
             progress=(lambda line: None) if as_json else typer.echo,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 from jax.sharding import AbstractMesh, Mesh
 
 from diffulex_jax import decode
-from diffulex_jax.bench.forward import step_bytes
+from diffulex_jax.bench.forward import step_bytes, step_operations
 from diffulex_jax.bench.shapes import SHAPES, shape_model
 from diffulex_jax.engine import build
 from diffulex_jax.engine.config import EngineConfig
@@ -137,7 +137,7 @@ def plan(
     experts = _experts_touched(network, tokens)
     sizes: dict[str, Any] = {"batch": rows, "context": max_len if paged else 0, "experts": experts, "weights": _form(settings)}
     read = step_bytes(network, settings.jax_dtype.itemsize, **sizes, mesh=split)
-    operations = _operations(network, split, tokens=tokens, context=max_len)
+    operations = step_operations(network, tokens=tokens, context=max_len, mesh=split)
     exchanges = _exchanges(wanted, split, tokens) if compiled is None else compiled.exchanges
     chip, group = there.chip, split.shape["expert"] * split.shape["tensor"]
     floor, arithmetic = read / chip.bandwidth, operations / chip.flops
@@ -281,16 +281,6 @@ def _experts_touched(model: Model, tokens: int) -> float:
     """Experts of a layer that some of ``tokens`` chose, each its own independently of the others; 0 where there are none."""
     axes = [param.shape[param.axes.index("expert")] for param in leaves(model.schema).values() if "expert" in param.axes]
     return axes[0] * (1 - (1 - model.spec.experts_per_token / axes[0]) ** tokens) if axes else 0.0
-
-
-def _operations(model: Model, mesh: AbstractMesh, *, tokens: int, context: int) -> float:
-    """Operations of a device in a step over ``tokens``: two for each weight a token goes through, and attention over ``context``."""
-    tree, layers, total = leaves(model.schema), model.spec.layers, 0.0
-    for path, param in tree.items():
-        through = model.spec.experts_per_token / param.shape[param.axes.index("expert")] if "expert" in param.axes else 1
-        looked_up = path == ("embed",) and ("lm_head",) in tree
-        total += 0 if looked_up else 2 * tokens * through * math.prod(param.shape) / parts(mesh, param.axes)
-    return total + 4 * tokens * context * layers.count * layers.query_heads * layers.head_dim / parts(mesh, ("kv_heads",))
 
 
 def _exchanges(wanted: Wanted, mesh: AbstractMesh, tokens: int) -> Exchanges:
