@@ -92,18 +92,20 @@ def decoded(mesh, model=MODEL, rule=None):
     def jit(function, donated, out):
         return jax.jit(function, donate_argnums=donated, out_shardings=out)
 
-    prefill = jit(functools.partial(programs.prefill, program), 1, (on_pool, everywhere))
+    prefill = jit(functools.partial(programs.prefill, program), 1, (on_pool, on_slots))
+    shards, per_shard = mesh.shape["data"], SLOTS // mesh.shape["data"]
     admit = jit(functools.partial(request_state.admit, dims, rule), 0, on_slots)
     out = on_pool, on_slots, everywhere, everywhere
     denoise = jit(functools.partial(programs.denoise, program, steps=STEPS), (1, 2), out)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         for slot, n in enumerate(PROMPTS):
             prompt, blocks = rng.integers(0, 90, n).astype(np.int32), n // BLOCK - (alone and n % BLOCK == 0)
-            tokens = np.zeros((2, 1, BLOCK), np.int32)
-            tokens[:blocks, 0] = prompt[: blocks * BLOCK].reshape(-1, BLOCK)
-            there = np.arange(2) < blocks
-            rows = {"start": np.arange(2, dtype=np.int32) * BLOCK, "length": there.astype(np.int32) * BLOCK, "written": there[:, None]}
-            pool, _ = prefill(params, pool, tokens, **rows, page_table=table[[slot, slot]])
+            tokens = np.zeros((shards, 2, 1, BLOCK), np.int32)
+            tokens[slot // per_shard, :blocks, 0] = prompt[: blocks * BLOCK].reshape(-1, BLOCK)
+            there = (np.arange(2) < blocks) & (np.arange(shards) == slot // per_shard)[:, None]
+            rows = {"start": np.tile(np.arange(2) * BLOCK, shards), "length": there * BLOCK, "written": there}
+            rows = {name: a.reshape(2 * shards).astype(np.int32) for name, a in rows.items()} | {"written": there.reshape(-1, 1)}
+            pool, _ = prefill(params, pool, tokens.reshape(-1, 1, BLOCK), **rows, page_table=table[[slot] * 2 * shards])
             hot = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if slot == 1 else {}
             settings = SamplingParams(max_tokens=10, accept_threshold=0.6, **hot)
             packed = request_state.make_request(dims, prompt=prompt, params=settings, eos_ids=model.spec.eos_ids)

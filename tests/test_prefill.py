@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -65,7 +66,7 @@ class World:
         """The pool after the device was given ``rounds``, one after the other."""
         pool = self.pool()
         for chunks in rounds:
-            for packed in packing.pack(self.program, self.shapes, chunks, table_of=self.table):
+            for packed, _ in packing.pack(self.program, self.shapes, chunks, table_of=self.table):
                 pool, _ = self._prefill(PARAMS, pool, **packed._asdict())
         return pool
 
@@ -120,7 +121,7 @@ def test_a_prompt_is_one_sequence():
     causal = whole.program._replace(attention=AttentionPolicy())
     request = whole.requests[0]
     shape = Shape(1, -(-TOKENS // 4))
-    row = packing.packed(whole.program.dims, shape, [packing.Row(request, 0, 17, 0, 17)], table_of=whole.table)
+    row = packing.packed(whole.program.dims, shape, {0: packing.Row(request, 0, 17, 0, 17)}, table_of=whole.table)
     pool, _ = jax.jit(functools.partial(decode.prefill, causal))(PARAMS, whole.pool(), **row._asdict())
     for got, want in zip(jax.tree.leaves(packed.prefilled([Chunk(request, 0, 17)])), jax.tree.leaves(pool), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
@@ -161,5 +162,27 @@ def test_many_rows_take_few_forwards():
     world = world_of("16")  # 4, 2, 0 and 1 blocks: four rows of two
     chunks = [Chunk(request, 0, count) for request, count in zip(world.requests, world.whole, strict=True) if count]
     made = list(packing.pack(world.program, [Shape(1, 2), Shape(3, 2)], chunks, table_of=world.table))
-    assert [packed.tokens.shape for packed in made] == [(3, 2, 16), (1, 2, 16)]
-    assert [packed.length.tolist() for packed in made] == [[32, 32, 32], [16]]
+    assert [packed.tokens.shape for packed, _ in made] == [(3, 2, 16), (1, 2, 16)]
+    assert [packed.length.tolist() for packed, _ in made] == [[32, 32, 32], [16]]
+
+
+def test_a_shard_computes_its_own_prompts():
+    """Four slots in two shards, prompts of 70, 33 and 31 tokens in blocks of 16: in the fuller one three rows of two blocks."""
+    world = world_of("16")
+    requests = [dataclasses.replace(world.requests[i], slot=slot) for i, slot in ((0, 1), (1, 2), (3, 0))]
+    chunks = [Chunk(request, 0, len(request.prompt) // 16) for request in requests]
+    ((packed, whose),) = packing.pack(world.program, [Shape(1, 2), Shape(3, 2)], chunks, table_of=world.table, shards=2)
+    assert packed.length.tolist() == [32, 32, 16, 32, 0, 0]
+    assert {row: request.slot for row, request in whose.items()} == {0: 1, 1: 1, 2: 0, 3: 2}
+    assert packed.page_table[3].tolist() == world.table(requests[1].pages).tolist()
+    assert packing.prefill_shapes(world.program, (64, 1024), budget=1024, shards=2) == [Shape(2, 2), Shape(6, 2)]
+
+
+def test_the_shape_of_a_whole_prompt_is_its_own():
+    """Not that of a longer one that another shard computes: a matmul's rounding may change with its shape."""
+    world = World(4, 8, AttentionPolicy("whole"))
+    requests = [dataclasses.replace(world.requests[i], slot=slot) for slot, i in enumerate((2, 3, 1, 2))]
+    chunks = [Chunk(request, 0, len(request.prompt) // 4) for request in requests]  # 9, 31, 33 and 9 tokens
+    made = list(packing.pack(world.program, world.shapes, chunks, table_of=world.table, shards=2))
+    assert [packed.tokens.shape for packed, _ in made] == [(2, 4, 4), (2, 8, 4), (2, 16, 4)]
+    assert [[requests.index(request) for request in whose.values()] for _, whose in made] == [[0, 3], [1], [2]]

@@ -166,6 +166,19 @@ def test_prompts_share_the_token_budget_in_turn():
     assert sum(count for given in chunks for id_, count in given if id_ == 0) == 15
 
 
+def test_every_shard_has_a_token_budget_of_its_own():
+    world = World(pool=4.0, seed=0, shards=2)
+    chunks = []
+    prefill = world.device.prefill
+    world.device.prefill = lambda given: (chunks.append([(chunk.request.id, chunk.blocks) for chunk in given]), prefill(given))
+    for i, length in enumerate((40, 60, 60)):
+        add(world, i, prompt=length, max_tokens=1)  # the first and the last in one shard, the second in the other
+    world.step()
+    world.step()
+    assert chunks == [[(0, 6), (1, 6)], [(2, 6), (1, 6)]]  # 24 tokens a step in each, blocks of 4
+    world.finish()
+
+
 def add(world: World, id_: int, *, prompt: int, max_tokens: int) -> Tracked:
     request = Tracked(id=id_, prompt=np.full(prompt, id_, np.int32), params=SamplingParams(max_tokens=max_tokens))
     world.requests[id_] = request

@@ -57,16 +57,18 @@ class JaxDevice:
         self._params, self.eos_ids = params, eos_ids
         dims = program.dims
         on_pool, on_slots, everywhere = programs.pool_placement(mesh, program.kernels), sharding(mesh, STATE_AXES), sharding(mesh, ())
-        self._prefill_shapes = packing.prefill_shapes(program, program.kernels.for_layers(dtype).prefill_tokens, budget=max_batched_tokens)
+        sizes = program.kernels.for_layers(dtype).prefill_tokens
+        self._shards = mesh.shape["data"]
+        self._prefill_shapes = packing.prefill_shapes(program, sizes, budget=max_batched_tokens, shards=self._shards)
         self._pages, self._known = np.full((dims.slots, dims.pages_per_slot), num_pages, np.int32), np.zeros(dims.slots, np.int32)
         # The list of pages that each row was made from, and how many of them: only what is new is written.
         self._placed: list[tuple[list[int], int]] = [([], 0)] * dims.slots
         # What a prefill left for the row of a request, by its number, until it is admitted.
         self._carried: dict[int, jax.Array] = {}
-        self._jit_first = jax.jit(lambda rows: rows[0], out_shardings=everywhere)
+        self._jit_one = jax.jit(lambda rows, at: rows[at], out_shardings=everywhere)
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
         prefill = exact(functools.partial(programs.prefill, program), dtype)
-        self._jit_prefill = jax.jit(prefill, donate_argnums=(1,), out_shardings=(on_pool, everywhere))
+        self._jit_prefill = jax.jit(prefill, donate_argnums=(1,), out_shardings=(on_pool, on_slots))
         self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule))
         self._jit_put, self._jit_release = jit_state(request_state.put), jit_state(request_state.release)
         self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
@@ -87,9 +89,8 @@ class JaxDevice:
         shapes = self._prefill_shapes
         probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(seed=0).resolve(), slot=0)
         for shape in shapes if requests is None else packing.shapes_for(self.program, shapes, requests):
-            last = self._prefill(packing.packed(self.program.dims, shape, [], table_of=self._table))
-            if self.program.dims.carried:
-                self._keep(probe, last)
+            nothing = packing.packed(self.program.dims, shape, {}, table_of=self._table, shards=self._shards)
+            self._prefill(nothing, {0: probe})
         self.admit(probe)
         if requests is None or self.num_pages < self.program.dims.slots * self.program.dims.pages_per_slot:  # some may be set aside
             probe.saved = self.save(probe)
@@ -102,10 +103,8 @@ class JaxDevice:
             jax.block_until_ready(self._dispatch(Plan(self._pages, self._known, max_steps=1, stop_on_finish=False), greedy=greedy))
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
-        for i, packed in enumerate(packing.pack(self.program, self._prefill_shapes, chunks, table_of=self._table)):
-            last = self._prefill(packed)
-            if self.program.dims.carried:  # then a forward is over one whole prompt
-                self._keep(chunks[i].request, last)
+        for packed, requests in packing.pack(self.program, self._prefill_shapes, chunks, table_of=self._table, shards=self._shards):
+            self._prefill(packed, requests)
 
     def admit(self, request: Tracked) -> None:
         carried = self._carried.pop(request.id, None)
@@ -196,14 +195,11 @@ class JaxDevice:
         parts = self.program.dims.unit // self.program.dims.page
         return (np.asarray(pages, np.int32)[:, None] * parts + np.arange(parts, dtype=np.int32)).reshape(-1)
 
-    def _prefill(self, packed: packing.Packed) -> jax.Array:
+    def _prefill(self, packed: packing.Packed, requests: dict[int, Tracked]) -> None:
         with jax.set_mesh(self.mesh):
             self.pool, last = self._jit_prefill(self._params, self.pool, **packed._asdict())
-        return last
-
-    def _keep(self, request: Tracked, last: jax.Array) -> None:
-        with jax.set_mesh(self.mesh):
-            self._carried[request.id] = self._jit_first(last)
+            if self.program.dims.carried:  # then a row is a whole prompt
+                self._carried |= {request.id: self._jit_one(last, np.int32(row)) for row, request in requests.items()}
 
 
 def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, DecodeState]:

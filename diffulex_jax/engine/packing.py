@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,14 +16,14 @@ _RUN = 32  # tokens of a row where prompts may be cut: small blocks share one, a
 
 
 class Shape(NamedTuple):
-    """What a forward over prompts is compiled for."""
+    """What a forward over prompts is compiled for, in each shard."""
 
     rows: int
     blocks: int
 
 
 class Packed(NamedTuple):
-    """The arrays that ``decode.prefill`` takes."""
+    """The arrays that ``programs.prefill`` takes: the rows of each shard, in order."""
 
     tokens: np.ndarray
     start: np.ndarray
@@ -42,13 +42,14 @@ class Row(NamedTuple):
     last: int
 
 
-def prefill_shapes(program: decode.Program, sizes: Sequence[int], *, budget: int) -> list[Shape]:
+def prefill_shapes(program: decode.Program, sizes: Sequence[int], *, budget: int, shards: int = 1) -> list[Shape]:
     """The shapes that an engine compiles, smallest first; none where prompts are not prefilled.
 
     Args:
       program: what is compiled.
       sizes: tokens of a forward, in order; see ``Kernels.prefill_tokens``. Those beyond the budget are left out, but for the first.
-      budget: tokens of prompts in a round of the scheduler, at the most.
+      budget: tokens of a shard's prompts in a round of the scheduler, at the most.
+      shards: data shards, which share the slots.
     """
     dims = program.dims
     if not program.attention.paged:
@@ -58,27 +59,41 @@ def prefill_shapes(program: decode.Program, sizes: Sequence[int], *, budget: int
         most = min(most, -(-budget // dims.block))
         return [Shape(1, 2**i) for i in range(1, max(2, (most - 1).bit_length() + 1))]
     run = _blocks_of_a_row(dims)
-    needed = dims.slots * -(-most // run)
+    needed = dims.slots // shards * -(-most // run)
     used = [size for size in sizes if size <= budget] or sizes[:1]
     return [Shape(n, run) for n in sorted({min(needed, -(-size // (run * dims.block))) for size in used})]
 
 
 def pack(
-    program: decode.Program, shapes: Sequence[Shape], chunks: Sequence[Chunk], *, table_of: Callable[[Sequence[int]], np.ndarray]
-) -> Iterator[Packed]:
-    """The forwards that prefill ``chunks``, in order.
+    program: decode.Program,
+    shapes: Sequence[Shape],
+    chunks: Sequence[Chunk],
+    *,
+    table_of: Callable[[Sequence[int]], np.ndarray],
+    shards: int = 1,
+) -> Iterator[tuple[Packed, dict[int, Tracked]]]:
+    """The forwards that prefill ``chunks``, in order, and whose their rows are.
+
+    A shard computes the rows of its own slots. In what shape a row is computed depends on its length, never on what other shards do.
 
     Args:
       program: the static part.
       shapes: those of :func:`prefill_shapes`.
       chunks: what to write.
       table_of: ``[P]`` int32 of a request's pages.
+      shards: data shards; where there are several, requests have slots.
     """
-    rows = _all_rows(program, chunks)
-    while rows:
-        shape = _shape(shapes, rows[0].end - rows[0].first, len(rows))
-        yield packed(program.dims, shape, rows[: shape.rows], table_of=table_of)
-        rows = rows[shape.rows :]
+    left: list[list[Row]] = [[] for _ in range(shards)]
+    for row in _all_rows(program, chunks):
+        left[0 if row.request.slot is None else row.request.slot * shards // program.dims.slots].append(row)
+    while first := next((rows[0] for rows in left if rows), None):
+        blocks = _blocks_for(shapes, first)
+        alike = [[row for row in rows if _blocks_for(shapes, row) == blocks] for rows in left]
+        shape = _shape(shapes, blocks, max(map(len, alike)))
+        now = {shard * shape.rows + i: row for shard, rows in enumerate(alike) for i, row in enumerate(rows[: shape.rows])}
+        yield packed(program.dims, shape, now, table_of=table_of, shards=shards), {i: row.request for i, row in now.items()}
+        taken = set(now.values())
+        left = [[row for row in rows if row not in taken] for rows in left]
 
 
 def shapes_for(program: decode.Program, shapes: Sequence[Shape], requests: Sequence[Tracked]) -> list[Shape]:
@@ -92,17 +107,21 @@ def shapes_for(program: decode.Program, shapes: Sequence[Shape], requests: Seque
     return sorted({_shape(shapes, blocks, count) for blocks in lengths for count in range(1, len(rows) + 1)})
 
 
-def packed(dims: Dims, shape: Shape, rows: Sequence[Row], *, table_of: Callable[[Sequence[int]], np.ndarray]) -> Packed:
-    """At most ``shape.rows`` rows as the arrays of one forward; the others do not exist."""
+def packed(
+    dims: Dims, shape: Shape, rows: Mapping[int, Row], *, table_of: Callable[[Sequence[int]], np.ndarray], shards: int = 1
+) -> Packed:
+    """Rows as the arrays of one forward, by their place in it: ``shape.rows`` of each shard, of which those that are not given do not
+    exist."""
+    count = shards * shape.rows
     arrays = Packed(
-        tokens=np.zeros((shape.rows, shape.blocks, dims.block), np.int32),
-        start=np.zeros(shape.rows, np.int32),
-        length=np.zeros(shape.rows, np.int32),
-        written=np.zeros((shape.rows, shape.blocks), bool),
-        page_table=np.tile(table_of([]), (shape.rows, 1)),
+        tokens=np.zeros((count, shape.blocks, dims.block), np.int32),
+        start=np.zeros(count, np.int32),
+        length=np.zeros(count, np.int32),
+        written=np.zeros((count, shape.blocks), bool),
+        page_table=np.tile(table_of([]), (count, 1)),
     )
-    tables = {id_: table_of(pages) for id_, pages in {row.request.id: row.request.pages for row in rows}.items()}
-    for i, row in enumerate(rows):
+    tables = {id_: table_of(pages) for id_, pages in {row.request.id: row.request.pages for row in rows.values()}.items()}
+    for i, row in rows.items():
         tokens = row.request.prompt[row.first * dims.block : row.end * dims.block]
         arrays.tokens[i].reshape(-1)[: len(tokens)] = tokens
         arrays.start[i], arrays.length[i] = row.first * dims.block, len(tokens)
@@ -120,6 +139,11 @@ def _shape(shapes: Sequence[Shape], blocks: int, rows: int) -> Shape:
     """The smallest shape that takes so many rows, the first of them of ``blocks`` blocks; where none takes all, the largest."""
     fitting = [shape for shape in shapes if shape.blocks >= blocks]
     return next((shape for shape in fitting if shape.rows >= rows), max(fitting, key=lambda shape: shape.rows))
+
+
+def _blocks_for(shapes: Sequence[Shape], row: Row) -> int:
+    """The blocks of the shape in which a row is computed."""
+    return min(shape.blocks for shape in shapes if shape.blocks >= row.end - row.first)
 
 
 def _rows(chunk: Chunk, dims: Dims) -> Iterator[Row]:

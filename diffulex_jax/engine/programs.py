@@ -62,14 +62,15 @@ def prefill(
     written: jax.Array,
     page_table: jax.Array,
 ) -> tuple[KVPool, jax.Array]:
-    """See ``decode.prefill``. All devices compute it, and those that have a request's pages write; the others see a wrong prefix."""
+    """See ``decode.prefill``. Devices compute the rows of their own slots: those that share slots have their equal part of the rows, in
+    order."""
 
     def local(params: Any, pool: KVPool, tokens: Any, start: Any, length: Any, written: Any, page_table: Any) -> Any:
         here = _own(page_table, pool)
         return decode.prefill(program, params, pool, tokens, start=start, length=length, written=written, page_table=here)
 
-    pages, every = spec(*POOL_AXES), PartitionSpec()
-    run = spread(local, (param_specs(program.model), pages, *[every] * 5), (pages, every))
+    pages, slots = spec(*POOL_AXES), spec(*STATE_AXES)
+    run = spread(local, (param_specs(program.model), pages, *[slots] * 5), (pages, slots))
     return run(params, pool, tokens, start, length, written, page_table)
 
 

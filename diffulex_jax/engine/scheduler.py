@@ -255,18 +255,21 @@ class Scheduler:
         return -(-min(position, len(request.prompt) + request.params.max_tokens) // self.page)
 
     def _prefill(self) -> None:
-        """Prompt blocks within the budget that decoding leaves, or a share of it: some of each request in turn, all in one call."""
-        decoding = len(self.running) * self.window * self.block
-        budget = max(self.max_batched_tokens - decoding, self.max_batched_tokens // _LEAST_PREFILL_SHARE)
+        """Prompt blocks within the budget that decoding leaves in each shard, or a share of it: some of each request in turn, all in one
+        call. Shards compute at the same time."""
+        most, least = self.max_batched_tokens, self.max_batched_tokens // _LEAST_PREFILL_SHARE
+        decoding = collections.Counter(map(self._shard_index, self.running.values()))
+        budgets = [max(most - decoding[i] * self.window * self.block, least, self.block) for i in range(len(self._shards))]
         chunks: list[Chunk] = []
         done: list[Tracked] = []
-        while self.prefilling and (not chunks or budget >= self.block):
-            request = self.prefilling.popleft()
+        while request := next((r for r in self.prefilling if budgets[self._shard_index(r)] >= self.block), None):
+            self.prefilling.remove(request)
+            at = self._shard_index(request)
             left = self._to_prefill(request) - request.written
-            count = left if self._whole_prompts else min(left, max(budget // self.block, 1), _MOST_PREFILL_BLOCKS)
+            count = left if self._whole_prompts else min(left, budgets[at] // self.block, _MOST_PREFILL_BLOCKS)
             chunks.append(Chunk(request, request.written, count))
             self._publish(request, request.written + count)
-            budget -= count * self.block
+            budgets[at] -= count * self.block
             (self.prefilling if count < left else done).append(request)
         if chunks:
             self.device.prefill(chunks)
@@ -298,8 +301,11 @@ class Scheduler:
             request.pages += shard.pages.allocate(missing)
 
     def _shard_of(self, request: Tracked) -> Shard:
+        return self._shards[self._shard_index(request)]
+
+    def _shard_index(self, request: Tracked) -> int:
         assert request.slot is not None
-        return self._shards[request.slot // self._shards[0].slots]
+        return request.slot // self._shards[0].slots
 
     def _collect(self, report: StepReport, launched: dict[int, Tracked]) -> list[Ended]:
         ended, now = [], time.perf_counter()
