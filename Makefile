@@ -35,6 +35,7 @@ test-soak: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_every_answer.py tests/soak/soak_serving.py tests/soak/soak_lm_eval.py
 	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_meshes.py
 	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_hosts.py
+	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_memory.py
 
 # Runs the notebooks and stores their outputs.
 notebooks: $(VENV)/.installed-dev

@@ -20,6 +20,7 @@ from diffulex_jax.bench.forward import bare, program_of, shared_part
 from diffulex_jax.bench.shapes import shape_model
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import empty
+from diffulex_jax.engine.dispatch import jit
 from diffulex_jax.engine.engine import Engine
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models.base import Model, ModelSpec, Params, init, logits
@@ -162,12 +163,12 @@ def measure_step(program: decode.Program, params: Params, *, prompt_tokens: int,
     """
     program, pool, state = _mid_request(program, params, prompt_tokens=prompt_tokens)
     dims = program.dims
-    whole = jax.jit(functools.partial(decode.denoise, program, steps=dims.block), donate_argnums=(1, 2))
-    alone = jax.jit(functools.partial(_model_loop, program))
+    here = jax.devices()[0]
+    whole = jit(functools.partial(decode.denoise, program, steps=dims.block), params["embed"].dtype, here, donate_argnums=(1, 2))
+    alone = jit(functools.partial(_model_loop, program), params["embed"].dtype, here)
     steps = np.int32(max(1, dims.block // 2))
     spent, tables, known = [], _page_tables(state, pool), np.zeros(dims.slots, np.int32)
-    precision = "highest" if params["embed"].dtype == jnp.float32 else "default"  # as the engine does
-    with jax.set_mesh(make_mesh()), jax.default_matmul_precision(precision):
+    with jax.set_mesh(make_mesh()):
         for _ in range(rounds + 1):
             own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             began = time.perf_counter()

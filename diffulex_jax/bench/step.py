@@ -23,7 +23,7 @@ from diffulex_jax.bench.shapes import random_params, shape_model
 from diffulex_jax.engine import build
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import empty
-from diffulex_jax.engine.dispatch import Plan, exact, packed_denoise
+from diffulex_jax.engine.dispatch import Plan, jit, packed_denoise
 from diffulex_jax.models.base import Params, leaves
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.sampling_params import SamplingParams
@@ -113,9 +113,8 @@ def run(
                 asked = _sized(settings, strategy, batch=batch, context=context)
                 program = forward.program_of(model, strategy, asked, chosen)
                 arguments = _arguments(program, params)
-                dispatch = jax.jit(
-                    exact(functools.partial(packed_denoise, program=program, steps=STEPS), settings.jax_dtype), donate_argnums=(1, 2)
-                )
+                denoise = functools.partial(packed_denoise, program=program, steps=STEPS)
+                dispatch = jit(denoise, settings.jax_dtype, device, donate_argnums=(1, 2))
                 compiled[context, batch, name] = program, threads.submit(dispatch.lower(*arguments).compile)
                 if model.spec.experts_per_token and (context, batch) not in counters:
                     count, counts = forward.touch_counter(program)

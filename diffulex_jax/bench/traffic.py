@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffulex_jax.engine.dispatch import exact
+from diffulex_jax.engine.dispatch import jit
 
 
 def copy_bandwidth(device: jax.Device) -> float:
@@ -23,7 +23,7 @@ def copy_bandwidth(device: jax.Device) -> float:
 def matmul_rate(device: jax.Device, dtype: Any) -> float:
     """Operations a second of a large matrix product of ``dtype`` on ``device``, the best of several."""
     size = 8192 if device.memory_stats() else 512
-    times_itself = jax.jit(exact(lambda x: x @ x, dtype))
+    times_itself = jit(lambda x: x @ x, dtype, device)
     x = jax.block_until_ready(times_itself(jnp.zeros((size, size), dtype)))
     return 2 * size**3 / _best_seconds(times_itself, x)
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from diffulex_jax import decode, request_state
 from diffulex_jax.engine import packing, programs
-from diffulex_jax.engine.dispatch import Plan, exact, jit_denoise, unpack_report
+from diffulex_jax.engine.dispatch import Plan, jit, jit_denoise, unpack_report
 from diffulex_jax.engine.request import Chunk, Tracked
 from diffulex_jax.engine.results import TraceStep
 from diffulex_jax.models.base import Params
@@ -67,8 +67,8 @@ class JaxDevice:
         self._carried: dict[int, jax.Array] = {}
         self._jit_one = jax.jit(lambda rows, at: rows[at], out_shardings=everywhere)
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
-        prefill = exact(functools.partial(programs.prefill, program), dtype)
-        self._jit_prefill = jax.jit(prefill, donate_argnums=(1,), out_shardings=(on_pool, on_slots))
+        prefill = functools.partial(programs.prefill, program)
+        self._jit_prefill = jit(prefill, dtype, mesh.devices.flat[0], donate_argnums=(1,), out_shardings=(on_pool, on_slots))
         self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule))
         self._jit_put, self._jit_release = jit_state(request_state.put), jit_state(request_state.release)
         self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
