@@ -83,7 +83,7 @@ def test_what_a_strategy_does_not_read_is_refused_by_name(field):
         ("caf\udce9", {}, "prompt", "is not Unicode text: the character at 3 is half a surrogate pair"),
         ([1] * 32, {"max_tokens": 1}, "prompt", "has 32 tokens; with max_tokens=1 that exceeds max_model_len=32"),
         ([1] * 3, {"max_tokens": 30}, "max_tokens", "has 3 tokens; with max_tokens=30 that exceeds max_model_len=32"),
-        ([1] * 3, {"max_tokens": 25}, "max_tokens", "needs 7 pages with max_tokens=25; the pool has 6"),
+        ([1] * 3, {"max_tokens": 25}, "max_tokens", "needs 7 pages with max_tokens=25; the pool has 6$"),
         ([1] * 25, {"max_tokens": 1}, "prompt", "needs 7 pages with max_tokens=1; the pool has 6"),
         ([1], {"stop_token_ids": range(8), "max_tokens": 3}, "stop_token_ids", "at most 7 stop_token_ids beside 1 EOS ids, got 8"),
         ([1], {"denoising_steps": 5, "max_tokens": 3}, "denoising_steps", "denoising_steps=5 is more than the tokens of a block, 4"),
@@ -95,6 +95,11 @@ def test_what_will_not_do(prompt, settings, field, message):
     with pytest.raises(SettingError, match=message) as caught:
         asked(prompt, **settings)
     assert caught.value.field == field
+
+
+def test_a_request_lives_in_one_shard():
+    with pytest.raises(SettingError, match="needs 7 pages with max_tokens=25; the pool has 6 in each of the mesh's data=2 parts, one of"):
+        asked([1] * 3, LIMITS._replace(shards=2), max_tokens=25)
 
 
 def test_a_model_without_a_tokenizer_takes_no_text():

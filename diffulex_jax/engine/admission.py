@@ -31,8 +31,9 @@ class Limits(NamedTuple):
       dims: sizes of its state.
       tokenizer: None where the model has none.
       vocab_size, eos_ids: of the model.
-      num_pages: in the pool; None where requests take none.
+      num_pages: in each data shard's part of the pool, since a request lives in one; None where requests take none.
       reads: settings of ``sampling_params.READ_BY_FEW`` that its strategy reads.
+      shards: data shards.
     """
 
     settings: EngineConfig
@@ -42,6 +43,7 @@ class Limits(NamedTuple):
     eos_ids: tuple[int, ...]
     num_pages: int | None
     reads: tuple[str, ...] = ()
+    shards: int = 1
 
 
 def paired(prompts: Sequence[Prompt] | str, params: AnyParams) -> list[tuple[Prompt, SamplingParams]]:
@@ -149,7 +151,8 @@ def _check_lengths(limits: Limits, length: int, params: SamplingParams, name: st
     needed = -(-(length + most) // page)
     if limits.num_pages is not None and needed > limits.num_pages:
         field = "max_tokens" if length < limits.num_pages * page else "prompt"
-        raise SettingError(field, f"{name} needs {needed} pages with max_tokens={most}; the pool has {limits.num_pages}")
+        where = f" in each of the mesh's data={limits.shards} parts, one of which it must fit in" if limits.shards > 1 else ""
+        raise SettingError(field, f"{name} needs {needed} pages with max_tokens={most}; the pool has {limits.num_pages}{where}")
 
 
 def _check_read_by_few(limits: Limits, params: SamplingParams, name: str) -> None:

@@ -303,7 +303,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         "positions": str(dims.positions),
     }
     paged_limit = num_pages if policy.paged else None
-    limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, paged_limit, _reads(strategy, s, dims))
+    limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, paged_limit, _reads(strategy, s, dims), shards)
     return Parts(s, dims, limits, device, scheduler, same_kv | same_state)
 
 
