@@ -34,6 +34,7 @@ test-soak: $(VENV)/.installed-dev
 	$(PIP) "lm-eval[api]>=0.4.9"
 	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_every_answer.py tests/soak/soak_serving.py tests/soak/soak_lm_eval.py
 	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_meshes.py
+	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_loading.py
 	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_hosts.py
 	$(VENV)/bin/pytest -v --capture=no tests/soak/soak_memory.py
 

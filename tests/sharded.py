@@ -28,6 +28,7 @@ from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import POOL_AXES, STATE_AXES, KVPool
 from diffulex_jax.strategies import dmax, fast_dllm_v2
 from diffulex_jax.weights import checkpoint
+from diffulex_jax.weights.convert import convert
 from pallas_kernels import grouped_matmul, prediction
 
 
@@ -221,6 +222,55 @@ def loads(meshes):
         return {name: {size: loaded(make_mesh(**axes), folder, most) for size, most in sizes.items()} for name, axes in meshes.items()}
 
 
+def placed_again(before, axes):
+    """Whether parameters that Orbax wrote on one mesh, given as text, are on another what is read there from the checkpoint itself, each
+    in its place, plain ones and quantised ones."""
+    over = make_mesh(**axes)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(f"{folder}/plain", MODEL, init(MODEL, jax.random.key(0), scale=0.3), dtype="float32")
+        convert(f"{folder}/plain", f"{folder}/placed", mesh=before, dtype=jnp.float32, weights="int4")
+        machine = {"kernels": pallas_kernels.choose(over.devices.flat[0])}
+        model, want = checkpoint.load(f"{folder}/plain", over, weights="int4", **machine)
+        again, got = checkpoint.load(f"{folder}/placed", over, **machine)
+    pairs = list(zip(*(map(jax.tree.leaves, (got, want))), strict=True))
+    return {
+        "model": again == model and jax.tree.structure(got) == jax.tree.structure(want),
+        "same": all(np.array_equal(a, b) for a, b in pairs),
+        "placed": all(a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in pairs),
+    }
+
+
+def read_by_one_host(axes):
+    """What the first half of a mesh's devices has where they are all that a host has, and the bytes read for it and held by it."""
+    mesh, read = make_mesh(**axes), []
+    mine = set(mesh.devices.flat[: mesh.size // 2])
+    reader, written = checkpoint._reader, init(MODEL, jax.random.key(0), scale=0.3)
+
+    def counted(path, model):
+        real = reader(path, model)
+
+        def of(name, region):
+            tensor = real(name, region)
+            read.append(tensor.nbytes)
+            return tensor
+
+        return of
+
+    def held_here(where, shape):
+        return [region for device, region in where.devices_indices_map(shape).items() if device in mine]
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(folder, MODEL, written, dtype="float32")
+        with mock.patch.multiple(checkpoint, _reader=counted, _held_here=held_here):
+            _, params = checkpoint.load(folder, mesh)
+    same, held = True, 0
+    for path, leaf in leaves(params).items():
+        regions = {str(shard.index): shard for shard in leaf.addressable_shards if shard.device in mine}
+        same &= all(np.array_equal(shard.data, leaves(written)[path][shard.index]) for shard in regions.values())
+        held += sum(shard.data.nbytes for shard in regions.values())
+    return {"same": same, "read": sum(read), "held": held, "all": sum(leaf.nbytes for leaf in jax.tree.leaves(written))}
+
+
 def quantised(axes):
     """Whether experts quantised onto a mesh are those of one device, each device with its share, and whether they compute the same."""
     mesh, split = make_mesh(**axes), spec(*leaves(MODEL.schema)["moe", "experts_down"].axes)
@@ -293,6 +343,8 @@ if __name__ == "__main__":
     found |= {f"{name}, next": difference(single_next, decoded(make_mesh(**axes), NEXT, fast_dllm_v2())) for name, axes in meshes.items()}
     found |= {
         "loads": loads(meshes),
+        "one host": {name: read_by_one_host(axes) for name, axes in (meshes | {"2": {"tensor": 2}}).items()},
+        "placed": placed_again("data=2,expert=2,tensor=2", meshes["1x4x2"]),
         "quantised": quantised(meshes["1x4x2"]),
         "engines": engines(["data=2,expert=2,tensor=2", "data=4", "tensor=2"]),
     }

@@ -17,10 +17,12 @@ from safetensors.numpy import load_file, save_file
 from scripted import MODEL, RAW
 
 from diffulex_jax import Engine
+from diffulex_jax.models import names
 from diffulex_jax.models.base import Model, is_param, leaves
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.weights import checkpoint
+from diffulex_jax.weights.convert import convert
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "tiny-llada2"
@@ -262,7 +264,7 @@ def test_a_host_reads_no_experts_but_those_of_its_devices(tiny, monkeypatch):
 
     def reader(path, model):
         real = checkpoint_reader(path, model)
-        return lambda name: read.append(name) or real(name)
+        return lambda name, region: read.append(name) or real(name, region)
 
     def held_here(where, shape):
         names = where.spec + (None,) * (len(shape) - len(where.spec))
@@ -278,6 +280,51 @@ def test_a_host_reads_no_experts_but_those_of_its_devices(tiny, monkeypatch):
     for leaf in ("experts_gate_up", "experts_down"):
         want, got = (next(value for path, value in leaves(params).items() if path[-1] == leaf) for params in (whole, part))
         same(got[:, mine], want[:, mine])
+
+
+@pytest.mark.parametrize(
+    ("facts", "settings", "message"),
+    [
+        ({}, {"weights": "int8"}, "weights='int8', but .* holds float32; leave it out"),
+        ({"weights": "int4"}, {"weights": "int8"}, "weights='int8', but .* holds int4; leave it out"),
+        ({"weights": "int4"}, {"dtype": jnp.bfloat16}, "dtype='bfloat16', but .* holds int4 experts for float32; set dtype='float32'"),
+        ({"weights": "int4", "kernels": "gpu"}, {}, "its int4 experts lie as the 'gpu' kernels read them, not as the 'ragged' ones"),
+        ({"weights": "int3"}, {}, "placed.json does not say what placed holds"),
+        ({}, {}, "placed does not hold the parameters of this model whole"),
+    ],
+)
+def test_what_orbax_wrote_is_read_as_it_is_or_not_at_all(tiny, facts, settings, message):
+    usual = {"dtype": "float32", "weights": None, "kernels": "ragged"}
+    (tiny / "placed.json").write_text(json.dumps(usual | facts))
+    with pytest.raises(ValueError, match=message):
+        load(tiny, **settings)
+    with pytest.raises(ValueError, match=r"tiny holds parameters already \(placed.json\); choose another directory"):
+        convert(str(tiny), tiny, mesh=None, dtype=jnp.float32, weights=None)
+
+
+@pytest.mark.parametrize("name", ["tiny-llada2", *sorted(f"families/{each.name}" for each in (GOLDEN.parent / "families").glob("*/"))])
+def test_halves_of_a_leaf_come_from_halves_of_its_tensors(name):
+    """What a device needs of a tensor is what is put into its part of the leaf, and no byte more."""
+    model, rng = checkpoint.load_model(GOLDEN.parent / name), np.random.default_rng(0)
+    halved = {"kv_heads", "vocab", "mlp", "expert"}
+    schema, size, read = leaves(model.schema), 0, 0
+    whole, parts = ({path: np.zeros(param.shape, np.float32) for path, param in schema.items()} for _ in range(2))
+    mine = {
+        path: tuple(slice(n // 2, n) if axis in halved else slice(None) for n, axis in zip(p.shape, p.axes, strict=True))
+        for path, p in schema.items()
+    }
+    for tensor in model.tensors:
+        array = rng.normal(size=tensor.shape).astype(np.float32)
+        for part in tensor.parts:
+            names.put(whole[part.leaf], part, array)
+            found = names.within(part, [mine[part.leaf]], leaf=schema[part.leaf].shape, tensor=tensor.shape)
+            if found is not None:
+                names.put(parts[part.leaf], found[0], array[found[1]])
+                read += array[found[1]].size
+    for path, region in mine.items():
+        np.testing.assert_array_equal(parts[path][region], whole[path][region])
+        size += whole[path][region].size
+    assert read == size
 
 
 def test_the_mesh_has_the_parameters(tiny):

@@ -321,7 +321,8 @@ def test_the_installed_command_is_this_one():
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["generate", "--help"], ["serve", "--help"], ["plan", "--help"], ["bench", "decode", "--help"]]
+    "args",
+    [["--help"], ["generate", "--help"], ["serve", "--help"], ["convert", "--help"], ["plan", "--help"], ["bench", "decode", "--help"]],
 )
 def test_help_is_whole_and_comes_at_once(args):
     """In a second of processor time, so that a busy machine does not matter, and without what takes seconds to import."""

@@ -60,6 +60,19 @@ def test_a_checkpoint_is_read_onto_a_mesh(found, mesh, size):
     assert read["held"] < 0.5
 
 
+@pytest.mark.parametrize("mesh", ["2x2x2", "1x4x2", "2"])
+def test_a_host_reads_the_bytes_that_its_devices_hold(found, mesh):
+    """Half of a mesh of 2 x 2 x 2 has every part; of the others, a half of all that is shared."""
+    host = found["one host"][mesh]
+    assert host["same"]
+    assert host["read"] == host["held"]
+    assert host["held"] == host["all"] if mesh == "2x2x2" else host["held"] < 0.7 * host["all"]
+
+
+def test_parameters_that_orbax_wrote_on_one_mesh_are_read_onto_another(found):
+    assert found["placed"] == {"model": True, "same": True, "placed": True}
+
+
 def test_quantised_experts_are_shared_as_plain_ones(found):
     assert found["quantised"] == {"same": True, "held": 1 / 8, "computed": True}
 

@@ -1,4 +1,4 @@
-"""``diffulex-jax generate``, ``serve``, ``plan`` and ``doctor``; ``bench`` stands beside.
+"""``diffulex-jax generate``, ``serve``, ``convert``, ``plan`` and ``doctor``; ``bench`` stands beside.
 
 Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``EngineConfig``.
 """
@@ -131,6 +131,10 @@ _DISTRIBUTED = (
     "One of several hosts, which all run this command. What is not said below is found in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, "
     "JAX_PROCESS_ID, or by JAX itself."
 )
+_Distributed = Annotated[bool, typer.Option("--distributed", help=_DISTRIBUTED, rich_help_panel=_HOSTS)]
+_Coordinator = Annotated[str | None, typer.Option(help="HOST:PORT of the first.", rich_help_panel=_HOSTS)]
+_Hosts = Annotated[int | None, typer.Option(min=1, help="How many there are.", rich_help_panel=_HOSTS)]
+_HostIndex = Annotated[int | None, typer.Option(min=0, help="Which this is, from 0 on.", rich_help_panel=_HOSTS)]
 _CACHE = "Keeps compiled programs. Default: $DIFFULEX_JAX_CACHE, or the user's cache."
 
 
@@ -151,18 +155,15 @@ def serve(
     tick_seconds: Annotated[float, typer.Option(help="Longest time one step may take in a process.", rich_help_panel=_PROCESS)] = 120.0,
     compile_cache: Annotated[pathlib.Path | None, typer.Option(help=_CACHE)] = None,
     mesh: _Mesh = None,
-    distributed: Annotated[bool, typer.Option("--distributed", help=_DISTRIBUTED, rich_help_panel=_HOSTS)] = False,
-    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of the first.", rich_help_panel=_HOSTS)] = None,
-    hosts: Annotated[int | None, typer.Option(min=1, help="How many there are.", rich_help_panel=_HOSTS)] = None,
-    host_index: Annotated[int | None, typer.Option(min=0, help="Which this is, from 0 on.", rich_help_panel=_HOSTS)] = None,
+    distributed: _Distributed = False,
+    coordinator: _Coordinator = None,
+    hosts: _Hosts = None,
+    host_index: _HostIndex = None,
     **settings: Any,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, and some of its own."""
     with one_line_errors():
-        told = (coordinator, hosts, host_index)
-        if any(value is not None for value in told) and not (distributed or None not in told):
-            raise ValueError("--coordinator, --hosts and --host-index go together, or with --distributed")
-        several = distributed or None not in told
+        several = _several(distributed, coordinator, hosts, host_index)
         if several and isolation is Isolation.THREAD:
             raise ValueError("--isolation thread is not for several hosts: one that is lost ends the engine's process")
         from diffulex_jax.async_serving import http  # late: its packages come with the extra "serve"
@@ -194,6 +195,36 @@ def serve(
         if any(thread.name == ENGINE_THREAD for thread in threading.enumerate()):
             interrupt.leave(code)  # it is in the compiler, perhaps for minutes
         raise typer.Exit(code)
+
+
+@app.command("convert", cls=PlainCommand)
+def convert_(
+    *,
+    model: _Model,
+    out: Annotated[pathlib.Path, typer.Option(help="The directory to make. Of several hosts, all see it.")],
+    dtype: Annotated[str, typer.Option(help="Of parameters: bfloat16 or float32.")] = "bfloat16",
+    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8 or int4. Default: as --dtype.")] = None,
+    mesh: _Mesh = None,
+    distributed: _Distributed = False,
+    coordinator: _Coordinator = None,
+    hosts: _Hosts = None,
+    host_index: _HostIndex = None,
+) -> None:
+    """Make a model directory for fast restarts: parameters as devices hold them, which every host reads its part of, on any mesh.
+
+    It takes the place of --model, with the same --dtype and --weights. It needs diffulex-jax[orbax].
+    """
+    with one_line_errors():
+        several = _several(distributed, coordinator, hosts, host_index)
+        settings = EngineConfig(dtype=dtype, weights=weights)
+        from diffulex_jax.parallel.hosts import Hosts, part
+        from diffulex_jax.weights.convert import convert
+
+        if several:
+            Hosts(coordinator=coordinator, count=hosts, index=host_index).connect()
+        convert(model, out, mesh=mesh, dtype=settings.jax_dtype, weights=settings.weights, progress=True)
+        if several:
+            part()
 
 
 @app.command("plan", cls=PlainCommand)
@@ -249,6 +280,13 @@ def doctor(
             facts["model"] = fallbacks.describe(model, strategy, configured, machine.kernels())
     lines = [machine.text(facts), *([] if model is None else ["", fallbacks.text(facts["model"])])]
     typer.echo(json.dumps(facts) if as_json else "\n".join(lines))
+
+
+def _several(distributed: bool, *told: str | int | None) -> bool:
+    """Whether this process is one of several."""
+    if any(value is not None for value in told) and not (distributed or None not in told):
+        raise ValueError("--coordinator, --hosts and --host-index go together, or with --distributed")
+    return distributed or None not in told
 
 
 def _plain(output: Output) -> dict[str, Any]:

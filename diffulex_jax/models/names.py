@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, NamedTuple
 
@@ -38,6 +39,58 @@ class Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+
+
+Region = tuple[slice, ...]
+"""A part of an array: its range along each axis."""
+
+
+def within(part: Part, held: Sequence[Region], *, leaf: Sequence[int], tensor: Sequence[int]) -> tuple[Part, Region] | None:
+    """What of a ``part`` lies in regions ``held`` of its leaf, or between them, and the region of its tensor that it is made of.
+
+    Args:
+      part: of a tensor.
+      held: regions of the leaf.
+      leaf, tensor: shapes of both.
+
+    Returns:
+      The part for a tensor of which only that region was read. None where nothing of it is held.
+    """
+    at = _spelt_out(part.at, len(leaf))
+    ours = [region for region in held if all(i in range(n)[r] for i, n, r in zip(at, leaf, region, strict=True) if isinstance(i, int))]
+    if not ours:
+        return None
+    source, target = (side.split() for side in _axes(part.pattern, len(tensor)))
+    free, sizes = [axis for axis, i in enumerate(at) if not isinstance(i, int)], dict(part.sizes)
+    taken = [range(n)[part.rows] if k == 0 else range(n) for k, n in enumerate(tensor)]
+    for axis, name in zip(free, target, strict=True):
+        ranges = [range(leaf[axis])[region[axis]] for region in ours]
+        low, high = min(r.start for r in ranges), max(r.stop for r in ranges)
+        if (low, high) == (0, leaf[axis]) or at[axis] != slice(None):
+            continue
+        # The axis begins one of the tensor's: it is all of it, or what its first axis "(kv g h)" is split into first.
+        k = next((k for k, side in enumerate(source) if side.split(",")[0] == name), None)
+        if k is None:
+            continue
+        each = len(taken[k]) // leaf[axis]
+        taken[k], at[axis] = taken[k][low * each : high * each], slice(low, high)
+        sizes |= {name: high - low} if name in sizes else {}
+    region = tuple(slice(r.start, r.stop) for r in taken)
+    return part._replace(at=tuple(at), rows=slice(None), sizes=sizes), region
+
+
+def _spelt_out(at: Index, ndim: int) -> list[int | slice]:
+    """An entry for each axis."""
+    entries = [i for i in at if not isinstance(i, EllipsisType)]
+    where = at.index(...) if ... in at else len(at)
+    return [*entries[:where], *[slice(None)] * (ndim - len(entries)), *entries[where:]]
+
+
+def _axes(pattern: str, ndim: int) -> list[str]:
+    """Both sides of a pattern: ``"(kv g h) d -> d kv g h"`` as ``"kv,g,h d"`` and ``"d kv g h"``."""
+    spelt = pattern.replace("...", " ".join(f"axis{k}" for k in range(ndim)))
+    joined = re.sub(r"\(([^)]*)\)", lambda group: group[1].replace(" ", ","), spelt)
+    return joined.split(" -> ")
 
 
 def put(leaf: np.ndarray, part: Part, tensor: np.ndarray) -> None:

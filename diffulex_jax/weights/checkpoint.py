@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable
@@ -28,7 +27,7 @@ from diffulex_jax.models.base import Model, Param, Params, leaves
 from diffulex_jax.models.hf_config import readable
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import check_split, sharding
-from diffulex_jax.weights import quantise
+from diffulex_jax.weights import placed, quantise
 from diffulex_jax.weights.folder import SMALL, check_pointer, open_tensors, read_json, tensors_in, tokenizer_end_ids
 from diffulex_jax.weights.quantise import Store, form_of, store
 from pallas_kernels import REFERENCE, Kernels
@@ -43,7 +42,7 @@ SHARD_BYTES = 2 * 2**30
 """Most bytes of a file that :func:`save` writes."""
 
 _READABLE = ("F64", "F32", "F16", "BF16")
-Read = Callable[[str], np.ndarray]
+Read = Callable[[str, names.Region], np.ndarray]
 
 
 def resolve(model: str) -> pathlib.Path:
@@ -122,10 +121,10 @@ def load(
     """Reads a model directory and places its parameters on ``mesh``.
 
     The host holds one piece of one leaf at a time, :data:`HOST_BYTES` or a layer where that is more, and as much of the mapped files. It
-    reads no expert that only other hosts' devices hold.
+    reads no part of a tensor that only other hosts' devices hold.
 
     Args:
-      path: the directory.
+      path: the directory; one that :mod:`placed` wrote too.
       mesh: where the parameters go.
       dtype: of all parameters but those whose :class:`Param` names another.
       weights: how the leaves that may be are quantised, ``"int8"`` or ``"int4"``, in the form that ``kernels`` read: piece by piece on the
@@ -142,11 +141,13 @@ def load(
     quantise.check(model.spec, weights)
     for leaf, param in params.items():
         check_split(mesh, param.shape, param.axes, leaf[-1])
+    if placed.is_placed(path):
+        return model, placed.restore(path, model, mesh, dtype=dtype, weights=weights, kernels=kernels)
     read = _reader(path, model)
-    parts: dict[names.Path, list[tuple[str, names.Part]]] = collections.defaultdict(list)
+    parts: dict[names.Path, list[tuple[names.Tensor, names.Part]]] = collections.defaultdict(list)
     for tensor in model.tensors:
         for part in tensor.parts:
-            parts[part.leaf].append((tensor.name, part))
+            parts[part.leaf].append((tensor, part))
     tree: Params = {}
     with tqdm(total=sum(map(len, parts.values())), disable=not progress, desc="loading", unit="tensor") as bar:
         # What is no stack is on the host whole, beside its copy: it goes first, while there is little else.
@@ -215,7 +216,7 @@ def save(path: str | pathlib.Path, model: Model, params: Params, *, dtype: str =
 
 def _built(
     param: Param,
-    parts: list[tuple[str, names.Part]],
+    parts: list[tuple[names.Tensor, names.Part]],
     read: Read,
     mesh: Mesh,
     *,
@@ -230,25 +231,21 @@ def _built(
     layer_bytes = int(np.prod(param.shape)) * dtype.itemsize // count
     at_once = min(count, max(1, HOST_BYTES // max(1, layer_bytes)))
     here = _held_here(where, param.shape)
-    of_layer: dict[int, list[tuple[str, names.Part]]] = collections.defaultdict(list)
-    for name, part in parts:
+    of_layer: dict[int, list[tuple[names.Tensor, names.Part]]] = collections.defaultdict(list)
+    for tensor, part in parts:
         layer = part.at[0] if stacked else 0
         assert isinstance(layer, int)
-        of_layer[layer].append((name, part))
+        of_layer[layer].append((tensor, part))
 
     def piece(first: int) -> np.ndarray:
         layers = range(first, min(first + at_once, count))
-        host = np.empty((len(layers), *param.shape[1:]) if stacked else param.shape, dtype)
+        host = np.empty((len(layers), *param.shape[1:]) if stacked else param.shape, dtype)  # memory where something is put
         for layer in layers:
-            tensor, held = None, ""
-            for name, part in of_layer[layer]:
+            for tensor, whole in of_layer[layer]:
                 step(1)
-                if not _is_held(part.at, here):
-                    continue
-                if name != held:  # the parts of a tensor follow each other
-                    tensor, held = read(name), name
-                assert tensor is not None
-                names.put(host[layer - first] if stacked else host, part._replace(at=part.at[stacked:]), tensor)
+                if (found := names.within(whole, here, leaf=param.shape, tensor=tensor.shape)) is not None:
+                    part, region = found
+                    names.put(host[layer - first] if stacked else host, part._replace(at=part.at[stacked:]), read(tensor.name, region))
         return host
 
     def placed(host: np.ndarray) -> jax.Array:
@@ -272,23 +269,13 @@ def _built(
     return leaf
 
 
-def _held_here(where: Sharding, shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+def _held_here(where: Sharding, shape: tuple[int, ...]) -> list[names.Region]:
     """The parts of an array that devices of this host hold."""
     return [part for part in where.addressable_devices_indices_map(shape).values() if part is not None]
 
 
-def _is_held(at: names.Index, held: Iterable[tuple[slice, ...]]) -> bool:
-    """Whether what stands at ``at`` of a leaf is in one of its parts ``held``: on a pod most experts are other hosts'."""
-
-    def overlaps(part: tuple[slice, ...]) -> bool:
-        before_ellipsis = itertools.takewhile(lambda pair: pair[0] is not Ellipsis, zip(at, part, strict=False))
-        return all(not isinstance(i, int) or i in range(s.stop or i + 1)[s] for i, s in before_ellipsis)
-
-    return any(map(overlaps, held))
-
-
 def _reader(path: pathlib.Path, model: Model) -> Read:
-    """What reads a tensor by its name, once all of them were found to be what the model needs."""
+    """What reads a part of a tensor by its name, once all of them were found to be what the model needs."""
     files, opened = tensors_in(path)
     expected = {tensor.name: tensor.shape for tensor in model.tensors}
     files = {name: file for name, file in files.items() if name not in model.unread}
@@ -312,15 +299,15 @@ def _reader(path: pathlib.Path, model: Model) -> Read:
 
 
 def _in_little_memory(files: dict[str, pathlib.Path], opened: dict[pathlib.Path, Any]) -> Read:
-    """What reads a tensor from the file that holds it. What was read of a mapped file stays with the process as long as it is open, so
-    files are opened anew whenever that is more than :data:`HOST_BYTES`."""
+    """What reads a part of a tensor from the file that holds it. What was read of a mapped file stays with the process as long as it is
+    open, so files are opened anew whenever that is more than :data:`HOST_BYTES`."""
     read_of: collections.Counter[pathlib.Path] = collections.Counter()
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, region: names.Region) -> np.ndarray:
         if read_of.total() > HOST_BYTES:
             opened.update({file: open_tensors(file) for file in read_of})
             read_of.clear()
-        tensor: np.ndarray = opened[files[name]].get_tensor(name)
+        tensor: np.ndarray = opened[files[name]].get_slice(name)[region]
         read_of[files[name]] += tensor.nbytes
         return tensor
 

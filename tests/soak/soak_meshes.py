@@ -28,15 +28,15 @@ MESHES = ("data=8", "expert=8", "tensor=8", "data=2,expert=2,tensor=2")
 # As the golden checkpoints, with heads and experts for eight devices.
 EIGHT = ("num_attention_heads", "n_heads", "num_key_value_heads", "n_kv_heads", "num_experts")
 BLOCK_CAUSAL = {
-    "tiny-llada2": ["llada2", "llada2_edit"],
+    "tiny-llada2": ["llada2", "multi_bd", "llada2_edit", "llada2_levenshtein"],
     "families/tiny-sdar": ["sdar", "sdar_leftmost", "sdar_sequential", "sdar_entropy"],
     "families/tiny-sdar-moe": ["sdar"],
     "families/tiny-fast-dllm-v2": ["fast_dllm_v2"],
 }
 WHOLE = {
-    "families/tiny-llada": ["llada", "llada_random", "llada_threshold", "llada_factor"],
+    "families/tiny-llada": ["llada", "llada_random", "llada_threshold", "llada_factor", "d2f"],
     "families/tiny-llada-moe": ["llada"],
-    "families/tiny-dream": ["dream", "dream_maskgit_plus", "dream_topk_margin", "dream_origin", "dream_threshold"],
+    "families/tiny-dream": ["dream", "dream_maskgit_plus", "dream_topk_margin", "dream_origin", "dream_threshold", "d2f"],
 }
 # Soft tokens of random weights make of a difference in the last bit another answer within ten steps; those of a trained model do not.
 TRAINED = ("tiny-llada2-trained", "dmax")
