@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import re
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from scripted import MODEL, RAW
 
 from diffulex_jax import Engine
+from diffulex_jax.engine import startup
 from diffulex_jax.models import names
 from diffulex_jax.models.base import Model, is_param, leaves
 from diffulex_jax.models.registry import model_of
@@ -300,6 +302,20 @@ def test_what_orbax_wrote_is_read_as_it_is_or_not_at_all(tiny, facts, settings, 
         load(tiny, **settings)
     with pytest.raises(ValueError, match=r"tiny holds parameters already \(placed.json\); choose another directory"):
         convert(str(tiny), tiny, mesh=None, dtype=jnp.float32, weights=None)
+
+
+def test_loading_shows_a_bar_unless_something_else_shows_that_it_loads(tiny, monkeypatch):
+    asked = []
+
+    def remember(*_, progress, **__):
+        asked.append(progress)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(checkpoint, "load", remember)
+    for listening in (contextlib.nullcontext(), startup.told_to(lambda stage, what: None)):
+        with listening, pytest.raises(RuntimeError, match="enough"):
+            Engine.from_pretrained(str(tiny), max_model_len=32)
+    assert asked == [True, False]
 
 
 @pytest.mark.parametrize("name", ["tiny-llada2", *sorted(f"families/{each.name}" for each in (GOLDEN.parent / "families").glob("*/"))])

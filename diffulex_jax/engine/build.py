@@ -17,7 +17,7 @@ from diffulex_jax.engine.device import JaxDevice, default_num_pages
 from diffulex_jax.engine.fingerprint import strategy_id
 from diffulex_jax.engine.mirror import Mirror
 from diffulex_jax.engine.scheduler import Scheduler
-from diffulex_jax.engine.startup import announce
+from diffulex_jax.engine.startup import announce, is_told
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models.attention import AttentionPolicy
@@ -101,7 +101,8 @@ def load(
     for strategy in found:
         plan(spec, strategy, settings)  # a setting that will not do should not cost a load either
     kernels, weights = _kernels(mesh, settings), _form(settings)
-    network, params = checkpoint.load(path, mesh, dtype=settings.jax_dtype, weights=weights, kernels=kernels)
+    of = {"dtype": settings.jax_dtype, "weights": weights, "kernels": kernels}
+    network, params = checkpoint.load(path, mesh, **of, progress=not is_told())
     return Network(network, params, tokenizer, eos_ids, str(model), mesh), found
 
 

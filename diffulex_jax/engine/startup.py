@@ -24,6 +24,11 @@ def told_to(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
+def is_told() -> bool:
+    """Whether somebody shows what an engine does that starts in this thread."""
+    return _listener.get() is not None
+
+
 def announce(stage: Stage, what: str) -> None:
     """Says that a stage begins: loading a model, or compiling a strategy's programs."""
     if (listener := _listener.get()) is not None:

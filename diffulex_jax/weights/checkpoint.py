@@ -41,6 +41,7 @@ HOST_BYTES = 256 * 2**20
 SHARD_BYTES = 2 * 2**30
 """Most bytes of a file that :func:`save` writes."""
 
+_BAR: dict[str, Any] = {"desc": "loading", "unit": "tensor", "delay": 2.0, "leave": False}
 _READABLE = ("F64", "F32", "F16", "BF16")
 Read = Callable[[str, names.Region], np.ndarray]
 
@@ -129,7 +130,7 @@ def load(
       dtype: of all parameters but those whose :class:`Param` names another.
       weights: how the leaves that may be are quantised, ``"int8"`` or ``"int4"``, in the form that ``kernels`` read: piece by piece on the
         device, which never holds such a leaf whole in ``dtype``. None: not at all.
-      progress: show a progress bar over tensors.
+      progress: show a progress bar over tensors where stderr is a terminal and it takes some seconds.
 
     Raises:
       ValueError: naming every weight that is missing, unexpected, misshapen or of a type that is not read, a file that is broken, or
@@ -149,7 +150,7 @@ def load(
         for part in tensor.parts:
             parts[part.leaf].append((tensor, part))
     tree: Params = {}
-    with tqdm(total=sum(map(len, parts.values())), disable=not progress, desc="loading", unit="tensor") as bar:
+    with tqdm(total=sum(map(len, parts.values())), **_BAR, disable=None if progress else True) as bar:
         # What is no stack is on the host whole, beside its copy: it goes first, while there is little else.
         for leaf, param in sorted(params.items(), key=lambda item: item[1].axes[0] == "layer"):
             node = functools.reduce(lambda node, key: node.setdefault(key, {}), leaf[:-1], tree)
