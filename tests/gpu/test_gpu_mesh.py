@@ -24,7 +24,7 @@ def answers(mesh, **options):
     return [o.token_ids for o in engine.generate(["1+1=?", "12*3=?", "7-5=?", "(4+5)*2=?"], settings)]
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "expert=2"])
+@pytest.mark.parametrize("mesh", ["tensor=2", "expert=2", "data=2"])
 @pytest.mark.parametrize("strategy", ["llada2_edit", "dmax"])
 def test_two_gpus_write_the_tokens_of_one(strategy, mesh):
     """In float32, with the reference's kernels and with the machine's."""
