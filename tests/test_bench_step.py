@@ -53,6 +53,7 @@ def test_bytes_of_a_step_are_those_counted_by_hand():
         ("llada2-mini", 16.256),
         *(("sdar-1.7b", 2.032), ("sdar-4b", 4.411), ("sdar-8b", 8.191), ("sdar-30b-a3b", 30.532)),
         *(("fast-dllm-v2-1.5b", 1.544), ("fast-dllm-v2-7b", 7.616)),
+        *(("llada2-flash", 102.890), ("llada-8b", 8.016), ("llada-moe-7b-a1b", 7.357), ("dream-7b", 7.616)),
     ],
 )
 def test_a_shape_has_the_parameters_it_is_known_for(shape, billions):
