@@ -14,7 +14,9 @@ from pallas_kernels import prediction
 
 def predict(program: Program, params: Params, hidden: jax.Array, state: DecodeState) -> Prediction:
     """What ``hidden [S, K B, D]`` says about the window; each row by its own settings."""
-    shape, settings, narrowed = state.tokens.shape, state.settings, program.confidence == "narrowed"
+    shape, settings = state.tokens.shape, state.settings
+    # Dream's entropy and margin are of a kind of their own, also where nothing is left out.
+    narrowed = program.confidence == "narrowed" and not (program.greedy and not program.rule.entropy and not program.rule.margin)
     per_position = shape[1] * shape[2]
 
     def rows(a: jax.Array) -> jax.Array:
@@ -35,7 +37,7 @@ def predict(program: Program, params: Params, hidden: jax.Array, state: DecodeSt
         tempered=program.confidence in ("tempered", "drawn", "narrowed"),
         cut=program.confidence == "drawn",
         counts_all=program.confidence in ("whole", "narrowed"),
-        doubted=rows(settings.doubted_ids) if program.confidence == "whole" else None,
+        doubted=rows(settings.doubted_ids) if program.confidence == "whole" and not program.greedy else None,
         narrowed=narrowed,
         entropy=program.rule.entropy,
         margin=program.rule.margin,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import Model
 from diffulex_jax.rules.base import Rule
+from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import FORWARDS_PER_TOKEN, Dims
 from pallas_kernels import Kernels
 
@@ -18,7 +19,8 @@ class Program(NamedTuple):
       model, dims, rule, kernels: the network, the state's sizes, what is made of a prediction, and by which backends.
       attention: what positions see of each other.
       draws, confidence: see ``strategies.Strategy``.
-      greedy: whoever launches this knows that no row samples. A GPU then has one question less to ask the host at every step.
+      greedy: whoever launches this knows that no row samples, or asks for another distribution than the model's (``asks_nothing``). A GPU
+        then has one question less to ask the host at every step.
     """
 
     model: Model
@@ -29,6 +31,12 @@ class Program(NamedTuple):
     draws: str = "position"
     confidence: str = "model"
     greedy: bool = False
+
+    def asks_nothing(self, params: SamplingParams) -> bool:
+        """Whether a request of resolved ``params`` decodes by the model's own distribution: greedily, doubting no token, and, where
+        confidences are of what top-p and top-k leave, with neither."""
+        narrows = self.confidence == "narrowed" and (params.top_p != 1 or params.top_k != 0)
+        return params.temperature == 0 and not params.doubted_token_ids and not narrows
 
     @property
     def block_budget(self) -> int:

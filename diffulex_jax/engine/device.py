@@ -98,7 +98,7 @@ class JaxDevice:
         if requests is None or any(request.wants_sequence for request in requests):
             self.read(probe)
         self.release(0)
-        kinds = set(self._jit_denoise) if requests is None else {request.params.temperature == 0 for request in requests}
+        kinds = set(self._jit_denoise) if requests is None else {self.program.asks_nothing(request.params) for request in requests}
         for greedy in sorted(kinds):
             jax.block_until_ready(self._dispatch(Plan(self._pages, self._known, max_steps=1, stop_on_finish=False), greedy=greedy))
 
@@ -153,7 +153,7 @@ class JaxDevice:
             self._placed[slot] = request.pages, len(request.pages)
             self._known[slot] = request.known
         plan = Plan(self._pages, self._known, max_steps, stop_on_finish)
-        report, trace = self._dispatch(plan, greedy=all(request.params.temperature == 0 for request in running.values()))
+        report, trace = self._dispatch(plan, greedy=all(self.program.asks_nothing(request.params) for request in running.values()))
         traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
         report.copy_to_host_async()
         return Launched(report, trace if traced else None, traced)

@@ -76,7 +76,8 @@ def predict(
         that is what tokens are drawn from; the entropy has 1e-10 added within its logarithm (Dream, arXiv 2508.15487). It asks for
         ``sampling``.
       margin: report by how much the largest probability exceeds the second, whether or not the larger is of a token that may be chosen.
-        With any of ``counts_all``, ``doubted``, ``narrowed`` and ``margin`` every backend takes the reference.
+        With it every backend takes the reference, as with ``counts_all`` or ``narrowed`` and ``entropy``; of ``predict_from_hidden``'s rows
+        otherwise those that sample with ``counts_all``, that doubt something, or from which something is ``narrowed`` away.
       backend: see :data:`Backend`; None chooses by the current mesh.
 
     Returns:
@@ -120,18 +121,63 @@ def predict_from_hidden(
     if vocab_axes:
         options["vocab_axes"] = vocab_axes
     compute = pick("prediction", backend, choose_backend, _FROM_HIDDEN)
-    plain = {"counts_all": False, "doubted": None, "narrowed": False, "margin": False}
-    usual = {name: value for name, value in options.items() if name not in {"cut", *plain}}
-    if any(options.get(name, nothing) is not nothing for name, nothing in plain.items()) or compute is reference.predict_from_hidden:
+    margin, counts_all, narrowed = (options.get(name, False) for name in ("margin", "counts_all", "narrowed"))
+    if compute is reference.predict_from_hidden or margin or (counts_all or narrowed) and options.get("entropy"):
         return reference.predict_from_hidden(hidden, lm_head, current, **options)
-    sampling = options["sampling"]
-    if not options.get("cut") or sampling is None:
+    usual = {name: value for name, value in options.items() if name not in _KNOWN_TO_THE_REFERENCE}
+    sampling, doubted = options["sampling"], options.get("doubted")
+    if not (options.get("cut") or counts_all or narrowed) and doubted is None:
         return compute(hidden, lm_head, current, **usual)
-    hot = sampling.temperature > 0
-    greedy = compute(hidden, lm_head, current, **usual | {"sampling": None})  # to the bit, whoever else samples
+    greedy = compute(hidden, lm_head, current, **usual | {"sampling": None})  # to the bit, whatever other rows ask for
+    if counts_all:
+        greedy = _counting_all(greedy, hidden, lm_head, current, **usual)
+    apart = jnp.zeros(len(hidden), bool) if doubted is None else (doubted >= 0).any(1)
+    if sampling is not None:
+        apart |= sampling.temperature > 0
+        apart |= ((sampling.top_p < 1) | (sampling.top_k > 0)) & narrowed
+    elif doubted is None:
+        return greedy
 
-    def sampled() -> Best:
+    def as_asked() -> Best:
         found = reference.predict_from_hidden(hidden, lm_head, current, **options)
-        return jax.tree.map(lambda a, b: jnp.where(hot.reshape(-1, *[1] * (a.ndim - 1)), a, b), found, greedy)
+        return jax.tree.map(lambda a, b: jnp.where(apart.reshape(-1, *[1] * (a.ndim - 1)), a, b), found, greedy)
 
-    return lax.cond(anywhere(hot.any()), sampled, lambda: greedy)
+    return lax.cond(anywhere(apart.any()), as_asked, lambda: greedy)
+
+
+_KNOWN_TO_THE_REFERENCE = {"cut", "counts_all", "doubted", "narrowed", "margin"}
+
+
+def _counting_all(
+    best: Best,
+    hidden: jax.Array,
+    lm_head: jax.Array,
+    current: jax.Array,
+    *,
+    forbidden_id: int,
+    penalized: jax.Array | None = None,
+    penalty: jax.Array | None = None,
+    banned: jax.Array | None = None,
+    vocab_axes: tuple[str, ...] = (),
+    **_: Any,
+) -> Best:
+    """``best`` of greedy rows, but of a softmax in which the forbidden id has its share: two rows of ``lm_head`` tell it."""
+
+    def logit(ids: jax.Array) -> jax.Array:
+        count = len(lm_head)
+        own = ids - (lax.axis_index(vocab_axes) * count if vocab_axes else 0)
+        found = jnp.einsum("rd,rd->r", hidden, lm_head[jnp.clip(own, 0, count - 1)], preferred_element_type=jnp.float32)
+        return lax.psum(jnp.where((own >= 0) & (own < count), found, 0), vocab_axes) if vocab_axes else found
+
+    chosen = logit(best.token)
+    if penalized is not None and penalty is not None:
+        chosen -= jnp.where(best.token == penalized, penalty, 0)
+    odds = jnp.exp(jnp.minimum(logit(jnp.full_like(best.token, forbidden_id)) - chosen, 80)) * best.prob  # of all that is allowed
+    if banned is not None:
+        odds = jnp.where((banned == forbidden_id).any(1), 0, odds)
+    left = 1 / (1 + odds)
+    return best._replace(
+        prob=best.prob * left,
+        current_prob=jnp.where(current == forbidden_id, odds, best.current_prob) * left,
+        top_probs=best.top_probs * left[:, None],
+    )

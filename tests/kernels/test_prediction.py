@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import prediction
 from pallas_kernels.prediction import gpu, reference, tpu
@@ -259,3 +260,31 @@ def test_the_hopper_kernel_leaves_entropy_to_the_reference():
     args = hidden.astype(jnp.bfloat16).repeat(4, 1), lm_head.astype(jnp.bfloat16).repeat(4, 1), current
     want = call(reference.predict_from_hidden, *args, tempered=True, entropy=True, **options)
     assert_same(call(gpu.predict_from_hidden, *args, tempered=True, entropy=True, **options), want)
+
+
+@pytest.mark.parametrize("asked", ["no more", "doubted", "narrowed"])
+def test_what_no_kernel_knows_is_made_of_what_it_finds_or_left_to_the_reference(asked):
+    """The forbidden id has its share, some current tokens are that id, and of one row it is banned; every fourth row doubts its best."""
+    hidden, lm_head, current, options = make(11, temperature=(0.0, 0.7), filters=asked == "narrowed")
+    row = np.arange(ROWS)
+    current = jnp.where(row % 3 == 1, MASK, current)
+    options["banned"] = options["banned"].at[4, 0].set(MASK)
+    lm_head = lm_head.at[MASK].set(2 * hidden[1])  # there the forbidden id is more likely than the best
+    best = reference.predict_from_hidden(hidden, lm_head, current, **options).token
+    if asked == "no more":
+        options["sampling"] = None
+    doubted = jnp.where(row % 4 == 0, best, -1)[:, None] if asked == "doubted" else None
+    fixed = {"forbidden_id": options.pop("forbidden_id"), "top_k": 1, "counts_all": True, "narrowed": asked == "narrowed"}
+
+    @functools.partial(jax.jit, static_argnames=("backend", "axes"))
+    def predicted(*args, backend="gpu", axes=(), **options):
+        return prediction.predict_from_hidden(*args, doubted=doubted, vocab_axes=axes, backend=backend, **fixed, **options)
+
+    want = predicted(hidden, lm_head, current, **options, backend="reference")
+    assert want.prob[1] < 0.5 and want.current_prob[current == MASK].max() > 0
+    assert_same(predicted(hidden, lm_head, current, **options), want, rtol=1e-4)
+    if asked == "no more":
+        with jax.set_mesh(jax.make_mesh((1,), ("x",))):  # devices that share the vocabulary, if only one
+            shared = functools.partial(predicted, axes=("x",), **options)
+            spread = jax.shard_map(shared, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+            assert_same(spread(hidden, lm_head, current), want, rtol=1e-4)
