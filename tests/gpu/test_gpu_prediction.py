@@ -33,7 +33,7 @@ def make(rng, rows, vocab, width, dtype=jnp.bfloat16, temperature=0.0):
     return hidden, lm_head, jnp.asarray(np.where(row % 5 == 0, best, rng.integers(0, vocab, rows)), jnp.int32), options
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "forbidden_id", "top_k", "tempered", "entropy"))
+@functools.partial(jax.jit, static_argnames=("backend", "forbidden_id", "top_k", "tempered", "entropy", "counts_all"))
 def predict(*args, **options):
     return prediction.predict_from_hidden(*args, **options)
 
@@ -95,3 +95,13 @@ def test_greedy_rows_are_tempered_by_nothing_and_entropy_is_the_references(rng, 
         np.testing.assert_array_equal(a, b)
     got, want = (predict(hidden, lm_head, current, **options, entropy=True, backend=b).entropy for b in ("gpu", "reference"))
     assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_the_forbidden_id_may_have_its_share(rng, relative_error, sampling):
+    hidden, lm_head, current, options = make(rng, 64, 126464, 1024)
+    options |= {"counts_all": True} | ({} if sampling else {"sampling": None})
+    got, want = predict(hidden, lm_head, current, **options, backend="gpu"), exact(hidden, lm_head, current, options)
+    assert relative_error(got.prob, want.prob) < 1e-4
+    assert relative_error(got.current_prob, want.current_prob) < 1e-4
+    assert relative_error(got.top_probs, want.top_probs) < 1e-4
