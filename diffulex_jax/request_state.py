@@ -48,12 +48,12 @@ class Saved(struct.PyTreeNode):
 
     Attributes:
       row: its row of the decode state, without the slot axis.
-      k, v: ``[L, n, page, KV, H]``, the KV of its written pages.
+      k, v: ``[L, n, page, KV, H]``, the KV of its written pages, as the pool holds it.
     """
 
     row: DecodeState
-    k: np.ndarray
-    v: np.ndarray
+    k: Any
+    v: Any
 
 
 def make_request(

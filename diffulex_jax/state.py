@@ -326,15 +326,15 @@ class Trace(struct.PyTreeNode):
 
 # Logical axes of the state's and the pool's leading dimensions; `parallel.mesh` maps them to the machine.
 STATE_AXES = ("slot",)
-POOL_AXES = ("layer", "page", "token", "kv_heads", "head_dim")
+POOL_AXES = ("layer", "page", "token", "kv_heads")
 
 
 class KVPool(struct.PyTreeNode):
     """Paged keys and values.
 
     Attributes:
-      k, v: ``[L, N, page, KV, H]`` in the engine's dtype.
+      k, v: ``[L, N, page, KV, H]`` in the engine's dtype, or as ``block_attention.Stored`` in another form.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Any
+    v: Any

@@ -54,6 +54,7 @@ SLOW = (
     "test_readme.py",
     "serving",
     "kernels/test_grouped_matmul.py",
+    "test_kv.py",
     "test_quantised_experts.py",
     "kernels/test_block_attention.py",
     "test_bench_e2e.py",

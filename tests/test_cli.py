@@ -124,7 +124,7 @@ def test_every_engine_setting_is_an_option(asked):
     settings = {"strategy": "llada2", "mesh": None} | {f.name: f.default for f in dataclasses.fields(EngineConfig) if f.name not in chosen}
     elsewhere = {name: settings.pop(name) for name in ("cache", "sub_block_cache")}  # of other models, and refused for this one
     names = {"strategy": "dmax", "dtype": "bfloat16", "kernels": "reference", "attention": "prefix_full", "mesh": "tensor=1"}
-    names |= {"weights": "int8"}
+    names |= {"weights": "int8", "kv": "fp8"}
     wanted = {name: 5 for name, default in settings.items() if type(default) in (int, type(None))} | names
     arguments = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     wanted |= {name: not default for name, default in settings.items() if type(default) is bool}
@@ -362,7 +362,9 @@ def test_options_written_by_hand_have_the_defaults_of_what_they_set(command, sou
     (found,) = (c.callback for c in cli.app.registered_commands if (c.name or c.callback.__name__) == command)
     own, theirs = inspect.signature(found).parameters, inspect.signature(source).parameters
     shared = [name for name in own if name in theirs and theirs[name].default is not inspect.Parameter.empty]
-    named = {"silence_seconds", "tick_seconds"} if command == "serve" else {"slots", "max_len", "mesh", "dtype", "weights", "strategy"}
+    named = (
+        {"silence_seconds", "tick_seconds"} if command == "serve" else {"slots", "max_len", "mesh", "dtype", "weights", "kv", "strategy"}
+    )
     assert named <= set(shared)
     for name in named:
         assert own[name].default == theirs[name].default, name

@@ -35,6 +35,7 @@ def facts(checkpoint: str, target: Target, **settings):
         (LLADA2, TPU, {"page_size": 4}, "prediction remask", "block_attention expert_choice grouped_matmul linear"),
         # Heads of 16 and 32; few tokens choose their experts in XLA.
         pytest.param(SDAR, HOPPER, {"dtype": "bfloat16"}, "linear prediction", "block_attention remask", marks=needs_11),
+        (LLADA2, TPU, {"kv": "int8"}, "prediction remask", "block_attention expert_choice grouped_matmul linear"),
         (LLADA2, TPU, {"weights": "int8"}, "block_attention prediction remask", "expert_choice grouped_matmul linear"),
         pytest.param(
             LLADA2,

@@ -133,6 +133,14 @@ def test_quantised_experts_are_smaller(nothing_compiles):
     assert (whole.quantised, whole.dtype) == ("int8", "bfloat16")
 
 
+def test_keys_and_values_in_eight_bits_are_smaller(nothing_compiles):
+    plain, whole, fp8 = (plan("llada2-mini", "h100:1", slots=4, kv=kv) for kv in (None, "int8", "fp8"))
+    vectors = 2 * 20 * 4 * 4 * 4096  # keys and values, layers, heads, slots, positions
+    assert (plain.pool, whole.pool, fp8.pool) == (256 * vectors, 130 * vectors, 128 * vectors)
+    assert plain.read - whole.read == 126 * vectors and plain.weights == whole.weights
+    assert "llada2, bfloat16, KV in int8, 4 slots" in text(whole) and "KV in" not in text(plain)
+
+
 def test_a_model_that_keeps_no_keys_has_no_pool(nothing_compiles):
     made = plan("llada-8b", "h100:1", slots=2, max_len=512)
     assert made.pool == 0
@@ -181,6 +189,7 @@ def test_every_shape_has_a_plan(nothing_compiles, shape):
         (["--topology", "h100:1", "--max-len", "40000"], "max_model_len=40000 exceeds"),
         (["--topology", "h100:1", "--dtype", "int8"], "dtype='int8' must be one of"),
         (["--topology", "h100:1", "--weights", "fp8"], "weights='fp8' must be one of"),
+        (["--topology", "h100:1", "--kv", "int4"], "kv='int4' must be one of"),
         (["--topology", "h100:1", "--strategy", "dream"], "strategy 'dream' is not for this model"),
     ],
 )

@@ -93,7 +93,8 @@ def text(facts: dict[str, Any]) -> str:
 def kernels_in(model: Model, strategy: Strategy, settings: EngineConfig, kernels: Kernels) -> set[str]:
     """The operations for which a step of an engine's program holds a kernel, ours or cuDNN's."""
     s, policy, dims = build.plan(model.spec, strategy, settings)
-    program = decode.Program(model, dims, strategy.rule, kernels, policy, draws=strategy.draws, confidence=strategy.confidence)
+    kinds: dict[str, Any] = {"draws": strategy.draws, "confidence": strategy.confidence, "kv": s.kv}
+    program = decode.Program(model, dims, strategy.rule, kernels, policy, **kinds)
     plain = jax.eval_shape(functools.partial(init, model, dtype=s.jax_dtype), jax.random.key(0))
 
     def kept(param: Param, leaf: Any) -> Any:

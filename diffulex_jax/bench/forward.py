@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from diffulex_jax.state import DecodeState, KVPool
 from diffulex_jax.strategies import Strategy
 from diffulex_jax.weights.quantise import stored_bytes
 from pallas_kernels import Kernels, expert_choice
-from pallas_kernels.block_attention import Keys
+from pallas_kernels.block_attention import KV, Keys, vector_bytes
 from pallas_kernels.grouped_matmul import Stack
 from pallas_kernels.quantised import Form
 
@@ -33,7 +34,7 @@ def program_of(model: Model, strategy: Strategy, settings: EngineConfig, kernels
       ValueError: for a setting that will not do.
     """
     _, attention, dims = plan(model.spec, strategy, settings)
-    kinds = {"draws": strategy.draws, "confidence": strategy.confidence}
+    kinds: dict[str, Any] = {"draws": strategy.draws, "confidence": strategy.confidence, "kv": settings.kv}
     return Program(model, dims, strategy.rule, kernels, attention, greedy=True, **kinds)
 
 
@@ -95,10 +96,11 @@ def step_bytes(
     context: int,
     experts: float,
     weights: Form | None = None,
+    kv: KV | None = None,
     mesh: AbstractMesh = ONE_DEVICE,
 ) -> float:
     """What each device of ``mesh`` must read in a denoise step: each of its weights once, of the routed experts, quantised as ``weights``
-    says, ``experts`` a layer on all devices together, and ``context`` cached positions once.
+    says, ``experts`` a layer on all devices together, and ``context`` cached positions, held as ``kv`` says, once.
 
     Activations stay in caches and are not counted, nor is the embedding, of which a few rows are looked up, unless it is the output
     matrix too. ``batch`` are the rows of one index of ``data``.
@@ -110,7 +112,8 @@ def step_bytes(
             size *= experts / param.shape[param.axes.index("expert")]
         total += 0 if path == ("embed",) and ("lm_head",) in leaves(model.schema) else size
     layers = model.spec.layers
-    return total + 2 * layers.count * layers.kv_heads * layers.head_dim * context * batch * itemsize / parts(mesh, ("kv_heads",))
+    vector = layers.head_dim * itemsize if kv is None else vector_bytes(layers.head_dim, kv, jnp.bfloat16)
+    return total + 2 * layers.count * layers.kv_heads * vector * context * batch / parts(mesh, ("kv_heads",))
 
 
 def step_operations(model: Model, *, tokens: float, context: float, mesh: AbstractMesh = ONE_DEVICE) -> float:

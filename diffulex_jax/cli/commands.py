@@ -239,6 +239,7 @@ def plan_(
     mesh: Annotated[str | None, typer.Option(help=_PLAN_MESH)] = None,
     dtype: Annotated[str, typer.Option(help="Of parameters, activations and the KV pool: bfloat16 or float32.")] = "bfloat16",
     weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8 or int4. Default: as --dtype.")] = None,
+    kv: Annotated[str | None, typer.Option(help="Of the KV pool: bfloat16, fp8 or int8. Default: as --dtype.")] = None,
     strategy: Annotated[str | None, typer.Option(help=f"One of {_STRATEGIES}. {_USUAL}")] = None,
     as_json: _AsJson = False,
 ) -> None:
@@ -252,7 +253,8 @@ def plan_(
     with one_line_errors():
         from diffulex_jax.planning import plan
 
-        made = plan.plan(model, topology, slots=slots, max_len=max_len, mesh=mesh, dtype=dtype, weights=weights, strategy=strategy)
+        sizes: dict[str, Any] = {"slots": slots, "max_len": max_len, "mesh": mesh}
+        made = plan.plan(model, topology, dtype=dtype, weights=weights, kv=kv, strategy=strategy, **sizes)
     typer.echo(json.dumps(dataclasses.asdict(made) | {"head_room": made.head_room}) if as_json else plan.text(made))
     if made.missing:
         typer.echo(f"error: {model} does not fit on {topology}: {made.missing} bytes are missing on each device", err=True)

@@ -14,7 +14,7 @@ from diffulex_jax.models.attention import Where
 from diffulex_jax.models.base import Params
 from diffulex_jax.models.ops import At, Ops, machine_ops
 from diffulex_jax.state import KVPool
-from pallas_kernels.block_attention import Keys, block_attention, split_heads, write_blocks, write_positions
+from pallas_kernels.block_attention import Keys, block_attention, rounded, split_heads, write_blocks, write_positions
 
 
 def forward(
@@ -55,15 +55,20 @@ def forward(
     attention = functools.partial(block_attention, block=block, whole_blocks=whole, backend=kernels.block_attention)
 
     def attend(at: At, heads: jax.Array) -> tuple[jax.Array, Any]:
+        # Whether what is written is seen from the pool or before it gets there must make no difference: it is rounded first.
         if put is not None:
             pool = put(at.pool, at.layer, *split_heads(heads)[1:])
+            heads = rounded(heads, pool.k)
             return attention(heads, keys._replace(pool_k=pool.k, pool_v=pool.v), layer=at.layer, visible=visible), pool
         if pending is None:
-            return attention(heads, keys, layer=at.layer, visible=visible), split_heads(heads)[1:] if keep else ()
+            kept = split_heads(heads)[1:] if keep else ()
+            return attention(rounded(heads, keys.pool_k) if keep else heads, keys, layer=at.layer, visible=visible), kept
         first, window = heads[:, :block], heads[:, block:]
+        kept = split_heads(first)[1:] if keep else ()
+        first = rounded(first, keys.pool_k)
         out = attention(first, keys._replace(lanes=pending[:, None]), layer=at.layer)
         outs = [out, attention(window, keys, layer=at.layer, pending=(first, pending))]
-        return jnp.concatenate(outs, 1), split_heads(first)[1:] if keep else ()
+        return jnp.concatenate(outs, 1), kept
 
     lanes = keys.lanes if pending is None else jnp.concatenate([pending[:, None], keys.lanes], 1)
     valid = jnp.repeat(lanes, block, 1)
@@ -123,7 +128,8 @@ def prefill(
         here = jnp.where(pages < count, layer * count + pages, layers * count)
         flat = jax.tree.map(lambda a: a.reshape(1, layers * count, *a.shape[2:]), pool)
         k, v = (a.reshape(1, rows * blocks, block, *a.shape[2:]) for a in (k, v))
-        return jax.tree.map(lambda a: a.reshape(pool.k.shape), _write_at(program, flat, k, v, pages=here, start=firsts))
+        written = _write_at(program, flat, k, v, pages=here, start=firsts)
+        return jax.tree.map(lambda a: a.reshape(layers, count, *a.shape[2:]), written)
 
     keys = Keys(pool.k, pool.v, page_table, start, lanes)
     x = params["embed"][tokens.reshape(rows, -1)]

@@ -10,6 +10,7 @@ from diffulex_jax.rules.base import Rule
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import FORWARDS_PER_TOKEN, Dims
 from pallas_kernels import Kernels
+from pallas_kernels.block_attention import KV
 
 
 class Program(NamedTuple):
@@ -19,6 +20,7 @@ class Program(NamedTuple):
       model, dims, rule, kernels: the network, the state's sizes, what is made of a prediction, and by which backends.
       attention: what positions see of each other.
       draws, confidence: see ``strategies.Strategy``.
+      kv: the form in which the pool holds keys and values; None: the model's dtype.
       greedy: whoever launches this knows that no row samples, or asks for another distribution than the model's (``asks_nothing``). A GPU
         then has one question less to ask the host at every step.
     """
@@ -30,6 +32,7 @@ class Program(NamedTuple):
     attention: AttentionPolicy = AttentionPolicy()
     draws: str = "position"
     confidence: str = "model"
+    kv: KV | None = None
     greedy: bool = False
 
     def asks_nothing(self, params: SamplingParams) -> bool:

@@ -30,6 +30,7 @@ from diffulex_jax.strategies import STRATEGIES, AnyStrategy, Strategy, for_model
 from diffulex_jax.weights import checkpoint, quantise
 from diffulex_jax.weights.quantise import form_of, quantised
 from pallas_kernels import REFERENCE, Kernels, choose
+from pallas_kernels.block_attention import KV, vector_bytes
 from pallas_kernels.quantised import Form
 
 
@@ -208,7 +209,7 @@ def _check_canvas(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -
         raise SettingError("strategy", f"strategy {strategy.name!r} {does}, which a model that {sees} cannot do")
     if (blocks := settings.buffer_size or strategy.window) > 1:
         raise SettingError("buffer_size", f"buffer_size={blocks} must be 1 for this model, which {sees} and decodes one block at a time")
-    for name in ("num_pages", "page_size"):
+    for name in ("num_pages", "page_size", "kv"):
         if (value := getattr(settings, name)) is not None:
             raise SettingError(name, f"{name}={value} is not for this model, which {sees} and has one page for each slot; leave it out")
 
@@ -243,7 +244,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     s, policy, dims = plan(spec, strategy, settings)
     shards, heads = mesh.shape["data"], spec.layers.kv_heads // mesh.shape["tensor"]
     _check_shards(s, shards)
-    unit_bytes = 2 * spec.layers.count * dims.unit * heads * spec.layers.head_dim * s.jax_dtype.itemsize  # of a device
+    unit_bytes = 2 * spec.layers.count * dims.unit * heads * vector_bytes(spec.layers.head_dim, _kv(s), s.jax_dtype)  # of a device
     needed = s.max_slots // shards * dims.units_per_slot  # in a shard, as what follows
     num_pages = s.num_pages // shards if s.num_pages else needed
     if policy.paged and not s.num_pages:
@@ -258,7 +259,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     params = quantised(network.model, network.params, _form(s), kernels=kernels, mesh=mesh)
     announce("compiling", strategy.name)
     own = JaxDevice(
-        decode.Program(network.model, dims, rule, kernels, policy, draws=strategy.draws, confidence=strategy.confidence),
+        decode.Program(network.model, dims, rule, kernels, policy, draws=strategy.draws, confidence=strategy.confidence, kv=_kv(s)),
         params,
         mesh=mesh,
         dtype=s.jax_dtype,
@@ -276,6 +277,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         "config": str(network.model.config),
         "dtype": s.dtype,
         "weights": str(form_of(params)),
+        "kv": str(s.kv or s.dtype),
         "block_size": str(dims.block),
         "attention": str(s.attention),
         "cache": policy.cache,
@@ -314,6 +316,10 @@ def _kernels(mesh: Mesh, settings: EngineConfig) -> Kernels:
 
 def _form(settings: EngineConfig) -> Form | None:
     return cast(Form | None, settings.weights)  # checked where the settings are made
+
+
+def _kv(settings: EngineConfig) -> KV | None:
+    return cast(KV | None, settings.kv)  # likewise
 
 
 def _check_shards(settings: EngineConfig, shards: int) -> None:

@@ -14,6 +14,7 @@ _CHOICES = {
     "cache": (None, "none", "prefix", "dual"),
     "kernels": ("auto", "reference"),
     "weights": (None, "int8", "int4"),
+    "kv": (None, "bfloat16", "fp8", "int8"),
 }
 
 
@@ -22,9 +23,12 @@ class EngineConfig:
     """How an engine is built. ``Engine.from_pretrained`` takes these as keywords.
 
     Attributes:
-      dtype: of parameters, activations and the KV pool: ``"float32"`` or ``"bfloat16"``.
+      dtype: of parameters and activations, and of the KV pool but for ``kv``: ``"float32"`` or ``"bfloat16"``.
       weights: ``"int8"`` or ``"int4"`` holds the experts of a mixture quantised: a half, or a quarter, of bfloat16's bytes. All else is of
         ``dtype``. Default: all of it is.
+      kv: of the KV pool: ``"bfloat16"``, or in 8 bits ``"fp8"`` (e4m3, clipped at 448) or ``"int8"`` (with a scale for each vector of a
+        head, which is nearer to what was there). A block attends to itself and to the window as it is; what is written is rounded. Not for
+        models that see their whole canvas. Default: ``dtype``.
       block_size: tokens in a block; where a model sees its whole canvas (LLaDA), the most that a request's ``block_length`` may be.
         Default: what the model was trained with, as its checkpoint says, or as such models usually have; 32 for Dream behind a ``cache``,
         and for LLaDA and Dream with ``attention="prefix_full"``.
@@ -59,6 +63,7 @@ class EngineConfig:
 
     dtype: str = "float32"
     weights: str | None = None
+    kv: str | None = None
     block_size: int | None = None
     force_block_size: bool = False
     page_size: int | None = None

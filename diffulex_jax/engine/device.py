@@ -20,6 +20,7 @@ from diffulex_jax.models.base import Params
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import STATE_AXES, Canvas, DecodeState, KVPool, StepReport, Trace
+from pallas_kernels.block_attention import stored
 
 
 _CACHED_PAGES = 8  # pages at the most, in times of what the slots need
@@ -56,7 +57,7 @@ class JaxDevice:
         self.program, self.mesh, self.num_pages = program, mesh, num_pages
         self._params, self.eos_ids = params, eos_ids
         dims = program.dims
-        on_pool, on_slots, everywhere = programs.pool_placement(mesh, program.kernels), sharding(mesh, STATE_AXES), sharding(mesh, ())
+        on_pool, on_slots, everywhere = programs.pool_placement(mesh, program), sharding(mesh, STATE_AXES), sharding(mesh, ())
         sizes = program.kernels.for_layers(dtype).prefill_tokens
         self._shards = mesh.shape["data"]
         self._prefill_shapes = packing.prefill_shapes(program, sizes, budget=max_batched_tokens, shards=self._shards)
@@ -120,14 +121,13 @@ class JaxDevice:
             kv = self._jit_read(self.pool, self._table(self._pages_held(request)))
         row, kv = jax.device_get((row, kv))
         count = self._pages_written(request)
-        return request_state.Saved(row, kv.k[:, :count].copy(), kv.v[:, :count].copy())
+        return request_state.Saved(row, *jax.tree.map(lambda a: a[:, :count].copy(), (kv.k, kv.v)))
 
     def restore(self, request: Tracked) -> None:
         saved, dims = request.saved, self.program.dims
-        padding = [(0, 0)] * 5
         count = saved.k.shape[1]
-        padding[1] = (0, dims.pages_per_slot - count)
-        kv = KVPool(*(jnp.asarray(np.pad(a, padding)) for a in (saved.k, saved.v)))
+        room = dims.pages_per_slot - count
+        kv = jax.tree.map(lambda a: np.pad(a, [(0, room if i == 1 else 0) for i in range(a.ndim)]), KVPool(saved.k, saved.v))
         with jax.set_mesh(self.mesh):
             self.pool = self._jit_write(self.pool, kv, self._table(self._pages_held(request), count))
             self.state = self._jit_put(self.state, _slot(request), saved.row)
@@ -207,7 +207,7 @@ def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, 
     layers, dims = program.model.spec.layers, program.dims
     shape = (0 if program.attention.cache == "none" else layers.count, num_pages, dims.page, layers.kv_heads, layers.head_dim)
     state = request_state.empty_state(dims, program.rule)
-    return KVPool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), state
+    return KVPool(*(stored.empty(shape, program.kv, dtype) for _ in range(2))), state
 
 
 def default_num_pages(device: jax.Device, page_bytes: int, *, needed: int, share: float) -> int:

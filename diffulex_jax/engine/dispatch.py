@@ -60,7 +60,7 @@ def jit_denoise(program: decode.Program, mesh: Mesh, *, dtype: Any, steps: int) 
 
     ``(params, pool, state, packed plan) -> (pool, state, packed report, trace)``; pool and state are donated.
     """
-    on_pool, on_slots, everywhere = programs.pool_placement(mesh, program.kernels), sharding(mesh, STATE_AXES), sharding(mesh, ())
+    on_pool, on_slots, everywhere = programs.pool_placement(mesh, program), sharding(mesh, STATE_AXES), sharding(mesh, ())
     return jit(
         functools.partial(packed_denoise, program=program, steps=steps),
         dtype,

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from diffulex_jax import decode
 from diffulex_jax.models.base import Model, Params, is_param
 from diffulex_jax.parallel.mesh import first_index, sharding, spec, spread
 from diffulex_jax.state import POOL_AXES, STATE_AXES, DecodeState, KVPool, StepReport, Trace
-from pallas_kernels import Kernels
+from pallas_kernels.block_attention import Scaled
 
 
 def denoise(
@@ -74,10 +74,13 @@ def prefill(
     return run(params, pool, tokens, start, length, written, page_table)
 
 
-def pool_placement(mesh: Mesh, kernels: Kernels) -> NamedSharding | Format:
+def pool_placement(mesh: Mesh, program: decode.Program) -> KVPool:
     """Where the pool is, and in which order where the kernels ask for one, so that they read and write it where it lies."""
-    where = sharding(mesh, POOL_AXES)
-    return where if kernels.pool_order is None else Format(Layout(major_to_minor=kernels.pool_order), where)
+    where, order = sharding(mesh, POOL_AXES), program.kernels.pool_order
+    scales: Any = where
+    vectors: Any = where if order is None else Format(Layout(major_to_minor=order), where)
+    one: Any = Scaled(vectors, scales) if program.kv == "int8" else vectors
+    return KVPool(one, one)
 
 
 def param_specs(model: Model) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -64,7 +65,7 @@ class Snapshot:
             "start": self.start,
             "decoding": self.saved is not None,
         }
-        leaves = {} if self.saved is None else {f"saved.{i}": np.asarray(a) for i, a in enumerate(jax.tree.leaves(self.saved))}
+        leaves = {} if self.saved is None else {f"saved.{i}": _writable(a) for i, a in enumerate(jax.tree.leaves(self.saved))}
         save_file({"prompt": self.prompt} | leaves, path, metadata={"snapshot": json.dumps(meta)})
 
     @classmethod
@@ -92,9 +93,19 @@ class Snapshot:
         if meta["decoding"]:
             expected, treedef = jax.tree.flatten(like)
             if len(expected) != count:
-                raise ValueError(f"{path} holds {count} arrays; this engine's strategy keeps {len(expected)}")
-            saved = jax.tree.unflatten(treedef, leaves)
+                raise ValueError(f"{path} holds {count} arrays; this engine's strategy and kv keep {len(expected)}")
+            bytes_ = {i: leaf.dtype for i, leaf in enumerate(expected) if leaf.dtype == _FP8}
+            saved = jax.tree.unflatten(treedef, [leaf.view(bytes_.get(i, leaf.dtype)) for i, leaf in enumerate(leaves)])
         for name in ("pinned", "init_tokens"):
             if meta["params"][name] is not None:
                 meta["params"][name] = dict(meta["params"][name])
         return cls(meta["fingerprint"], prompt, SamplingParams(**meta["params"]), meta["tokens"], meta["start"], saved)
+
+
+_FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+def _writable(leaf: Any) -> np.ndarray:
+    """A leaf as safetensors writes it from NumPy, which knows no float8."""
+    array = np.asarray(leaf)
+    return array.view(np.uint8) if array.dtype == _FP8 else array

@@ -106,7 +106,7 @@ def arguments(program: decode.Program, mesh: Mesh, *, dtype: Any, num_pages: int
     params = jax.tree.map(kept, program.model.schema, params, is_leaf=is_param)
     pool, state = jax.eval_shape(functools.partial(empty, program, dtype, num_pages))
     plan = jax.ShapeDtypeStruct(Dispatch.packed_shape(program.dims.slots, program.dims.pages_per_slot), jnp.int32)
-    pool, state = placed(pool, pool_placement(mesh, program.kernels)), placed(state, sharding(mesh, STATE_AXES))
+    pool, state = jax.tree.map(placed, pool, pool_placement(mesh, program)), placed(state, sharding(mesh, STATE_AXES))
     return params, pool, state, placed(plan, sharding(mesh, ()))
 
 

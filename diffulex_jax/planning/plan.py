@@ -28,6 +28,7 @@ from diffulex_jax.strategies import Strategy, for_model
 from diffulex_jax.weights import checkpoint
 from diffulex_jax.weights.quantise import stored_bytes
 from pallas_kernels import choose
+from pallas_kernels.block_attention import KV, vector_bytes
 from pallas_kernels.quantised import Form
 
 
@@ -43,7 +44,7 @@ class Plan:
     """What a model takes on each device of a slice, and what a denoise step takes there. Bytes are those of one device.
 
     Attributes:
-      model, topology, strategy, dtype, quantised, slots, max_len: what was asked for.
+      model, topology, strategy, dtype, quantised, kv, slots, max_len: what was asked for.
       devices, mesh: how many devices there are, and how they are used.
       memory: what a device has for programs.
       weights, pool: bytes of parameters, and of keys and values for every position of every slot.
@@ -63,6 +64,7 @@ class Plan:
     strategy: str
     dtype: str
     quantised: str | None
+    kv: str
     slots: int
     max_len: int
     devices: int
@@ -97,6 +99,7 @@ def plan(
     mesh: str | None = None,
     dtype: str = "bfloat16",
     weights: str | None = None,
+    kv: str | None = None,
     strategy: str | None = None,
 ) -> Plan:
     """Plans an engine of ``model`` on the slice ``topology``, which need not be there.
@@ -109,6 +112,7 @@ def plan(
       mesh: ``"data=4,expert=2,tensor=2"``; without ``data``, that is what the others leave. Default: see :func:`propose`.
       dtype: of parameters, activations and the KV pool.
       weights: ``"int8"`` or ``"int4"`` for quantised experts.
+      kv: ``"fp8"`` or ``"int8"`` for a KV pool in 8 bits, ``"bfloat16"``; default: ``dtype``.
       strategy: a name from ``diffulex_jax.strategies``; default: the one that the model's authors decode it with.
 
     Raises:
@@ -116,7 +120,7 @@ def plan(
     """
     there, wanted = (
         slice_of(topology),
-        want(model, strategy, EngineConfig(dtype=dtype, weights=weights, max_slots=slots, max_model_len=max_len)),
+        want(model, strategy, EngineConfig(dtype=dtype, weights=weights, kv=kv, max_slots=slots, max_model_len=max_len)),
     )
     network, settings, paged = wanted.model, wanted.settings, wanted.attention.paged
     split = propose(wanted, there) if mesh is None else _mesh_of(wanted, there, mesh)
@@ -135,7 +139,13 @@ def plan(
     rows = slots // split.shape["data"]
     tokens = rows * (wanted.dims.window * wanted.dims.block if paged else wanted.dims.positions)
     experts = _experts_touched(network, tokens)
-    sizes: dict[str, Any] = {"batch": rows, "context": max_len if paged else 0, "experts": experts, "weights": _form(settings)}
+    sizes: dict[str, Any] = {
+        "batch": rows,
+        "context": max_len if paged else 0,
+        "experts": experts,
+        "weights": _form(settings),
+        "kv": _kv(settings),
+    }
     read = step_bytes(network, settings.jax_dtype.itemsize, **sizes, mesh=split)
     operations = step_operations(network, tokens=tokens, context=max_len, mesh=split)
     exchanges = _exchanges(wanted, split, tokens) if compiled is None else compiled.exchanges
@@ -149,6 +159,7 @@ def plan(
         strategy=wanted.strategy.name,
         dtype=dtype,
         quantised=weights,
+        kv=kv or dtype,
         slots=slots,
         max_len=max_len,
         devices=there.size,
@@ -236,7 +247,8 @@ def pool_bytes(wanted: Wanted, mesh: AbstractMesh) -> int:
     """Bytes of keys and values on each device, for every position of its slots; 0 where none are kept."""
     layers, dims = wanted.model.spec.layers, wanted.dims
     kept = 0 if wanted.attention.cache == "none" else 2 * layers.count * dims.slots * dims.positions
-    return kept * layers.kv_heads * layers.head_dim * wanted.settings.jax_dtype.itemsize // parts(mesh, ("slot", "kv_heads"))
+    vector = vector_bytes(layers.head_dim, _kv(wanted.settings), wanted.settings.jax_dtype)
+    return kept * layers.kv_heads * vector // parts(mesh, ("slot", "kv_heads"))
 
 
 def _mesh_of(wanted: Wanted, there: Slice, text: str) -> AbstractMesh:
@@ -264,6 +276,7 @@ def _compile(wanted: Wanted, mesh: Mesh) -> Compiled:
     kernels = choose(mesh.devices.flat[0])
     # Where the host drives loops, an engine has a program for greedy rows alone, and uses it where it can.
     kinds: dict[str, Any] = {"draws": strategy.draws, "confidence": strategy.confidence, "greedy": kernels.host_drives_loops}
+    kinds["kv"] = _kv(settings)
     program = decode.Program(model, dims, strategy.rule, kernels, attention, **kinds)
     pages, steps = dims.slots * dims.pages_per_slot, settings.steps_per_dispatch
     return compile_denoise(program, mesh, dtype=settings.jax_dtype, num_pages=pages, steps=steps, weights=_form(settings))
@@ -271,6 +284,10 @@ def _compile(wanted: Wanted, mesh: Mesh) -> Compiled:
 
 def _form(settings: EngineConfig) -> Form | None:
     return cast(Form | None, settings.weights)  # checked where the settings are made
+
+
+def _kv(settings: EngineConfig) -> KV | None:
+    return cast(KV | None, settings.kv)
 
 
 def _taken(compiled: Compiled) -> int:
@@ -302,7 +319,7 @@ def text(plan: Plan) -> str:
         return f"{size / 2**30:.2f} GiB"
 
     p = plan
-    kind = p.dtype if p.quantised is None else f"{p.dtype} with experts in {p.quantised}"
+    kind = p.dtype + (f" with experts in {p.quantised}" if p.quantised else "") + (f", KV in {p.kv}" if p.kv != p.dtype else "")
     exchanges = [f"{e.count} {kind} of {e.bytes / 1e6:.1f} MB together" for kind, e in p.exchanges.items()]
     rows = {
         "slice": f"{p.topology}, {p.devices} device(s) as {' x '.join(f'{name} {n}' for name, n in p.mesh.items())}",

@@ -12,18 +12,25 @@ import jax
 from pallas_kernels.block_attention import gpu, reference, tpu
 from pallas_kernels.block_attention.masked import canvas_attention, masked_attention
 from pallas_kernels.block_attention.reference import Keys, split_heads, write_positions
+from pallas_kernels.block_attention.stored import KV, KV_FORMS, Scaled, Stored, rounded, vector_bytes
 from pallas_kernels.target import Target, is_hopper, pick
 
 
 __all__ = [
+    "KV",
+    "KV_FORMS",
     "Backend",
     "Keys",
+    "Scaled",
+    "Stored",
     "block_attention",
     "canvas_attention",
     "choose_backend",
     "masked_attention",
     "pool_order",
+    "rounded",
     "split_heads",
+    "vector_bytes",
     "write_blocks",
     "write_positions",
 ]
@@ -32,14 +39,16 @@ Backend = Literal["reference", "gpu", "tpu"]
 
 
 def _tpu_attention(heads: jax.Array, keys: Keys, **options: Any) -> jax.Array:
-    whole = keys.pool_k.shape[2] % tpu.SUBLANES == 0
+    whole = keys.pool_k.shape[2] % tpu.SUBLANES == 0 and keys.pool_k.dtype == heads.dtype
     return (tpu if whole else reference).block_attention(heads, keys, **options)
 
 
-def _tpu_write(pool: jax.Array, fresh: jax.Array, pages: jax.Array, offsets: jax.Array) -> jax.Array:
+def _tpu_write(pool: Stored, fresh: jax.Array, pages: jax.Array, offsets: jax.Array) -> Stored:
     block, page = fresh.shape[2], pool.shape[2]
     whole = block == page or min(block, page) % tpu.SUBLANES == 0
-    return (tpu if whole else reference).write_blocks(pool, fresh, pages, offsets)
+    if not whole or isinstance(pool, Scaled) or pool.dtype != fresh.dtype:
+        return reference.write_blocks(pool, fresh, pages, offsets)
+    return tpu.write_blocks(pool, fresh, pages, offsets)
 
 
 _ATTENTION = {"reference": reference.block_attention, "gpu": gpu.block_attention, "tpu": _tpu_attention}
@@ -98,11 +107,11 @@ def block_attention(
     return attend(heads, keys, layer=layer, block=block, pending=pending)
 
 
-def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array, offsets: jax.Array, *, backend: str | None = None) -> jax.Array:
-    """Writes whole blocks into their pages; with the pool donated this happens in place.
+def write_blocks(pool: Stored, fresh: jax.Array, pages: jax.Array, offsets: jax.Array, *, backend: str | None = None) -> Stored:
+    """Writes whole blocks into their pages, in the pool's form; with the pool donated this happens in place.
 
     Args:
-      pool: ``[L, N, P, KV, H]``.
+      pool: ``[L, N, P, KV, H]``; see ``stored`` for what it may be. A pool of another type than ``fresh`` is written by the reference.
       fresh: ``[L, R, B, KV, H]``, one block a row.
       pages: ``[R]`` int32, the page of each block; ``[R, B / P]`` where a block has several. Nothing is written to pages at or past N.
       offsets: ``[R]`` int32, where in its page a block begins, a multiple of B; read where a page holds several.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.block_attention.stored import Stored, held, plain
 
 
 _PREFIX_TOKENS = 256  # prefix positions attended to at a time; bounds the gathered copy of the pool
@@ -17,14 +19,14 @@ class Keys(NamedTuple):
     """The keys and values that a window of R rows may see, beside its own.
 
     Attributes:
-      pool_k, pool_v: ``[L, N, P, KV, H]``, the paged pool.
+      pool_k, pool_v: ``[L, N, P, KV, H]``, the paged pool; see ``stored`` for what it may be.
       page_table: ``[R, M]`` int32, the pages of a row's positions; entries at or past N are not read into any result.
       prefix_len: ``[R]`` int32, how many positions from 0 on are cached; the last page need not be full.
       lanes: ``[R, W / B]`` bool, blocks of the window that exist; no other block sees a lane that does not.
     """
 
-    pool_k: jax.Array
-    pool_v: jax.Array
+    pool_k: Any
+    pool_v: Any
     page_table: jax.Array
     prefix_len: jax.Array
     lanes: jax.Array
@@ -84,12 +86,13 @@ def block_attention(
     chunk = max(1, min(_PREFIX_TOKENS // page, page_table.shape[1]))
     chunks = -(-page_table.shape[1] // chunk)
     table = jnp.pad(page_table, ((0, 0), (0, chunks * chunk - page_table.shape[1])), constant_values=pages)
-    flat_k, flat_v = (p.reshape(-1, *p.shape[2:]) for p in (pool_k, pool_v))
+    flat = jax.tree.map(lambda p: p.reshape(-1, *p.shape[2:]), (pool_k, pool_v))
 
     def prefix(i: jax.Array, carry: Carry) -> Carry:
         at = lax.dynamic_slice_in_dim(table, i * chunk, chunk, 1)
         at = layer * pages + jnp.minimum(at, pages - 1)
-        cached_k, cached_v = (p[at].reshape(rows, chunk * page, *p.shape[2:]) for p in (flat_k, flat_v))
+        gathered = jax.tree.map(lambda p: p[at].reshape(rows, chunk * page, *p.shape[2:]), flat)
+        cached_k, cached_v = (plain(stored, q.dtype) for stored in gathered)
         cached = i * chunk * page + jnp.arange(chunk * page) < prefix_len[:, None]
         # Pages that are not read may hold anything, also what is not a number, and zero times that is not zero.
         cached_v = jnp.where(cached[..., None, None], cached_v, 0)
@@ -100,18 +103,23 @@ def block_attention(
     return jnp.einsum("rkgth->rtkgh", out / total[..., None]).astype(q.dtype)
 
 
-def write_blocks(pool: jax.Array, fresh: jax.Array, pages: jax.Array, offsets: jax.Array) -> jax.Array:
+def write_blocks(pool: Stored, fresh: jax.Array, pages: jax.Array, offsets: jax.Array) -> Stored:
     """See the package's ``write_blocks``: one scatter, in whatever order the pool lies."""
-    layers, rows, block, *head = fresh.shape
-    page, fresh = pool.shape[2], fresh.astype(pool.dtype)
-    if block >= page:
-        return pool.at[:, pages.reshape(-1)].set(fresh.reshape(layers, rows * (block // page), page, *head), mode="drop")
-    where = lax.ScatterDimensionNumbers(update_window_dims=(0, 2, 3, 4), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1, 2))
-    at = jnp.stack([pages, offsets], 1)
-    return lax.scatter(pool, at, fresh, where, mode=lax.GatherScatterMode.FILL_OR_DROP)
+
+    def write(pool: jax.Array, fresh: jax.Array) -> jax.Array:
+        layers, rows, block, *head = fresh.shape
+        page = pool.shape[2]
+        if block >= page:
+            return pool.at[:, pages.reshape(-1)].set(fresh.reshape(layers, rows * (block // page), page, *head), mode="drop")
+        window = (0, *range(2, fresh.ndim))
+        where = lax.ScatterDimensionNumbers(update_window_dims=window, inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1, 2))
+        at = jnp.stack([pages, offsets], 1)
+        return lax.scatter(pool, at, fresh, where, mode=lax.GatherScatterMode.FILL_OR_DROP)
+
+    return jax.tree.map(write, pool, held(fresh, pool))
 
 
-def write_positions(pool: jax.Array, fresh: jax.Array, pages: jax.Array, offsets: jax.Array) -> jax.Array:
+def write_positions(pool: Stored, fresh: jax.Array, pages: jax.Array, offsets: jax.Array) -> Stored:
     """Writes positions one by one, wherever they lie: blocks that need not begin where a page does, or a multiple of a block into it.
 
     Args:
@@ -120,5 +128,5 @@ def write_positions(pool: jax.Array, fresh: jax.Array, pages: jax.Array, offsets
       pages: ``[R, B]`` int32, the page of each position. Nothing is written to pages at or past N.
       offsets: ``[R, B]`` int32, where in its page each lies.
     """
-    flat = fresh.reshape(fresh.shape[0], -1, *fresh.shape[3:]).astype(pool.dtype)
-    return pool.at[:, pages.reshape(-1), offsets.reshape(-1)].set(flat, mode="drop")
+    flat = held(fresh.reshape(fresh.shape[0], -1, *fresh.shape[3:]), pool)
+    return jax.tree.map(lambda a, new: a.at[:, pages.reshape(-1), offsets.reshape(-1)].set(new, mode="drop"), pool, flat)
