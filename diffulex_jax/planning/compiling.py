@@ -55,6 +55,10 @@ class OutOfMemory(Exception):
         self.missing = missing
 
 
+class NotInstalled(Exception):
+    """A library that a program is made with is not on this machine."""
+
+
 def compile_denoise(
     program: decode.Program, mesh: Mesh, *, dtype: Any, num_pages: int, steps: int, weights: Form | None = None
 ) -> Compiled:
@@ -70,11 +74,17 @@ def compile_denoise(
 
     Raises:
       OutOfMemory: where the compiler refuses the program for its size.
+      NotInstalled: where a GPU's program needs cuDNN, which is not here.
       jax.errors.JaxRuntimeError: what else the compiler says.
     """
     began, given = time.perf_counter(), arguments(program, mesh, dtype=dtype, num_pages=num_pages, weights=weights)
     with jax.set_mesh(mesh):
-        lowered = jit_denoise(program, mesh, dtype=dtype, steps=steps).lower(*given)
+        try:
+            lowered = jit_denoise(program, mesh, dtype=dtype, steps=steps).lower(*given)
+        except RuntimeError as error:
+            if "cuDNN not found" not in str(error):
+                raise
+            raise NotInstalled("cuDNN, which attends over whole canvases, is not installed") from error
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

@@ -21,7 +21,7 @@ from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import Model, leaves
 from diffulex_jax.parallel.mesh import abstract_mesh, check_split, make_mesh, parts, sizes_of
 from diffulex_jax.planning.chips import Slice, slice_of
-from diffulex_jax.planning.compiling import Compiled, OutOfMemory, compile_denoise
+from diffulex_jax.planning.compiling import Compiled, NotInstalled, OutOfMemory, compile_denoise
 from diffulex_jax.planning.exchanges import Exchange, Exchanges
 from diffulex_jax.state import Dims
 from diffulex_jax.strategies import Strategy, for_model
@@ -136,6 +136,8 @@ def plan(
             missing = max(0, _taken(compiled) - there.chip.memory)
         except OutOfMemory as refused:
             missing, not_compiled = refused.missing, "the compiler refuses it for its size"
+        except NotInstalled as lacking:
+            not_compiled = str(lacking)
     rows = slots // split.shape["data"]
     tokens = rows * (wanted.dims.window * wanted.dims.block if paged else wanted.dims.positions)
     experts = _experts_touched(network, tokens)

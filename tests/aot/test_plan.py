@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import pytest
 from checks import GIB, KERNELS, check
 
 from diffulex_jax.bench.shapes import SHAPES
+from diffulex_jax.planning import compiling, table
 from diffulex_jax.planning import plan as planning
-from diffulex_jax.planning import table
 
 
 MEGABLOX = KERNELS | {"ragged-dot-metadata": 0, "ragged-dot-none": 0, "gmm": 4}
@@ -92,6 +94,16 @@ def test_every_family(model):
     made = plan(model, "v5p:2x2x1", slots=4, max_len=512)
     assert made.missing == 0
     assert made.compiled is not None
+
+
+def test_a_library_that_is_not_here_is_named_and_sizes_are_computed(monkeypatch):
+    def lower(*_):
+        raise RuntimeError("cuDNN not found.")
+
+    monkeypatch.setattr(compiling, "jit_denoise", lambda *_, **__: types.SimpleNamespace(lower=lower))
+    made = plan("tiny", "v5e:1x1", slots=1, max_len=64)
+    assert made.compiled is None and made.missing == 0 and made.weights > 0
+    assert made.not_compiled == "cuDNN, which attends over whole canvases, is not installed"
 
 
 def test_what_the_compiler_refuses(monkeypatch):
