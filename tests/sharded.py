@@ -312,6 +312,7 @@ def engines(meshes):
             "max_model_len": 32,
             "max_slots": 8,
             "num_pages": 16,
+            "warm_up": False,
         }
 
         preempted = {}

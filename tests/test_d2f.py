@@ -116,12 +116,12 @@ SETUPS = {
 
 def options_of(name: str) -> dict:
     """An engine's, with a pool that does not hold all requests at once."""
-    return {"strategy": "d2f", "max_slots": 6, "max_model_len": 256, "num_pages": 32, **SETUPS[name]}
+    return {"strategy": "d2f", "max_slots": 6, "max_model_len": 256, "num_pages": 32, "warm_up": False, **SETUPS[name]}
 
 
 @pytest.fixture(scope="module", params=SETUPS)
 def setup(request):
-    engine, requests = Engine.from_pretrained(**options_of(request.param), warm_up=False), same_answer.requests(5, [0.0, 0.7], vocab=490)
+    engine, requests = Engine.from_pretrained(**options_of(request.param)), same_answer.requests(5, [0.0, 0.7], vocab=490)
     return request.param, engine, requests, same_answer.alone(engine, requests)
 
 

@@ -63,7 +63,7 @@ def test_loading_never_holds_a_leaf_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quantised_model_decodes_what_its_plain_parameters_decode(form):
     """Token for token in float32, and the problems are solved as well as before."""
-    settings = {"strategy": "dmax", "max_slots": 8, "max_model_len": data.CANVAS}
+    settings = {"strategy": "dmax", "max_slots": 8, "max_model_len": data.CANVAS, "warm_up": False}
     engine = Engine.from_pretrained("embedded", weights=form, **settings)
     model, params = checkpoint.load(checkpoint.EMBEDDED, make_mesh(), weights=form)
     plain = Engine(model, meant(params), tokenizer=engine.tokenizer, eos_ids=engine.model.spec.eos_ids, model_id="embedded", **settings)
@@ -82,7 +82,7 @@ def test_a_quantised_model_decodes_what_its_plain_parameters_decode(form):
 
 
 def test_parameters_given_to_an_engine_are_quantised_by_it():
-    settings = {"max_slots": 1, "max_model_len": 64, "block_size": 32}
+    settings = {"max_slots": 1, "max_model_len": 64, "block_size": 32, "warm_up": False}
     model, params = checkpoint.load(GOLDEN / "tiny-llada2", make_mesh())
     _, loaded = checkpoint.load(GOLDEN / "tiny-llada2", make_mesh(), weights="int8")
     prompt, ask = [5, 6, 7], SamplingParams(max_tokens=32, ignore_eos=True)
