@@ -228,6 +228,7 @@ def _body(
             write(joined, sums)
 
 
+@functools.partial(jax.jit, static_argnames=("block", "plan"))  # traced once for all its uses
 def block_attention(
     heads: jax.Array,
     keys: Keys,
@@ -236,7 +237,6 @@ def block_attention(
     block: int,
     pending: tuple[jax.Array, jax.Array] | None = None,
     plan: Plan | None = None,
-    **debug: Any,
 ) -> jax.Array:
     """See the package's ``block_attention``. Rows of lanes that do not exist are zero; shapes that no tile fits take the reference.
 
@@ -295,7 +295,6 @@ def block_attention(
         thread_name="wg",
         kernel_name="block_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **debug,
     )
     flat = [a.reshape(-1, math.prod(a.shape[-n:])) for a, n in ((heads, 3), (pool_k, 2), (pool_v, 2), (unwritten, 3))]
     out = kernel(*flat, prefix_len, live, lanes, table, layer.reshape(1))

@@ -33,6 +33,7 @@ def fits(experts: int, router: Router) -> bool:
     return router.score == "sigmoid" and shaped and router.top_k % 8 == 0
 
 
+@functools.partial(jax.jit, static_argnames="router")  # traced once for all its uses
 def choose(logits: jax.Array, bias: jax.Array, valid: jax.Array | None, router: Router) -> Choice:
     """See the package's ``choose``; ``logits`` ``[N, E]`` float32. A score is a sigmoid; of what is not a number it counts as 0.5."""
     tokens, experts = logits.shape

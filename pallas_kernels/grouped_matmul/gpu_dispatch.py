@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
+@functools.partial(jax.jit, static_argnames=("count", "shared"))  # traced once for all its uses
 def dispatch(
     x: jax.Array, ids: jax.Array, nth: jax.Array, start: jax.Array, valid: jax.Array | None, *, count: int, shared: bool
 ) -> tuple[jax.Array, jax.Array]:

@@ -185,9 +185,8 @@ def _join(a: Any, b: Any) -> Any:
     return peak, total, jnp.where(left, a[2], b[2]), jnp.maximum(a[3], b[3])
 
 
-def reduce_vocabulary(
-    hidden: jax.Array, lm_head: jax.Array, ids: jax.Array, *, forbidden_id: int, plan: Tiling | None = None, **debug: Any
-) -> Stats:
+@functools.partial(jax.jit, static_argnames=("forbidden_id", "plan"))  # traced, and made a kernel of, once for all its uses
+def reduce_vocabulary(hidden: jax.Array, lm_head: jax.Array, ids: jax.Array, *, forbidden_id: int, plan: Tiling | None = None) -> Stats:
     """:data:`Stats` of all rows of ``lm_head``.
 
     Args:
@@ -197,7 +196,6 @@ def reduce_vocabulary(
         negative ids: none.
       forbidden_id: left out for all rows.
       plan: how to cut; chosen by shape if not given.
-      debug: passed on to ``plgpu.kernel``.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -224,7 +222,6 @@ def reduce_vocabulary(
         thread_name="wg",
         kernel_name="lm_head_prediction",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **debug,
     )
     stats = kernel(jnp.pad(hidden, ((0, -rows % 8), (0, 0))), lm_head, padded)
     return tuple(a[:rows] for a in lax.reduce(tuple(stats), _nothing(), _join, (0,)))
