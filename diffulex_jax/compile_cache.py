@@ -44,11 +44,21 @@ def enable(directory: str | os.PathLike[str] | None = None) -> pathlib.Path | No
     except OSError as error:
         warnings.warn(f"compiled programs are not kept: {error}; set {VARIABLE} to a folder, or to 'off'", stacklevel=2)
         return None
+    global _folder
+    _folder = folder
     _drop_broken(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
+
+
+_folder: pathlib.Path | None = None
+
+
+def in_use() -> pathlib.Path | None:
+    """The folder that :func:`enable` made JAX keep its programs in; None before, and where it is another."""
+    return _folder if _folder is not None and _told() == str(_folder) else None
 
 
 def _chosen() -> pathlib.Path | None:

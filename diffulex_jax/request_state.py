@@ -28,7 +28,7 @@ class Request(struct.PyTreeNode):
       given: ``[T]`` bool, positions of ``sequence`` that the caller fixed.
       initial: ``[T]`` bool, positions of ``sequence`` that the caller filled to start with.
       prompt_len, limit: int32, generated positions are ``[prompt_len, limit)``.
-      carried: ``[Dims.carried]`` float32, the hidden state of the prompt's last position.
+      carried: ``[Dims.carried]`` float32, the hidden state of the prompt's last position; zeros until prefill gives it.
       seed: ``[2]`` uint32, the upper and lower half of the request's seed: its random key.
       settings: one row.
     """
@@ -56,9 +56,7 @@ class Saved(struct.PyTreeNode):
     v: Any
 
 
-def make_request(
-    dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_ids: Sequence[int], carried: jax.Array | None = None
-) -> Request:
+def make_request(dims: Dims, *, prompt: np.ndarray, params: SamplingParams, eos_ids: Sequence[int]) -> Request:
     """Packs a validated request.
 
     Args:
@@ -66,7 +64,6 @@ def make_request(
       prompt: ``[n]`` int32, 1 <= n < T.
       params: the request's settings.
       eos_ids: the model's own stop tokens.
-      carried: what prefill left of the prompt's last position; default: zeros.
     """
     n = len(prompt)
     sequence = np.full(dims.positions, dims.mask_id, np.int32)
@@ -81,7 +78,7 @@ def make_request(
         initial=initial & ~given,
         prompt_len=np.asarray(n, np.int32),
         limit=np.asarray(n + params.max_tokens, np.int32),
-        carried=np.zeros(dims.carried, np.float32) if carried is None else carried,
+        carried=np.zeros(dims.carried, np.float32),
         seed=np.array([(params.seed or 0) >> 32, (params.seed or 0) & 0xFFFFFFFF], np.uint32),
         settings=settings_row(params, eos_ids, _step_shares(dims, params.resolve())),
     )

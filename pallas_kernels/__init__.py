@@ -26,6 +26,8 @@ class Kernels(NamedTuple):
         steps only go through matmuls of their own. Where it is False, bits are not held to that.
       pending_apart: the pending block goes through the network ahead of the window, not beside it: where a step is bound by arithmetic and
         not by reading weights, that costs nothing, and the program compiles in less time.
+      few_rows: the denoise loop is compiled for so many rows as well, where there are more: then a few requests need not pay for all slots.
+        Where bits are held to be independent of other rows, for none.
       prefill_tokens: a forward over prompts is compiled for so many tokens. Where bits are held to be independent of other rows, for one
         number alone: with its shapes the last bits of a row may change.
       pool_order: dimensions of the KV pool from major to minor, as the kernels read it; None leaves them in their order.
@@ -42,6 +44,7 @@ class Kernels(NamedTuple):
     layers_per_turn: int = 1
     rows_apart: bool = True
     pending_apart: bool = True
+    few_rows: tuple[int, ...] = ()
     prefill_tokens: tuple[int, ...] = (128,)
     pool_order: tuple[int, ...] | None = None
 
@@ -53,7 +56,8 @@ class Kernels(NamedTuple):
         """
         if self.rows_apart or jnp.dtype(dtype) == jnp.bfloat16:
             return self
-        return self._replace(expert_choice="sorted", linear="sliced", layers_per_turn=1, rows_apart=True, prefill_tokens=_ONE_PREFILL)
+        held = self._replace(rows_apart=True, few_rows=(), prefill_tokens=_ONE_PREFILL)
+        return held._replace(expert_choice="sorted", linear="sliced", layers_per_turn=1)
 
 
 _ONE_PREFILL = (512,)  # of accelerators: weights are read once for so many tokens
@@ -91,6 +95,7 @@ def choose_for(target: Target) -> Kernels:
         layers_per_turn=2 if in_place else 1,
         rows_apart=not in_place,
         pending_apart=target.platform == "cpu",
+        few_rows=(8,) if in_place else (),
         prefill_tokens=(256, 1024, 2048, 4096) if in_place else (128,) if target.platform == "cpu" else _ONE_PREFILL,
         pool_order=block_attention.pool_order(attention),
     )

@@ -100,12 +100,12 @@ def run(
 
 
 def first_token(engine: Engine, seeds: Iterator[int], *, length: int, repeats: int) -> float:
-    """Seconds from a prompt of ``length`` tokens to one token, with nothing else to do; the median."""
+    """Seconds from a prompt of ``length`` tokens to one token, with nothing else to do; the median. One step fills what there is."""
     seconds = []
     for _ in range(repeats + 1):
         given = _prompts(engine, seeds, [length])
         began = time.perf_counter()
-        engine.generate(given, _params(1, 1))
+        engine.generate(given, _params(1, engine.dims.block))
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
 
@@ -114,7 +114,7 @@ def prompt_rate(engine: Engine, seeds: Iterator[int], *, count: int, length: int
     """``count`` prompts of ``length`` tokens at once, one token each: ``seconds``, and ``tokens_per_second`` of the prompts."""
     given = _prompts(engine, seeds, [length] * count)
     began = time.perf_counter()
-    engine.generate(given, _params(1, 1))
+    engine.generate(given, _params(1, engine.dims.block))
     seconds = time.perf_counter() - began
     return {"count": count, "length": length, "seconds": seconds, "tokens_per_second": count * length / seconds}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 from diffulex_jax import decode, request_state
 from diffulex_jax.engine import packing, programs
 from diffulex_jax.engine.dispatch import Plan, jit, jit_denoise, unpack_report
+from diffulex_jax.engine.executables import Programs
 from diffulex_jax.engine.request import Chunk, Tracked
 from diffulex_jax.engine.results import TraceStep
+from diffulex_jax.engine.words import Words
 from diffulex_jax.models.base import Params
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.sampling_params import SamplingParams
@@ -27,9 +29,11 @@ _CACHED_PAGES = 8  # pages at the most, in times of what the slots need
 
 
 class Launched(NamedTuple):
-    """A dispatch under way: the packed report, the trace, and the slots whose trace is wanted with the lists it goes to."""
+    """A dispatch under way: the packed report, the slots of its rows, the trace, and the slots whose trace is wanted with the lists it
+    goes to."""
 
     report: jax.Array
+    slots: np.ndarray
     trace: Trace | None
     traced: list[tuple[int, list[TraceStep]]]
 
@@ -58,9 +62,10 @@ class JaxDevice:
         self._params, self.eos_ids = params, eos_ids
         dims = program.dims
         on_pool, on_slots, everywhere = programs.pool_placement(mesh, program), sharding(mesh, STATE_AXES), sharding(mesh, ())
-        sizes = program.kernels.for_layers(dtype).prefill_tokens
+        kernels = program.kernels.for_layers(dtype)
+        few = kernels.few_rows if program.attention.paged else ()
         self._shards = mesh.shape["data"]
-        self._prefill_shapes = packing.prefill_shapes(program, sizes, budget=max_batched_tokens, shards=self._shards)
+        self._prefill_shapes = packing.prefill_shapes(program, kernels.prefill_tokens, budget=max_batched_tokens, shards=self._shards)
         self._pages, self._known = np.full((dims.slots, dims.pages_per_slot), num_pages, np.int32), np.zeros(dims.slots, np.int32)
         # The list of pages that each row was made from, and how many of them: only what is new is written.
         self._placed: list[tuple[list[int], int]] = [([], 0)] * dims.slots
@@ -68,17 +73,23 @@ class JaxDevice:
         self._carried: dict[int, jax.Array] = {}
         self._jit_one = jax.jit(lambda rows, at: rows[at], out_shardings=everywhere)
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
-        prefill = functools.partial(programs.prefill, program)
-        self._jit_prefill = jit(prefill, dtype, mesh.devices.flat[0], donate_argnums=(1,), out_shardings=(on_pool, on_slots))
-        self._jit_admit = jit_state(functools.partial(request_state.admit, dims, program.rule))
+        self._requests = Words(self._request(Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams())))
+        self._prompts = {shape: Words(self._no_prompts(shape)) for shape in self._prefill_shapes}
+        self._jit_admit = jit_state(functools.partial(_admit, self.program, self._requests))
         self._jit_put, self._jit_release = jit_state(request_state.put), jit_state(request_state.release)
         self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
         self._jit_read = jax.jit(_read_pages, out_shardings=everywhere)
         self._jit_write = jax.jit(_write_pages, donate_argnums=(0,), out_shardings=on_pool)
         self._jit_sequence = jax.jit(lambda state, slot: jax.tree.map(lambda a: a[slot], state.sequence), out_shardings=everywhere)
-        # By whether all rows are known to be greedy: one question less for a host that drives the loops.
+        # The large ones. Denoising by whether all rows are known to be greedy: one question less for a host that drives the loops.
         kinds = (False, True) if program.kernels.host_drives_loops else (False,)
-        self._jit_denoise = {g: jit_denoise(program._replace(greedy=g), mesh, dtype=dtype, steps=steps_per_dispatch) for g in kinds}
+        self._programs = Programs(mesh)
+        self._denoise = {g: jit_denoise(program._replace(greedy=g), mesh, dtype=dtype, steps=steps_per_dispatch) for g in kinds}
+        compiled = functools.partial(jit, dtype=dtype, device=mesh.devices.flat[0], donate_argnums=(1,), out_shardings=(on_pool, on_slots))
+        self._prefills = {shape: compiled(functools.partial(_prefill, program, words)) for shape, words in self._prompts.items()}
+        each = dims.slots // self._shards
+        # Rows of each data shard that a dispatch may have, and the slots that they are.
+        self._rows = {n: np.flatnonzero(np.arange(dims.slots) % each < n) for n in sorted({min(n, each) for n in (*few, each)})}
         with jax.set_mesh(mesh):
             self.pool, self.state = jax.jit(lambda: empty(program, dtype, num_pages), out_shardings=(on_pool, on_slots))()
             row = jax.eval_shape(request_state.take, self.state, np.int32(0))
@@ -87,11 +98,19 @@ class JaxDevice:
 
     def warm_up(self, requests: Sequence[Tracked] | None = None) -> None:
         """Compiles what requests need, by default every program there is, by running each once on nothing. No slot may be in use."""
-        shapes = self._prefill_shapes
+        shapes: Sequence[packing.Shape] = self._prefill_shapes
+        kinds = set(self._denoise)
+        if requests is not None:
+            shapes = packing.shapes_for(self.program, shapes, requests)
+            kinds = {self._kind([request]) for request in requests}
+        loops = [(greedy, rows) for greedy in sorted(kinds) for rows in self._rows]
+        for greedy, rows in loops:
+            self._programs.begin(*self._denoising(self._plan(rows, max_steps=1, stop_on_finish=False), greedy=greedy))
+        for shape in shapes:
+            self._programs.begin(*self._prefilling(self._no_prompts(shape)))
         probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(seed=0).resolve(), slot=0)
-        for shape in shapes if requests is None else packing.shapes_for(self.program, shapes, requests):
-            nothing = packing.packed(self.program.dims, shape, {}, table_of=self._table, shards=self._shards)
-            self._prefill(nothing, {0: probe})
+        for shape in shapes:
+            self._prefill(self._no_prompts(shape), {0: probe})
         self.admit(probe)
         if requests is None or self.num_pages < self.program.dims.slots * self.program.dims.pages_per_slot:  # some may be set aside
             probe.saved = self.save(probe)
@@ -99,21 +118,17 @@ class JaxDevice:
         if requests is None or any(request.wants_sequence for request in requests):
             self.read(probe)
         self.release(0)
-        kinds = set(self._jit_denoise) if requests is None else {self.program.asks_nothing(request.params) for request in requests}
-        for greedy in sorted(kinds):
-            jax.block_until_ready(self._dispatch(Plan(self._pages, self._known, max_steps=1, stop_on_finish=False), greedy=greedy))
+        for greedy, rows in loops:
+            jax.block_until_ready(self._dispatch(self._plan(rows, max_steps=1, stop_on_finish=False), greedy=greedy))
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         for packed, requests in packing.pack(self.program, self._prefill_shapes, chunks, table_of=self._table, shards=self._shards):
             self._prefill(packed, requests)
 
     def admit(self, request: Tracked) -> None:
-        carried = self._carried.pop(request.id, None)
-        packed = request_state.make_request(
-            self.program.dims, prompt=request.prompt, params=request.params, eos_ids=self.eos_ids, carried=carried
-        )
+        packed = self._requests.pack(self._request(request))
         with jax.set_mesh(self.mesh):
-            self.state = self._jit_admit(self.state, _slot(request), packed)
+            self.state = self._jit_admit(self.state, _slot(request), packed, self._carried.pop(request.id, None))
 
     def save(self, request: Tracked) -> request_state.Saved:
         with jax.set_mesh(self.mesh):
@@ -152,23 +167,40 @@ class JaxDevice:
             self._pages[slot, first : first + len(new)] = new
             self._placed[slot] = request.pages, len(request.pages)
             self._known[slot] = request.known
-        plan = Plan(self._pages, self._known, max_steps, stop_on_finish)
-        report, trace = self._dispatch(plan, greedy=all(self.program.asks_nothing(request.params) for request in running.values()))
+        rows = next(n for n, slots in self._rows.items() if np.isin(list(running), slots).all())
+        greedy = self._kind(running.values())
+        report, trace = self._dispatch(self._plan(rows, max_steps=max_steps, stop_on_finish=stop_on_finish), greedy=greedy)
         traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
         report.copy_to_host_async()
-        return Launched(report, trace if traced else None, traced)
+        return Launched(report, self._rows[rows], trace if traced else None, traced)
 
     def collect(self, launched: Launched) -> StepReport:
         if launched.traced:
             seen = jax.device_get(launched.trace)
             for slot, steps in launched.traced:
-                steps += _trace_steps(seen, slot)
-        return unpack_report(np.asarray(launched.report))
+                steps += _trace_steps(seen, int(np.searchsorted(launched.slots, slot)))
+        rows = np.asarray(launched.report)
+        report = np.zeros((self.program.dims.slots, *rows.shape[1:]), rows.dtype)
+        report[launched.slots] = rows
+        return unpack_report(report)
+
+    def _request(self, request: Tracked) -> request_state.Request:
+        return request_state.make_request(self.program.dims, prompt=request.prompt, params=request.params, eos_ids=self.eos_ids)
+
+    def _kind(self, requests: Iterable[Tracked]) -> bool:
+        """Whether the program that asks nothing of its rows will do, where there is one."""
+        return True in self._denoise and all(self.program.asks_nothing(request.params) for request in requests)
+
+    def _plan(self, rows: int, *, max_steps: int, stop_on_finish: bool) -> Plan:
+        slots = self._rows[rows]
+        return Plan(self._pages[slots], self._known[slots], max_steps, stop_on_finish)
+
+    def _denoising(self, plan: Plan, *, greedy: bool) -> tuple[Any, ...]:
+        """What ``Programs`` takes."""
+        return ("denoise", greedy, len(plan.known)), self._denoise[greedy], self._params, self.pool, self.state, plan.pack()
 
     def _dispatch(self, plan: Plan, *, greedy: bool) -> tuple[jax.Array, Trace]:
-        denoise = self._jit_denoise.get(greedy, self._jit_denoise[False])
-        with jax.set_mesh(self.mesh):
-            self.pool, self.state, report, trace = denoise(self._params, self.pool, self.state, plan.pack())
+        self.pool, self.state, report, trace = self._programs(*self._denoising(plan, greedy=greedy))
         return report, trace
 
     def _pages_held(self, request: Tracked) -> Sequence[int]:
@@ -195,10 +227,19 @@ class JaxDevice:
         parts = self.program.dims.unit // self.program.dims.page
         return (np.asarray(pages, np.int32)[:, None] * parts + np.arange(parts, dtype=np.int32)).reshape(-1)
 
+    def _no_prompts(self, shape: packing.Shape) -> packing.Packed:
+        return packing.packed(self.program.dims, shape, {}, table_of=self._table, shards=self._shards)
+
+    def _prefilling(self, packed: packing.Packed) -> tuple[Any, ...]:
+        """What ``Programs`` takes."""
+        rows, blocks, _ = packed.tokens.shape
+        shape = packing.Shape(rows // self._shards, blocks)
+        return ("prefill", shape), self._prefills[shape], self._params, self.pool, self._prompts[shape].pack(packed)
+
     def _prefill(self, packed: packing.Packed, requests: dict[int, Tracked]) -> None:
-        with jax.set_mesh(self.mesh):
-            self.pool, last = self._jit_prefill(self._params, self.pool, **packed._asdict())
-            if self.program.dims.carried:  # then a row is a whole prompt
+        self.pool, last = self._programs(*self._prefilling(packed))
+        if self.program.dims.carried:  # then a row is a whole prompt
+            with jax.set_mesh(self.mesh):
                 self._carried |= {request.id: self._jit_one(last, np.int32(row)) for row, request in requests.items()}
 
 
@@ -228,6 +269,21 @@ def default_num_pages(device: jax.Device, page_bytes: int, *, needed: int, share
             f"no KV page fits: {stats['bytes_in_use'] / 2**30:.1f} of {stats['bytes_limit'] / 2**30:.1f} GiB are taken on {device}"
         )
     return min(free // page_bytes, _CACHED_PAGES * needed)
+
+
+def _prefill(program: decode.Program, prompts: Words, params: Params, pool: KVPool, words: jax.Array) -> tuple[KVPool, jax.Array]:
+    """``programs.prefill`` of what ``prompts`` packed."""
+    return programs.prefill(program, params, pool, **prompts.unpack(words)._asdict())
+
+
+def _admit(
+    program: decode.Program, requests: Words, state: DecodeState, slot: jax.Array, words: jax.Array, carried: jax.Array | None
+) -> DecodeState:
+    """``request_state.admit`` of what ``requests`` packed, and what prefill left of the prompt's last position; None for zeros."""
+    request = requests.unpack(words)
+    if carried is not None:
+        request = request.replace(carried=carried)
+    return request_state.admit(program.dims, program.rule, state, slot, request)
 
 
 def _slot(request: Tracked) -> np.int32:

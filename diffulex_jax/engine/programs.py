@@ -33,14 +33,28 @@ def denoise(
     max_steps: jax.Array,
     stop_on_finish: jax.Array,
 ) -> tuple[KVPool, DecodeState, StepReport, Trace]:
-    """See ``decode.denoise``. All devices make the same number of steps."""
+    """See ``decode.denoise``. All devices make the same number of steps.
+
+    Of each device's slots the first take part, as many as it has rows in ``page_table`` and ``known``, and the report and the trace are of
+    those; in the others nothing may be live.
+    """
 
     def local(params: Any, pool: KVPool, state: Any, page_table: jax.Array, known: Any, max_steps: Any, stop: Any) -> Any:
-        here = program._replace(dims=dataclasses.replace(program.dims, slots=known.shape[0]))
-        table = _own(page_table, pool)
-        return decode.denoise(
-            here, params, pool, state, page_table=table, known=known, steps=steps, max_steps=max_steps, stop_on_finish=stop
+        count = known.shape[0]
+        here = program._replace(dims=dataclasses.replace(program.dims, slots=count))
+        rows = jax.tree.map(lambda a: a[:count], state)
+        pool, rows, report, trace = decode.denoise(
+            here,
+            params,
+            pool,
+            rows,
+            page_table=_own(page_table, pool),
+            known=known,
+            steps=steps,
+            max_steps=max_steps,
+            stop_on_finish=stop,
         )
+        return pool, jax.tree.map(lambda a, new: a.at[:count].set(new), state, rows), report, trace
 
     slots, pages, every = spec(*STATE_AXES), spec(*POOL_AXES), PartitionSpec()
     run = spread(

@@ -203,7 +203,8 @@ class Scheduler:
                     return
                 continue
             self.waiting.remove(request)
-            request.slot = shard.free_slots.pop()
+            request.slot = min(shard.free_slots)
+            shard.free_slots.remove(request.slot)
             self._admitted += 1
             request.order = self._admitted
             request.began = request.began or time.perf_counter()

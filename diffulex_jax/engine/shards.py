@@ -16,7 +16,7 @@ class Shard(NamedTuple):
 
     Attributes:
       pages: its part of the pool.
-      free_slots: of its slots, those in which nothing runs; the last is used next.
+      free_slots: of its slots, those in which nothing runs; the least is used next, so that few requests are in the first ones.
       slots: how many it has.
     """
 

@@ -10,7 +10,7 @@ from jax import lax
 
 from pallas_kernels.prediction import gpu, reference, tpu
 from pallas_kernels.prediction.reference import Best, Sampling
-from pallas_kernels.target import Target, anywhere, is_hopper, pick
+from pallas_kernels.target import Target, is_hopper, pick
 
 
 __all__ = ["Backend", "Best", "Sampling", "choose_backend", "predict", "predict_from_hidden"]
@@ -138,11 +138,7 @@ def predict_from_hidden(
     elif doubted is None:
         return greedy
 
-    def as_asked() -> Best:
-        found = reference.predict_from_hidden(hidden, lm_head, current, **options)
-        return jax.tree.map(lambda a, b: jnp.where(apart.reshape(-1, *[1] * (a.ndim - 1)), a, b), found, greedy)
-
-    return lax.cond(anywhere(apart.any()), as_asked, lambda: greedy)
+    return reference.redone(greedy, apart, hidden, lm_head, current, **options)
 
 
 _KNOWN_TO_THE_REFERENCE = {"cut", "counts_all", "doubted", "narrowed", "margin"}

@@ -17,7 +17,6 @@ from jax import lax
 
 from pallas_kernels.prediction import reference
 from pallas_kernels.prediction.reference import Best, Sampling
-from pallas_kernels.target import anywhere
 
 
 _TILE_K = 64  # bf16 elements of one 128-byte swizzled row
@@ -281,14 +280,15 @@ def predict_from_hidden(
 ) -> Best:
     """See the package's ``predict_from_hidden``.
 
-    The kernel serves greedy batches in bfloat16 that ask for one candidate at most. Batches in which a row samples, more candidates,
-    the entropy and other dtypes take the reference.
+    The kernel serves bfloat16 and one candidate at most. Rows that sample take the reference, and so do more candidates, the entropy and
+    other dtypes.
     """
     vocab, width = lm_head.shape
     asked: dict[str, Any] = {"sampling": sampling, "top_k": top_k, "tempered": tempered, "entropy": entropy, "vocab_axes": vocab_axes}
-    full = functools.partial(reference.predict_from_hidden, hidden, lm_head, current, **asked, **options)
     tiled = width % _TILE_K == 0 and vocab % 8 == 0  # shared memory is laid out in tiles of 8 rows
     if entropy or top_k > 1 or not tiled or not hidden.dtype == lm_head.dtype == jnp.bfloat16:
-        return full()
-    fast = functools.partial(greedy, hidden, lm_head, current, top_k=top_k, vocab_axes=vocab_axes, **options)
-    return fast() if sampling is None else lax.cond(anywhere((sampling.temperature > 0).any()), full, fast)
+        return reference.predict_from_hidden(hidden, lm_head, current, **asked, **options)
+    best = greedy(hidden, lm_head, current, top_k=top_k, vocab_axes=vocab_axes, **options)
+    if sampling is None:
+        return best
+    return reference.redone(best, sampling.temperature > 0, hidden, lm_head, current, **asked, **options)

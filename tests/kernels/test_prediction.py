@@ -288,3 +288,30 @@ def test_what_no_kernel_knows_is_made_of_what_it_finds_or_left_to_the_reference(
             shared = functools.partial(predicted, axes=("x",), **options)
             spread = jax.shard_map(shared, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
             assert_same(spread(hidden, lm_head, current), want, rtol=1e-4)
+
+
+def test_rows_that_sample_are_drawn_some_at_a_time():
+    """What the reference says of all rows at once, for any number of rows that sample; the others keep what was found."""
+    rows, width, vocab = 150, 8, 40
+    keys = jax.random.split(jax.random.key(3), 3)
+    hidden, head = jax.random.normal(keys[0], (rows, width)), jax.random.normal(keys[1], (vocab, width))
+    current = jnp.arange(rows, dtype=jnp.int32) % vocab
+    options = {
+        "forbidden_id": 5,
+        "penalized": current[::-1],
+        "penalty": jnp.linspace(0, 1, rows),
+        "banned": current[:, None] + 1,
+        "top_k": 1,
+    }
+    greedy = reference.predict_from_hidden(hidden, head, current, sampling=None, **options)
+    draw = jax.jit(functools.partial(reference.redone, forbidden_id=5, top_k=1))
+    arrays = {name: options[name] for name in ("penalized", "penalty", "banned")}
+    for hot in (0, 1, 64, 65, 150):
+        temperature = jnp.where(jnp.arange(rows)[::-1] < hot, 0.8, 0.0)
+        sampling = reference.Sampling(jax.random.split(keys[2], rows), temperature, jnp.full(rows, 0.9), jnp.zeros(rows, jnp.int32))
+        want = reference.predict_from_hidden(hidden, head, current, sampling=sampling, **options)
+        got = draw(greedy, temperature > 0, hidden, head, current, sampling=sampling, **arrays)
+        np.testing.assert_array_equal(got.token, want.token)
+        np.testing.assert_allclose(got.prob, want.prob, rtol=1e-5)
+        np.testing.assert_allclose(got.current_prob, want.current_prob, rtol=1e-5)
+    assert (got.token != greedy.token).any()
