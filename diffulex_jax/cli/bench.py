@@ -107,7 +107,7 @@ def bench_e2e(
     tokens_per_forward: Annotated[str, typer.Option(help="Masks that a step fills, one measurement each: 1,4,8.")] = "1,4,8",
     strategy: Annotated[str | None, typer.Option(help=f"One that reads num_to_transfer, of {_STRATEGIES}. {_USUAL}")] = None,
     dtype: Annotated[str, typer.Option(help="Of weights, activations and cache: bfloat16 or float32.")] = "bfloat16",
-    max_batched_tokens: Annotated[int, typer.Option(help="Of prompts and windows in a step.")] = EngineConfig.max_batched_tokens,
+    max_batched_tokens: Annotated[int | None, typer.Option(help="Of prompts and windows in a step; default: by the device.")] = None,
     repeats: Annotated[int, typer.Option(help="How often the time to a first token is measured.")] = 5,
     as_json: _AsJson = False,
 ) -> None:

@@ -142,8 +142,8 @@ def _check_lengths(limits: Limits, length: int, params: SamplingParams, name: st
     if length + most > settings.max_model_len:
         field = "max_tokens" if length < settings.max_model_len else "prompt"
         raise SettingError(field, f"{name} has {length} tokens; with max_tokens={most} that exceeds max_model_len={settings.max_model_len}")
-    if settings.attention == "prefix_full" and length > settings.max_batched_tokens:
-        limit = settings.max_batched_tokens
+    limit = settings.max_batched_tokens
+    if settings.attention == "prefix_full" and limit is not None and length > limit:
         raise SettingError(
             "prompt", f"{name} has {length} tokens; with attention='prefix_full' at most max_batched_tokens={limit} go through"
         )

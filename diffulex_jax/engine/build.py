@@ -129,8 +129,8 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
     """Fills in what the settings leave to the strategy and the model.
 
     Returns:
-      The settings with ``buffer_size``, ``attention``, ``block_size`` and ``page_size`` filled in, the attention they mean, and the
-      sizes of the state.
+      The settings with ``buffer_size``, ``attention``, ``block_size``, ``page_size`` and ``max_batched_tokens`` filled in, the attention
+      they mean, and the sizes of the state.
 
     Raises:
       SettingError: for a setting that will not do.
@@ -141,7 +141,8 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
     _check_canvas(spec, strategy, settings)
     usual = "full" if whole_canvas else "block_causal"
     window, attention = settings.buffer_size or strategy.window, settings.attention or strategy.attention or usual
-    s = dataclasses.replace(settings, buffer_size=window, attention=attention)
+    batched = settings.max_batched_tokens or REFERENCE.batched_tokens
+    s = dataclasses.replace(settings, buffer_size=window, attention=attention, max_batched_tokens=batched)
     if s.max_model_len > spec.max_positions:
         raise SettingError(
             "max_model_len", f"max_model_len={s.max_model_len} exceeds the model's max_position_embeddings={spec.max_positions}"
@@ -241,7 +242,9 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
       ValueError: for a setting that will not do, naming it.
     """
     spec, mesh, rule = network.model.spec, network.mesh, strategy.rule
-    s, policy, dims = plan(spec, strategy, settings)
+    kernels = _kernels(mesh, settings)
+    batched = settings.max_batched_tokens or kernels.batched_tokens
+    s, policy, dims = plan(spec, strategy, dataclasses.replace(settings, max_batched_tokens=batched))
     shards, heads = mesh.shape["data"], spec.layers.kv_heads // mesh.shape["tensor"]
     _check_shards(s, shards)
     unit_bytes = 2 * spec.layers.count * dims.unit * heads * vector_bytes(spec.layers.head_dim, _kv(s), s.jax_dtype)  # of a device
@@ -255,7 +258,6 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     shareable = policy.shareable and (rule.merge is None or not rule.merge.commit_soft)
     each = num_pages if policy.paged else 0
     pools = [PagePool(each, first=i * each, prefix_cache=s.prefix_cache and shareable) for i in range(shards)]
-    kernels = _kernels(mesh, s)
     params = quantised(network.model, network.params, _form(s), kernels=kernels, mesh=mesh)
     announce("compiling", strategy.name)
     own = JaxDevice(
@@ -264,7 +266,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         mesh=mesh,
         dtype=s.jax_dtype,
         num_pages=shards * num_pages * (dims.unit // dims.page),
-        max_batched_tokens=s.max_batched_tokens,
+        max_batched_tokens=batched,
         steps_per_dispatch=s.steps_per_dispatch,
         eos_ids=network.eos_ids,
     )
@@ -289,7 +291,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         block=dims.block,
         page=dims.unit,
         window=dims.window,
-        max_batched_tokens=s.max_batched_tokens,
+        max_batched_tokens=batched,
         steps_per_dispatch=s.steps_per_dispatch,
         whole_prompts=not policy.chunkable,
         prompt_apart=dims.prompt_apart,

@@ -53,7 +53,7 @@ class EngineConfig:
       num_pages: pages of the pool, or blocks where a block is several pages; default: what memory allows, up to a few times what all
         slots need together. With fewer than they need, requests that no longer fit are set aside and resumed.
       max_batched_tokens: tokens of prompts and windows processed in one step, at the most; but prompts get a quarter of it at least. Where
-        a mesh has ``data`` above 1, so many for each of its parts.
+        a mesh has ``data`` above 1, so many for each of its parts. Default: by the device, 2048 or 4096.
       prefix_cache: reuse the KV of blocks that begin a prompt as an earlier request did.
       steps_per_dispatch: denoise steps the device runs before the host looks.
       warm_up: compile every program when the engine is built, so that no request waits for one. Otherwise each is compiled when it is first
@@ -74,7 +74,7 @@ class EngineConfig:
     max_slots: int = 8
     max_model_len: int = 2048
     num_pages: int | None = None
-    max_batched_tokens: int = 2048
+    max_batched_tokens: int | None = None
     prefix_cache: bool = True
     steps_per_dispatch: int = 8
     warm_up: bool = True

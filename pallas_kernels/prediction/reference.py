@@ -172,14 +172,19 @@ def _draw(logits: jax.Array, sampling: Sampling, greedy: jax.Array, judged: jax.
     """
     hot = sampling.temperature > 0
     scaled = logits / cooling(sampling)[:, None]
-    order = _ordered_bits(scaled)
-    everything = jnp.full(scaled.shape[0], jnp.finfo(jnp.float32).max)
-    k = jnp.where(sampling.top_k > 0, sampling.top_k.astype(jnp.float32), everything)
-    kept = order >= _cutoff(order, jnp.ones_like(scaled), k)[:, None]
-    mass = jnp.where(kept, jax.nn.softmax(scaled, -1), 0.0)
-    p = jnp.where(sampling.top_p < 1, sampling.top_p * mass.sum(-1), everything)
-    kept &= order >= _cutoff(order, mass, p)[:, None]
-    filtered = jnp.where(kept, scaled, -jnp.inf)
+
+    def cut_off() -> jax.Array:
+        order = _ordered_bits(scaled)
+        everything = jnp.full(scaled.shape[0], jnp.finfo(jnp.float32).max)
+        k = jnp.where(sampling.top_k > 0, sampling.top_k.astype(jnp.float32), everything)
+        kept = order >= _cutoff(order, jnp.ones_like(scaled), k)[:, None]
+        mass = jnp.where(kept, jax.nn.softmax(scaled, -1), 0.0)
+        p = jnp.where(sampling.top_p < 1, sampling.top_p * mass.sum(-1), everything)
+        kept &= order >= _cutoff(order, mass, p)[:, None]
+        return jnp.where(kept, scaled, -jnp.inf)
+
+    # Sixty-four passes over the logits, which most requests do not ask for.
+    filtered = lax.cond((hot & ((sampling.top_k > 0) | (sampling.top_p < 1))).any(), cut_off, lambda: scaled)
     return _sample(filtered, sampling, greedy), None if judged is None else jnp.where(hot[:, None], filtered, judged)
 
 
