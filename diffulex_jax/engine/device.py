@@ -83,7 +83,7 @@ class JaxDevice:
         self._jit_sequence = jax.jit(lambda state, slot: jax.tree.map(lambda a: a[slot], state.sequence), out_shardings=everywhere)
         # The large ones. Denoising by whether all rows are known to be greedy: one question less for a host that drives the loops.
         kinds = (False, True) if program.kernels.host_drives_loops else (False,)
-        self._programs = Programs(mesh)
+        self._programs = Programs(mesh, keep=program.kernels.kept_ready)
         self._denoise = {g: jit_denoise(program._replace(greedy=g), mesh, dtype=dtype, steps=steps_per_dispatch) for g in kinds}
         compiled = functools.partial(jit, dtype=dtype, device=mesh.devices.flat[0], donate_argnums=(1,), out_shardings=(on_pool, on_slots))
         self._prefills = {shape: compiled(functools.partial(_prefill, program, words)) for shape, words in self._prompts.items()}

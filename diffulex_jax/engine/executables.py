@@ -34,10 +34,13 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class Programs:
-    """Programs by name, each compiled when it is first asked for; on accelerators they may be asked for ahead, many at once."""
+    """Programs by name, each compiled when it is first asked for; they may be asked for ahead, many at once.
 
-    def __init__(self, mesh: Mesh):
-        self._mesh = mesh
+    ``keep``: they are kept on disk, see ``Kernels.kept_ready``.
+    """
+
+    def __init__(self, mesh: Mesh, *, keep: bool):
+        self._mesh, self._keep = mesh, keep
         self._found: dict[Hashable, concurrent.futures.Future[Callable[..., Any]]] = {}
 
     def begin(self, name: Hashable, function: Any, *args: Any, **kwargs: Any) -> None:
@@ -46,7 +49,7 @@ class Programs:
             return
         with jax.set_mesh(self._mesh):
             traced = function.trace(*args, **kwargs)
-            file = _file_of(traced, (args, kwargs), self._mesh)
+            file = _file_of(traced, (args, kwargs), self._mesh) if self._keep else None
             if file is None or not file.exists():
                 lowered = traced.lower()
                 self._found[name] = _threads().submit(_compiled, lowered, file)
@@ -123,7 +126,8 @@ def _sources() -> str:
 def _constants(jaxpr: Any) -> Iterator[np.ndarray]:
     """Arrays that a trace holds and does not spell out."""
     if isinstance(jaxpr, core.ClosedJaxpr):
-        yield from (np.asarray(constant) for constant in jaxpr.consts)
+        # A kernel closes over its own arguments, too; the trace has those.
+        yield from (np.asarray(constant) for constant in jaxpr.consts if not isinstance(constant, jax.core.Tracer))
         jaxpr = jaxpr.jaxpr
     if isinstance(jaxpr, core.Jaxpr):
         for equation in jaxpr.eqns:

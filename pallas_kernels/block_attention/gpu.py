@@ -228,7 +228,6 @@ def _body(
             write(joined, sums)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "plan"))  # traced once for all its uses
 def block_attention(
     heads: jax.Array,
     keys: Keys,
@@ -242,12 +241,19 @@ def block_attention(
 
     A page of several blocks is as many pages of one block, which lie one after the other.
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    rows, width, kv, packed, head = heads.shape
     plan = plan or plan_for(heads, keys.pool_k, block)
     if plan is None:
         return reference.block_attention(heads, keys, layer=layer, block=block, pending=pending)
+    return _tiled(heads, keys, layer=layer, block=block, pending=pending, plan=plan)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "plan"))  # traced, and made a kernel of, once for all its uses
+def _tiled(
+    heads: jax.Array, keys: Keys, *, layer: jax.Array, block: int, pending: tuple[jax.Array, jax.Array] | None, plan: Plan
+) -> jax.Array:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    rows, width, kv, packed, head = heads.shape
     pool_k, pool_v, table, prefix_len, lanes = keys
     group, count, per_page = packed - 2, lanes.shape[1], pool_k.shape[2] // block
     if per_page > 1:

@@ -168,7 +168,10 @@ def _counting_all(
     chosen = logit(best.token)
     if penalized is not None and penalty is not None:
         chosen -= jnp.where(best.token == penalized, penalty, 0)
-    odds = jnp.exp(jnp.minimum(logit(jnp.full_like(best.token, forbidden_id)) - chosen, 80)) * best.prob  # of all that is allowed
+    forbidden = logit(jnp.full_like(best.token, forbidden_id))
+    if penalized is not None and penalty is not None:
+        forbidden -= jnp.where(penalized == forbidden_id, penalty, 0)
+    odds = jnp.exp(jnp.minimum(forbidden - chosen, 80)) * best.prob  # of all that is allowed
     if banned is not None:
         odds = jnp.where((banned == forbidden_id).any(1), 0, odds)
     left = 1 / (1 + odds)

@@ -173,18 +173,20 @@ def _draw(logits: jax.Array, sampling: Sampling, greedy: jax.Array, judged: jax.
     hot = sampling.temperature > 0
     scaled = logits / cooling(sampling)[:, None]
 
-    def cut_off() -> jax.Array:
-        order = _ordered_bits(scaled)
-        everything = jnp.full(scaled.shape[0], jnp.finfo(jnp.float32).max)
+    order, count = _ordered_bits(scaled), scaled.shape[0]
+
+    def least_kept() -> jax.Array:
+        everything = jnp.full(count, jnp.finfo(jnp.float32).max)
         k = jnp.where(sampling.top_k > 0, sampling.top_k.astype(jnp.float32), everything)
-        kept = order >= _cutoff(order, jnp.ones_like(scaled), k)[:, None]
-        mass = jnp.where(kept, jax.nn.softmax(scaled, -1), 0.0)
+        by_k = _cutoff(order, jnp.ones_like(scaled), k)
+        mass = jnp.where(order >= by_k[:, None], jax.nn.softmax(scaled, -1), 0.0)
         p = jnp.where(sampling.top_p < 1, sampling.top_p * mass.sum(-1), everything)
-        kept &= order >= _cutoff(order, mass, p)[:, None]
-        return jnp.where(kept, scaled, -jnp.inf)
+        return jnp.maximum(by_k, _cutoff(order, mass, p))
 
     # Sixty-four passes over the logits, which most requests do not ask for.
-    filtered = lax.cond((hot & ((sampling.top_k > 0) | (sampling.top_p < 1))).any(), cut_off, lambda: scaled)
+    asked = (hot & ((sampling.top_k > 0) | (sampling.top_p < 1))).any()
+    least = lax.cond(asked, least_kept, lambda: jnp.zeros(count, jnp.uint32))
+    filtered = jnp.where(order >= least[:, None], scaled, -jnp.inf)
     return _sample(filtered, sampling, greedy), None if judged is None else jnp.where(hot[:, None], filtered, judged)
 
 

@@ -269,6 +269,8 @@ def test_what_no_kernel_knows_is_made_of_what_it_finds_or_left_to_the_reference(
     row = np.arange(ROWS)
     current = jnp.where(row % 3 == 1, MASK, current)
     options["banned"] = options["banned"].at[4, 0].set(MASK)
+    options["penalized"] = options["penalized"].at[7].set(MASK)
+    options["penalty"] = options["penalty"].at[7].set(2.0)
     lm_head = lm_head.at[MASK].set(2 * hidden[1])  # there the forbidden id is more likely than the best
     best = reference.predict_from_hidden(hidden, lm_head, current, **options).token
     if asked == "no more":
