@@ -16,7 +16,7 @@ from diffulex_jax.engine.stops import find_cut
 from diffulex_jax.strategies import STRATEGIES
 
 
-SLOTS, BATCHES, POSITIONS, STOP = 60, 7, 48, 11
+SLOTS, BATCHES, POSITIONS, STOP = 60, 28, 48, 11
 
 
 def request(rng: np.random.Generator) -> Script:
@@ -83,18 +83,18 @@ def test_exact_length_no_masks_and_the_right_reason(name, block, window, commit_
     [
         *(("tiny-llada2-trained", "llada2_edit", 32), ("families/tiny-sdar-trained", "sdar", 4)),
         *(("families/tiny-sdar-moe", "sdar_leftmost", 8), ("families/tiny-fast-dllm-v2-trained", "fast_dllm_v2", 32)),
-        *(("families/tiny-llada", "llada_threshold", 32), ("families/tiny-dream", "dream", 72)),
+        *(("families/tiny-llada", "llada_threshold", 32), ("families/tiny-dream", "dream", 144)),
         ("families/tiny-dream", "d2f", 16),
     ],
 )
 def test_a_real_model_ends_where_the_same_output_without_stops_has_one(engine_of, checkpoint, strategy, block):
-    engine = engine_of(checkpoint, strategy=strategy, block_size=block, force_block_size=True, max_slots=8, max_model_len=128)
+    engine = engine_of(checkpoint, strategy=strategy, block_size=block, force_block_size=True, max_slots=8, max_model_len=256)
     rng = np.random.default_rng(block)
     spec, prompts, free = engine.model.spec, [], []
     for i in range(24):
-        prompts.append(rng.integers(0, spec.vocab_size - 30, rng.integers(1, 60)).tolist())
+        prompts.append(rng.integers(0, spec.vocab_size - 30, rng.integers(1, 120)).tolist())
         settings = {"temperature": float(rng.choice([0.0, 1.0])), "denoising_steps": int(rng.integers(0, block + 1))}
-        free.append(SamplingParams(max_tokens=int(rng.integers(1, 66)), ignore_eos=True, seed=i, accept_threshold=0.6, **settings))
+        free.append(SamplingParams(max_tokens=int(rng.integers(1, 130)), ignore_eos=True, seed=i, accept_threshold=0.6, **settings))
     whole = engine.generate(prompts, free)
     for output, params in zip(whole, free, strict=True):
         assert (len(output.token_ids), output.finish_reason) == (params.max_tokens, "length")
