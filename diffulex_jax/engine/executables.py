@@ -80,7 +80,8 @@ def _threads() -> concurrent.futures.ThreadPoolExecutor:
 def _compiled(lowered: Any, file: pathlib.Path | None) -> Callable[..., Any]:
     program = lowered.compile()
     if file is not None:
-        # What cannot be written is compiled again.
+        # A full disk, or a platform that cannot write a program down (each says so in an error of its own), costs the next start its
+        # time and this one nothing: the program is there.
         with contextlib.suppress(OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
             _write(file, pickle.dumps(serialize_executable.serialize(program)))
     return program
