@@ -55,6 +55,7 @@ SLOW = (
     "serving",
     "kernels/test_grouped_matmul.py",
     "test_kv.py",
+    "test_quantised_files.py",
     "test_quantised_experts.py",
     "kernels/test_block_attention.py",
     "test_bench_e2e.py",

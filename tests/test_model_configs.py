@@ -135,7 +135,7 @@ def test_a_broken_small_file_is_named(tiny, name, text):
         ({"layer_types": [["full_attention"]]}, "layer_types="),
         ({"sliding_window": 64}, "sliding_window=64 is not implemented; supported: 4096"),
         ({"attention_bias": True}, "attention_bias=True is not implemented"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "is not implemented: quantised weights are not read; take a checkpoint in"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.weight_block_size=None is not implemented: only blocks"),
         ({"architectures": "LLaDA2MoeModelLM"}, "architectures='LLaDA2MoeModelLM' is not implemented"),
         ({"architectures": ["Qwen3ForCausalLM"]}, 'architectures=["Qwen3ForCausalLM"] is not implemented'),
         ({"model_type": ["llada2_moe"]}, 'model_type=["llada2_moe"] is not implemented; supported:'),

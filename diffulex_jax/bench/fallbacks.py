@@ -5,6 +5,7 @@ The step is traced, without weights, and read: what a kernel takes is written do
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, cast
@@ -57,7 +58,8 @@ def describe(model: str, strategy: AnyStrategy | None, settings: EngineConfig, k
     Raises:
       ValueError: for a model, a strategy or a setting that will not do, naming it.
     """
-    network = checkpoint.load_model(checkpoint.resolve(model))
+    path = checkpoint.resolve(model)
+    network, settings = checkpoint.load_model(path), dataclasses.replace(settings, weights=checkpoint.form_in(path, settings.weights))
     chosen = for_model(network.spec, strategy)
     filled = build.plan(network.spec, chosen, settings)[0]
     kernels = REFERENCE if settings.kernels == "reference" else kernels

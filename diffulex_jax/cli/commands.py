@@ -1,4 +1,4 @@
-"""``diffulex-jax generate``, ``serve``, ``convert``, ``plan`` and ``doctor``; ``bench`` stands beside.
+"""``diffulex-jax generate``, ``serve``, ``convert``, ``plan``, ``quantize`` and ``doctor``; ``bench`` stands beside.
 
 Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``EngineConfig``.
 """
@@ -13,7 +13,7 @@ import os
 import pathlib
 import threading
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -259,6 +259,27 @@ def plan_(
     if made.missing:
         typer.echo(f"error: {model} does not fit on {topology}: {made.missing} bytes are missing on each device", err=True)
         raise typer.Exit(1)
+
+
+@app.command(cls=PlainCommand)
+def quantize(
+    *,
+    model: _Model,
+    weights: Annotated[str, typer.Option(help="Of a mixture's experts: int8 or int4.")],
+    out: Annotated[pathlib.Path, typer.Option(help="The directory to write; it must not be there, or be empty.")],
+) -> None:
+    """Write a model with quantised experts, which loads as it is.
+
+    The files are compressed-tensors, which other engines read too. Everything else becomes bfloat16.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # one matrix after the other: no accelerator is worth its start
+    with one_line_errors():
+        EngineConfig(weights=weights)  # which says what there is
+        from diffulex_jax.weights import checkpoint, compressed
+
+        compressed.write(checkpoint.resolve(model), out, cast(Any, weights), progress=True)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    typer.echo(f"{out}: {size / 2**30:.2f} GiB, experts in {weights}")
 
 
 @app.command(cls=PlainCommand)

@@ -58,7 +58,7 @@ def read(cls: type, raw: Mapping[str, Any], only: Only) -> dict[str, Any]:
             known = ", ".join(shown(known) for known in only[key] if known is not None)
             raise ValueError(f"config: {key}={shown(value)} is not implemented; supported: {known}")
         if key not in fields and key not in only and key not in IGNORED and value:
-            raise ValueError(f"config: {readable(key)}={shown(value)} is not implemented{_CHANGES.get(key, _MAY_CHANGE)}")
+            raise ValueError(f"config: {readable(key)}={shown(value)} is not implemented{_MAY_CHANGE}")
     found = {key: _typed(key, value, fields[key].type) for key, value in raw.items() if key in fields and key != "eos_token_id"}
     found["eos_token_id"] = end_ids(raw.get("eos_token_id"))
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in found]
@@ -128,7 +128,6 @@ def divides(config: Any, small: str, large: str) -> None:
 
 
 _MAY_CHANGE = ", and it may change what the model computes"
-_CHANGES = {"quantization_config": ": quantised weights are not read; take a checkpoint in bfloat16, float16 or float32"}
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:

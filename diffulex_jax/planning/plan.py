@@ -160,7 +160,7 @@ def plan(
         topology=topology,
         strategy=wanted.strategy.name,
         dtype=dtype,
-        quantised=weights,
+        quantised=settings.weights,
         kv=kv or dtype,
         slots=slots,
         max_len=max_len,
@@ -205,7 +205,12 @@ def want(model: str, strategy: str | None, settings: EngineConfig) -> Wanted:
     Raises:
       ValueError: for a model that is none of these, and a strategy or a setting that will not do.
     """
-    network = shape_model(model) if model in SHAPES else checkpoint.load_model(checkpoint.resolve(model))
+    if model in SHAPES:
+        network = shape_model(model)
+    else:
+        path = checkpoint.resolve(model)
+        network = checkpoint.load_model(path)
+        settings = dataclasses.replace(settings, weights=checkpoint.form_in(path, settings.weights))
     chosen = for_model(network.spec, strategy)
     return Wanted(network, chosen, *build.plan(network.spec, chosen, settings))
 

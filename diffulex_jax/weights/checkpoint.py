@@ -9,9 +9,10 @@ from __future__ import annotations
 import collections
 import functools
 import json
+import math
 import pathlib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,15 @@ from jax.sharding import Mesh, Sharding
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from diffulex_jax.errors import SettingError
 from diffulex_jax.models import hf_config, names
 from diffulex_jax.models.base import Model, Param, Params, leaves
 from diffulex_jax.models.hf_config import readable
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import check_split, sharding
-from diffulex_jax.weights import placed, quantise
-from diffulex_jax.weights.folder import SMALL, check_pointer, open_tensors, read_json, tensors_in, tokenizer_end_ids
-from diffulex_jax.weights.quantise import Store, form_of, store
+from diffulex_jax.weights import formats, placed, quantise
+from diffulex_jax.weights.folder import SMALL, check_pointer, open_tensors, read_float8, read_json, tensors_in, tokenizer_end_ids
+from diffulex_jax.weights.quantise import form_of, keep, store
 from pallas_kernels import REFERENCE, Kernels
 from pallas_kernels.quantised import Form
 
@@ -86,9 +88,27 @@ def load_model(path: str | pathlib.Path) -> Model:
     path = pathlib.Path(path)
     raw = read_json(path / "config.json")
     try:
-        return model_of(raw, name=str(path.name))
+        formats.scheme_of(raw)
+        return model_of({key: value for key, value in raw.items() if key != formats.KEY}, name=str(path.name))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def form_in(path: str | pathlib.Path, weights: str | None = None) -> Form | None:
+    """The form in which an engine holds the experts of a directory: ``weights``, else that of its files, if it is one of ours.
+
+    Raises:
+      SettingError: where the files have them in one form, and ``weights`` names another.
+      ValueError: naming a file and what is wrong with it.
+    """
+    model, scheme = load_model(path), formats.scheme_of(read_json(pathlib.Path(path) / "config.json"))
+    schema = leaves(model.schema)
+    experts = [tensor.name for tensor in model.tensors if schema[tensor.parts[0].leaf].quantisable]
+    whole = scheme is not None and bool(experts) and all(scheme.covers(name.removesuffix(".weight")) for name in experts)
+    found = scheme.form if scheme is not None and whole else None
+    if found is not None and weights not in (None, found):
+        raise SettingError("weights", f"weights={weights!r}, but the experts of {path} are quantised already, as {found!r}; leave it out")
+    return found or cast(Form | None, weights)
 
 
 def load_end_ids(path: str | pathlib.Path) -> tuple[int, ...]:
@@ -129,7 +149,8 @@ def load(
       mesh: where the parameters go.
       dtype: of all parameters but those whose :class:`Param` names another.
       weights: how the leaves that may be are quantised, ``"int8"`` or ``"int4"``, in the form that ``kernels`` read: piece by piece on the
-        device, which never holds such a leaf whole in ``dtype``. None: not at all.
+        device, which never holds such a leaf whole in ``dtype``. None: as they are in the files, if that is one of these forms; else not
+        at all. All other matrices that the files hold quantised are made plain, one after the other.
       progress: show a progress bar over tensors where stderr is a terminal and it takes some seconds.
 
     Raises:
@@ -144,7 +165,8 @@ def load(
         check_split(mesh, param.shape, param.axes, leaf[-1])
     if placed.is_placed(path):
         return model, placed.restore(path, model, mesh, dtype=dtype, weights=weights, kernels=kernels)
-    read = _reader(path, model)
+    there, weights = form_in(path), form_in(path, weights)
+    source = _reader(path, model)
     parts: dict[names.Path, list[tuple[names.Tensor, names.Part]]] = collections.defaultdict(list)
     for tensor in model.tensors:
         for part in tensor.parts:
@@ -154,9 +176,22 @@ def load(
         # What is no stack is on the host whole, beside its copy: it goes first, while there is little else.
         for leaf, param in sorted(params.items(), key=lambda item: item[1].axes[0] == "layer"):
             node = functools.reduce(lambda node, key: node.setdefault(key, {}), leaf[:-1], tree)
-            of = {"dtype": np.dtype(param.dtype or dtype), "keep": store(param, weights, kernels=kernels, dtype=dtype)}
-            node[leaf[-1]] = _built(param, parts[leaf], read, mesh, **of, step=bar.update)
+            if there is not None and param.quantisable:
+                kept = _stored(param, parts[leaf], source, form=there)._replace(keep=keep(there, kernels=kernels, dtype=dtype))
+            else:
+                planes = [(param.shape, np.dtype(param.dtype or dtype))]
+                kept = _Kept(planes, lambda *of: (source.read(*of),), store(param, weights, kernels=kernels, dtype=dtype))
+            node[leaf[-1]] = _built(param, parts[leaf], kept, mesh, step=bar.update)
     return model, tree
+
+
+def reader(path: pathlib.Path, model: Model) -> Read:
+    """What reads the tensors of a model directory by their names, quantised ones made plain, in little memory.
+
+    Raises:
+      ValueError: naming every tensor that is not what the model needs.
+    """
+    return _reader(path, model).read
 
 
 def save(path: str | pathlib.Path, model: Model, params: Params, *, dtype: str = "bfloat16") -> None:
@@ -215,21 +250,46 @@ def save(path: str | pathlib.Path, model: Model, params: Params, *, dtype: str =
     (path / "config.json").write_text(json.dumps(model.config.to_hf(dtype=dtype), indent=2) + "\n")
 
 
-def _built(
-    param: Param,
-    parts: list[tuple[names.Tensor, names.Part]],
-    read: Read,
-    mesh: Mesh,
-    *,
-    dtype: np.dtype,
-    keep: Store | None,
-    step: Callable[[int], Any],
-) -> Any:
-    """A leaf on ``mesh``, put together piece by piece: runs of layers that the host has room for, each kept as ``keep`` makes it."""
+class _Kept(NamedTuple):
+    """How a leaf is put together.
+
+    Attributes:
+      planes: shape and dtype of each array that it is put together from: one, or integers and scales.
+      read: what each of them has of a tensor, by the tensor's name.
+      keep: what becomes of a run of their layers; None: nothing else than is there.
+    """
+
+    planes: list[tuple[tuple[int, ...], np.dtype]]
+    read: Callable[[str, names.Region], tuple[np.ndarray, ...]]
+    keep: Callable[..., Any] | None
+
+
+def _stored(param: Param, parts: list[tuple[names.Tensor, names.Part]], source: _Source, *, form: Form) -> _Kept:
+    """A leaf of which the files hold the integers and scales of ``form``.
+
+    Raises:
+      ValueError: where they hold something else of a tensor, naming it.
+    """
+
+    def read(name: str, region: names.Region) -> tuple[np.ndarray, ...]:
+        found, (rows, _) = source.matrix(name), region  # no device has a part of a column
+        return found.values[rows], found.scales[rows].astype(ml_dtypes.bfloat16)
+
+    count = source.groups(parts[0][0].name)
+    for tensor, _ in parts:
+        if (found := source.groups(tensor.name)) is None or found != count or (form == "int8" and found != 1):
+            raise ValueError(f"{tensor.name} is not stored as {form}, as the config says of all experts, with as many scales as the others")
+    assert count is not None
+    scales = (*param.shape[:-2], count, param.shape[-1])
+    return _Kept([(param.shape, np.dtype(np.int8)), (scales, np.dtype(ml_dtypes.bfloat16))], read, None)
+
+
+def _built(param: Param, parts: list[tuple[names.Tensor, names.Part]], kept: _Kept, mesh: Mesh, *, step: Callable[[int], Any]) -> Any:
+    """A leaf on ``mesh``, put together piece by piece: runs of layers that the host has room for."""
     where = sharding(mesh, param.axes)
     stacked = param.axes[0] == "layer"
     count = param.shape[0] if stacked else 1
-    layer_bytes = int(np.prod(param.shape)) * dtype.itemsize // count
+    layer_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in kept.planes) // count
     at_once = min(count, max(1, HOST_BYTES // max(1, layer_bytes)))
     here = _held_here(where, param.shape)
     of_layer: dict[int, list[tuple[names.Tensor, names.Part]]] = collections.defaultdict(list)
@@ -238,35 +298,37 @@ def _built(
         assert isinstance(layer, int)
         of_layer[layer].append((tensor, part))
 
-    def piece(first: int) -> np.ndarray:
+    def piece(first: int) -> list[jax.Array]:
         layers = range(first, min(first + at_once, count))
-        host = np.empty((len(layers), *param.shape[1:]) if stacked else param.shape, dtype)  # memory where something is put
+        # Memory where something is put.
+        host = [np.empty((len(layers), *shape[1:]) if stacked else shape, dtype) for shape, dtype in kept.planes]
         for layer in layers:
             for tensor, whole in of_layer[layer]:
                 step(1)
                 if (found := names.within(whole, here, leaf=param.shape, tensor=tensor.shape)) is not None:
                     part, region = found
-                    names.put(host[layer - first] if stacked else host, part._replace(at=part.at[stacked:]), read(tensor.name, region))
-        return host
+                    for plane, read in zip(host, kept.read(tensor.name, region), strict=True):
+                        names.put(plane[layer - first] if stacked else plane, part._replace(at=part.at[stacked:]), read)
+        return [on_mesh(plane) for plane in host]
 
-    def placed(host: np.ndarray) -> jax.Array:
+    def on_mesh(host: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
-    def kept(piece: jax.Array) -> Any:
-        return piece if keep is None else keep(piece)
+    def keep(*planes: jax.Array) -> Any:
+        return planes[0] if kept.keep is None else kept.keep(*planes)
 
-    if at_once == count and keep is None:
-        return placed(piece(0))
-    whole = jax.eval_shape(kept, jax.ShapeDtypeStruct(param.shape, dtype))
+    if at_once == count and kept.keep is None:
+        return piece(0)[0]
+    whole = jax.eval_shape(keep, *(jax.ShapeDtypeStruct(*plane) for plane in kept.planes))
 
-    def put(leaf: Any, piece: jax.Array, at: jax.Array) -> Any:
-        return jax.tree.map(lambda a, new: lax.dynamic_update_slice_in_dim(a, new, at, 0), leaf, kept(piece))
+    def put(leaf: Any, at: jax.Array, *planes: jax.Array) -> Any:
+        return jax.tree.map(lambda a, new: lax.dynamic_update_slice_in_dim(a, new, at, 0), leaf, keep(*planes))
 
     with jax.set_mesh(mesh):
         leaf = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), whole), out_shardings=where)()
         jitted = jax.jit(put, donate_argnums=0, out_shardings=where)
         for first in range(0, count, at_once):
-            leaf = jitted(leaf, placed(piece(first)), first)
+            leaf = jitted(leaf, first, *piece(first))
     return leaf
 
 
@@ -275,14 +337,75 @@ def _held_here(where: Sharding, shape: tuple[int, ...]) -> list[names.Region]:
     return [part for part in where.addressable_devices_indices_map(shape).values() if part is not None]
 
 
-def _reader(path: pathlib.Path, model: Model) -> Read:
-    """What reads a part of a tensor by its name, once all of them were found to be what the model needs."""
+class _Source(NamedTuple):
+    """The tensors of a directory, by their names in it.
+
+    Attributes:
+      read: a tensor; a quantised one made plain.
+      matrix: a quantised one as it is.
+      groups: in how many groups the scales of each row of a quantised one are; None where it is plain, or has not one scale or more a row.
+    """
+
+    read: Read
+    matrix: Callable[[str], formats.Matrix]
+    groups: Callable[[str], int | None]
+
+
+def _reader(path: pathlib.Path, model: Model) -> _Source:
+    """What reads tensors, once all of them were found to be what the model needs."""
     files, opened = tensors_in(path)
     expected = {tensor.name: tensor.shape for tensor in model.tensors}
     files = {name: file for name, file in files.items() if name not in model.unread}
+    scheme = formats.scheme_of(read_json(path / "config.json"))
+    parts = {name: found for name in expected if scheme is not None and (found := formats.matrix_names(name, files))}
+    kinds = {name: {part: _kind(opened[files[at]], at) for part, at in found.items()} for name, found in parts.items()}
+    odd = [wrong for name, kind in kinds.items() if scheme and (wrong := formats.problem(name, expected[name], kind, scheme))]
+    inside = {at for found in parts.values() for at in found.values()}
+    read_file = _in_little_memory(files, opened)
+
+    def matrix(name: str) -> formats.Matrix:
+        assert scheme is not None
+        return formats.matrix(expected[name], {part: read_file(at, ()) for part, at in parts[name].items() if part not in _UNREAD}, scheme)
+
+    def read(name: str, region: names.Region) -> np.ndarray:
+        return formats.plain(matrix(name))[region] if name in parts else read_file(name, region)
+
+    def groups(name: str) -> int | None:
+        if name not in parts or scheme is None:
+            return None
+        rows, columns = formats.block_of(expected[name], (kinds[name].get("weight_scale") or kinds[name]["weight_scale_inv"])[1], scheme)
+        integers = kinds[name].get("weight_packed", kinds[name].get("weight", ("",)))[0] in ("I32", "I8")
+        return expected[name][1] // columns if rows == 1 and integers else None
+
+    files = {name: file for name, file in files.items() if name not in inside}
+    expected_plain = {name: shape for name, shape in expected.items() if name not in parts}
+    _check_tensors(path, files, opened, expected_plain, odd)
+    return _Source(read, matrix, groups)
+
+
+_UNREAD = ("weight_shape", "input_scale")  # what the shape of the others says, and of activations, which stay as they are
+
+
+def _kind(opened: Any, name: str) -> tuple[str, tuple[int, ...]]:
+    found = opened.get_slice(name)
+    return found.get_dtype(), tuple(found.get_shape())
+
+
+def _check_tensors(
+    path: pathlib.Path,
+    files: Mapping[str, pathlib.Path],
+    opened: Mapping[pathlib.Path, Any],
+    expected: Mapping[str, tuple[int, ...]],
+    problems: list[str],
+) -> None:
+    """Checks that plain tensors are what a model needs; ``problems`` are those of the others.
+
+    Raises:
+      ValueError: naming what is wrong.
+    """
     there = [name for name in expected if name in files]
     slices = {name: opened[files[name]].get_slice(name) for name in there}
-    problems = [
+    problems = problems + [
         f"{name} in {files[name].name} is stored as {stored.get_dtype()}; only {', '.join(_READABLE)} are read"
         for name, stored in slices.items()
         if stored.get_dtype() not in _READABLE
@@ -296,7 +419,6 @@ def _reader(path: pathlib.Path, model: Model) -> Read:
     ]
     if problems:
         raise ValueError(f"{path}: {_few(problems)}{_renamed(expected.keys() - files, files.keys() - expected)}")
-    return _in_little_memory({name: files[name] for name in there}, opened)
 
 
 def _in_little_memory(files: dict[str, pathlib.Path], opened: dict[pathlib.Path, Any]) -> Read:
@@ -308,7 +430,9 @@ def _in_little_memory(files: dict[str, pathlib.Path], opened: dict[pathlib.Path,
         if read_of.total() > HOST_BYTES:
             opened.update({file: open_tensors(file) for file in read_of})
             read_of.clear()
-        tensor: np.ndarray = opened[files[name]].get_slice(name)[region]
+        stored = opened[files[name]].get_slice(name)
+        region = region or (slice(None),) * len(stored.get_shape())
+        tensor: np.ndarray = read_float8(files[name], name)[region] if stored.get_dtype() == "F8_E4M3" else stored[region]
         read_of[files[name]] += tensor.nbytes
         return tensor
 

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from diffulex_jax.models.hf_config import readable
@@ -84,6 +86,19 @@ def open_tensors(file: pathlib.Path) -> Any:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no whole safetensors file ({error}); {_AGAIN}") from error
+
+
+def read_float8(file: pathlib.Path, name: str) -> np.ndarray:
+    """A tensor in float8_e4m3fn, which NumPy's side of safetensors does not know.
+
+    The file was found whole by :func:`open_tensors`: it begins with the length of a JSON object, which says where each tensor lies.
+    """
+    with open(file, "rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        entry = json.loads(raw.read(length))[name]
+        first, end = entry["data_offsets"]
+        raw.seek(8 + length + first)
+        return np.frombuffer(raw.read(end - first), ml_dtypes.float8_e4m3fn).reshape(entry["shape"])
 
 
 def tensors_in(path: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[pathlib.Path, Any]]:

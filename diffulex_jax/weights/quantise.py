@@ -16,7 +16,7 @@ from diffulex_jax.errors import SettingError
 from diffulex_jax.models.base import Model, ModelSpec, Param, Params, leaves
 from diffulex_jax.parallel.mesh import sharding
 from pallas_kernels import REFERENCE, Kernels, grouped_matmul
-from pallas_kernels.quantised import Form
+from pallas_kernels.quantised import Form, Quantised
 
 
 Store = Callable[[jax.Array], Any]
@@ -42,6 +42,15 @@ def store(param: Param, weights: Form | None, *, kernels: Kernels, dtype: Any) -
         return None
     one = functools.partial(grouped_matmul.stored, form=weights, backend=kernels.grouped_matmul, dtype=dtype)
     return functools.partial(lax.map, one)
+
+
+def keep(form: Form, *, kernels: Kernels, dtype: Any) -> Callable[[jax.Array, jax.Array], Any]:
+    """How integers and scales that were quantised elsewhere, ``[L, ...]`` each, are kept: entry after entry, as :func:`store` does."""
+
+    def one(planes: tuple[jax.Array, jax.Array]) -> Any:
+        return grouped_matmul.arranged(Quantised(*planes, form), backend=kernels.grouped_matmul, dtype=dtype)
+
+    return lambda values, scales: lax.map(one, (values, scales))
 
 
 def stored_bytes(param: Param, weights: Form | None, itemsize: int) -> int:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantised import Form, Quantised, dequantise, quantise
-from pallas_kernels.quantised.words import Packed, pack, packs, unpack
+from pallas_kernels.quantised.words import STEP, Packed, pack, packs, unpack
 
 
 Stack = jax.Array | Quantised | Packed
@@ -18,9 +18,15 @@ def stored(w: jax.Array, form: Form, *, backend: str, dtype: jax.typing.DTypeLik
     A CPU holds ``"int4"`` in int8: XLA would widen the whole stack of a program to that before its first layer. The tensor cores of Hopper
     read words of their own, where activations are bfloat16 and the matrices consist of whole tiles.
     """
-    if backend == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and packs(w.shape):
-        return pack(quantise(w, form, dtype=jnp.int8))
-    return quantise(w, form, dtype=jnp.int8 if backend == "cpu" else None)
+    return arranged(quantise(w, form, dtype=jnp.int8), backend=backend, dtype=dtype)
+
+
+def arranged(q: Quantised, *, backend: str, dtype: jax.typing.DTypeLike) -> Quantised | Packed:
+    """Quantised matrices in the order and the integers that ``backend`` reads; see :func:`stored`."""
+    depth, groups = q.shape[-2], q.scales.shape[-2]
+    if backend == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and packs(q.shape) and (groups == 1 or groups * STEP % depth == 0):
+        return pack(q)
+    return Quantised(q.values.astype(jnp.int8 if backend == "cpu" else q.form), q.scales, q.form)
 
 
 def plain(stack: Stack, dtype: jax.typing.DTypeLike) -> jax.Array:
