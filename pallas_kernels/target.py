@@ -35,9 +35,12 @@ def is_hopper(target: Target) -> bool:
     return target.platform == "gpu" and 9 <= target.capability < 10 and jax.__version_info__ >= (0, 11)
 
 
-def multiplies_int8(target: Target) -> bool:
-    """Whether XLA's grouped matmul takes bfloat16 times int8 as they are. Other TPUs would widen all the weights to float32 first."""
-    return target.platform == "tpu" and target.kind in ("TPU v5 lite", "TPU v6 lite")
+def multiplies(target: Target) -> str | None:
+    """The dtype of weights that XLA's grouped matmul multiplies bfloat16 with as they are: it would widen all others first."""
+    return _MULTIPLIES.get(target.kind) if target.platform == "tpu" else None
+
+
+_MULTIPLIES = {"TPU v5 lite": "int8", "TPU v6 lite": "int8", "TPU7x": "float8_e4m3fn"}
 
 
 def current_target() -> Target:

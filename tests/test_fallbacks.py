@@ -40,6 +40,14 @@ def facts(checkpoint: str, target: Target, **settings):
         pytest.param(
             LLADA2,
             HOPPER,
+            {"dtype": "bfloat16", "weights": "fp8"},
+            "linear prediction",
+            "block_attention expert_choice grouped_matmul remask",
+            marks=needs_11,
+        ),
+        pytest.param(
+            LLADA2,
+            HOPPER,
             {"dtype": "bfloat16"},
             "grouped_matmul linear prediction",
             "block_attention expert_choice remask",

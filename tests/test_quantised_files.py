@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 import tracemalloc
 
@@ -174,7 +175,7 @@ def test_a_public_layout_is_what_its_description_says(kind, tmp_path):
     assert len(stored) > len(meant)
     _, got = checkpoint.load(written(tmp_path / "stored", stored, CONFIGS[kind]), make_mesh())
     _, want = checkpoint.load(written(tmp_path / "meant", meant, None), make_mesh())
-    form = {"ct-int8-channel": "int8", "ct-int4-group": "int4"}.get(kind)
+    form = {"ct-int8-channel": "int8", "ct-int4-group": "int4", "ct-fp8-channel": "fp8"}.get(kind)
     assert form_of(got) == form
     for path, leaf in leaves(want).items():
         found = leaves(got)[path]
@@ -187,6 +188,22 @@ def test_a_public_layout_is_what_its_description_says(kind, tmp_path):
     if form is None:
         _, again = checkpoint.load(tmp_path / "stored", make_mesh(), weights="int8")
         assert form_of(again) == "int8"
+
+
+@pytest.mark.parametrize(("said", "stored"), [("int8", "fp8"), ("fp8", "int8"), ("int4", "int8"), ("int8", "int4")])
+def test_a_matrix_of_another_form_than_the_config_says_is_refused(said, stored, tmp_path):
+    """It would be read as numbers that nobody meant."""
+    kinds = {"int8": "ct-int8-channel", "fp8": "ct-fp8-channel", "int4": "ct-int4-group"}
+    tensors = {}
+    for name, array in tensors_of(TINY).items():
+        if re.match(EXPERTS.removeprefix("re:"), name.removesuffix(".weight")):
+            parts, _ = quantised_by(kinds[stored if "experts.1.up_proj" in name else said], array.astype(np.float32))
+            tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
+        else:
+            tensors[name] = array.astype(np.float32)
+    folder = written(tmp_path / "model", tensors, CONFIGS[kinds[said]])
+    with pytest.raises(ValueError, match=f"experts.1.up_proj.weight is not stored as {said}, as the config says"):
+        checkpoint.load(folder, make_mesh())
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def run(
       strategies: names of strategies; None for the one that the model's authors decode it with.
       contexts: cached positions in front of the first block, multiples of the block size.
       dtype: of weights, activations and cache: ``"bfloat16"`` or ``"float32"``.
-      weights: ``"int8"`` or ``"int4"`` for quantised experts; None for none.
+      weights: ``"int8"``, ``"int4"`` or ``"fp8"`` for quantised experts; None for none.
       cache, sub_block_cache: as in ``EngineConfig``.
       kernels: ``"auto"`` or ``"reference"``, as in ``EngineConfig``.
       repeats: measurements of each combination.

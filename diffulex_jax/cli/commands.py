@@ -203,7 +203,7 @@ def convert_(
     model: _Model,
     out: Annotated[pathlib.Path, typer.Option(help="The directory to make. Of several hosts, all see it.")],
     dtype: Annotated[str, typer.Option(help="Of parameters: bfloat16 or float32.")] = "bfloat16",
-    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8 or int4. Default: as --dtype.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8, int4 or fp8. Default: as --dtype.")] = None,
     mesh: _Mesh = None,
     distributed: _Distributed = False,
     coordinator: _Coordinator = None,
@@ -238,7 +238,7 @@ def plan_(
     max_len: Annotated[int, typer.Option(help="Most tokens of a prompt and its output.")] = 4096,
     mesh: Annotated[str | None, typer.Option(help=_PLAN_MESH)] = None,
     dtype: Annotated[str, typer.Option(help="Of parameters, activations and the KV pool: bfloat16 or float32.")] = "bfloat16",
-    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8 or int4. Default: as --dtype.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8, int4 or fp8. Default: as --dtype.")] = None,
     kv: Annotated[str | None, typer.Option(help="Of the KV pool: bfloat16, fp8 or int8. Default: as --dtype.")] = None,
     strategy: Annotated[str | None, typer.Option(help=f"One of {_STRATEGIES}. {_USUAL}")] = None,
     as_json: _AsJson = False,
@@ -265,7 +265,7 @@ def plan_(
 def quantize(
     *,
     model: _Model,
-    weights: Annotated[str, typer.Option(help="Of a mixture's experts: int8 or int4.")],
+    weights: Annotated[str, typer.Option(help="Of a mixture's experts: int8, int4 or fp8.")],
     out: Annotated[pathlib.Path, typer.Option(help="The directory to write; it must not be there, or be empty.")],
 ) -> None:
     """Write a model with quantised experts, which loads as it is.

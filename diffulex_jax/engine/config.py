@@ -13,7 +13,7 @@ _CHOICES = {
     "attention": (None, "block_causal", "prefix_full", "full"),
     "cache": (None, "none", "prefix", "dual"),
     "kernels": ("auto", "reference"),
-    "weights": (None, "int8", "int4"),
+    "weights": (None, "int8", "int4", "fp8"),
     "kv": (None, "bfloat16", "fp8", "int8"),
 }
 
@@ -24,8 +24,8 @@ class EngineConfig:
 
     Attributes:
       dtype: of parameters and activations, and of the KV pool but for ``kv``: ``"float32"`` or ``"bfloat16"``.
-      weights: ``"int8"`` or ``"int4"`` holds the experts of a mixture quantised: a half, or a quarter, of bfloat16's bytes. All else is of
-        ``dtype``. Default: all of it is.
+      weights: ``"int8"``, ``"int4"`` or ``"fp8"`` (e4m3) holds the experts of a mixture quantised: a half, or with int4 a quarter, of
+        bfloat16's bytes. All else is of ``dtype``. Default: all of it is.
       kv: of the KV pool: ``"bfloat16"``, or in 8 bits ``"fp8"`` (e4m3, clipped at 448) or ``"int8"`` (with a scale for each vector of a
         head, which is nearer to what was there). A block attends to itself and to the window as it is; what is written is rounded. Not for
         models that see their whole canvas. Default: ``dtype``.

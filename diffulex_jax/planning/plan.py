@@ -111,7 +111,7 @@ def plan(
       max_len: most tokens of a prompt and its output.
       mesh: ``"data=4,expert=2,tensor=2"``; without ``data``, that is what the others leave. Default: see :func:`propose`.
       dtype: of parameters, activations and the KV pool.
-      weights: ``"int8"`` or ``"int4"`` for quantised experts.
+      weights: ``"int8"``, ``"int4"`` or ``"fp8"`` for quantised experts.
       kv: ``"fp8"`` or ``"int8"`` for a KV pool in 8 bits, ``"bfloat16"``; default: ``dtype``.
       strategy: a name from ``diffulex_jax.strategies``; default: the one that the model's authors decode it with.
 

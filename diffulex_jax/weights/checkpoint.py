@@ -33,7 +33,7 @@ from diffulex_jax.weights import formats, placed, quantise
 from diffulex_jax.weights.folder import SMALL, check_pointer, open_tensors, read_float8, read_json, tensors_in, tokenizer_end_ids
 from diffulex_jax.weights.quantise import form_of, keep, store
 from pallas_kernels import REFERENCE, Kernels
-from pallas_kernels.quantised import Form
+from pallas_kernels.quantised import Form, dtype_of
 
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a model on the hub that are fetched
@@ -148,9 +148,9 @@ def load(
       path: the directory; one that :mod:`placed` wrote too.
       mesh: where the parameters go.
       dtype: of all parameters but those whose :class:`Param` names another.
-      weights: how the leaves that may be are quantised, ``"int8"`` or ``"int4"``, in the form that ``kernels`` read: piece by piece on the
-        device, which never holds such a leaf whole in ``dtype``. None: as they are in the files, if that is one of these forms; else not
-        at all. All other matrices that the files hold quantised are made plain, one after the other.
+      weights: how the leaves that may be are quantised, ``"int8"``, ``"int4"`` or ``"fp8"``, in the form that ``kernels`` read: piece by
+        piece on the device, which never holds such a leaf whole in ``dtype``. None: as they are in the files, if that is one of these
+        forms; else not at all. All other matrices that the files hold quantised are made plain, one after the other.
       progress: show a progress bar over tensors where stderr is a terminal and it takes some seconds.
 
     Raises:
@@ -254,7 +254,7 @@ class _Kept(NamedTuple):
     """How a leaf is put together.
 
     Attributes:
-      planes: shape and dtype of each array that it is put together from: one, or integers and scales.
+      planes: shape and dtype of each array that it is put together from: one, or values and scales.
       read: what each of them has of a tensor, by the tensor's name.
       keep: what becomes of a run of their layers; None: nothing else than is there.
     """
@@ -265,7 +265,7 @@ class _Kept(NamedTuple):
 
 
 def _stored(param: Param, parts: list[tuple[names.Tensor, names.Part]], source: _Source, *, form: Form) -> _Kept:
-    """A leaf of which the files hold the integers and scales of ``form``.
+    """A leaf of which the files hold the values and scales of ``form``.
 
     Raises:
       ValueError: where they hold something else of a tensor, naming it.
@@ -275,13 +275,14 @@ def _stored(param: Param, parts: list[tuple[names.Tensor, names.Part]], source: 
         found, (rows, _) = source.matrix(name), region  # no device has a part of a column
         return found.values[rows], found.scales[rows].astype(ml_dtypes.bfloat16)
 
-    count = source.groups(parts[0][0].name)
+    count = source.groups(parts[0][0].name, form)
     for tensor, _ in parts:
-        if (found := source.groups(tensor.name)) is None or found != count or (form == "int8" and found != 1):
+        if (found := source.groups(tensor.name, form)) is None or found != count or (form != "int4" and found != 1):
             raise ValueError(f"{tensor.name} is not stored as {form}, as the config says of all experts, with as many scales as the others")
     assert count is not None
     scales = (*param.shape[:-2], count, param.shape[-1])
-    return _Kept([(param.shape, np.dtype(np.int8)), (scales, np.dtype(ml_dtypes.bfloat16))], read, None)
+    values = dtype_of("fp8" if form == "fp8" else "int8")  # the host has no int4
+    return _Kept([(param.shape, values), (scales, np.dtype(ml_dtypes.bfloat16))], read, None)
 
 
 def _built(param: Param, parts: list[tuple[names.Tensor, names.Part]], kept: _Kept, mesh: Mesh, *, step: Callable[[int], Any]) -> Any:
@@ -343,12 +344,13 @@ class _Source(NamedTuple):
     Attributes:
       read: a tensor; a quantised one made plain.
       matrix: a quantised one as it is.
-      groups: in how many groups the scales of each row of a quantised one are; None where it is plain, or has not one scale or more a row.
+      groups: in how many groups the scales of each row of one of a form are; None where it is not of that form, or has not one scale or
+        more a row.
     """
 
     read: Read
     matrix: Callable[[str], formats.Matrix]
-    groups: Callable[[str], int | None]
+    groups: Callable[[str, Form], int | None]
 
 
 def _reader(path: pathlib.Path, model: Model) -> _Source:
@@ -370,12 +372,12 @@ def _reader(path: pathlib.Path, model: Model) -> _Source:
     def read(name: str, region: names.Region) -> np.ndarray:
         return formats.plain(matrix(name))[region] if name in parts else read_file(name, region)
 
-    def groups(name: str) -> int | None:
+    def groups(name: str, form: Form) -> int | None:
         if name not in parts or scheme is None:
             return None
         rows, columns = formats.block_of(expected[name], (kinds[name].get("weight_scale") or kinds[name]["weight_scale_inv"])[1], scheme)
-        integers = kinds[name].get("weight_packed", kinds[name].get("weight", ("",)))[0] in ("I32", "I8")
-        return expected[name][1] // columns if rows == 1 and integers else None
+        same = formats.form_of(expected[name], kinds[name]) == form
+        return expected[name][1] // columns if rows == 1 and same else None
 
     files = {name: file for name, file in files.items() if name not in inside}
     expected_plain = {name: shape for name, shape in expected.items() if name not in parts}

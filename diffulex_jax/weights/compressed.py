@@ -32,7 +32,7 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf")
 def write(source: str | pathlib.Path, out: str | pathlib.Path, weights: Form, *, progress: bool = False) -> None:
     """Writes the model directory ``source`` to ``out`` with quantised experts, which an engine then loads as they are.
 
-    All other tensors are written in bfloat16, and the small files beside them copied. The integers and scales are those that an engine
+    All other tensors are written in bfloat16, and the small files beside them copied. The values and scales are those that an engine
     with ``weights`` makes of ``source`` itself in bfloat16. The host holds one file of :data:`FILE_BYTES` at a time.
 
     Raises:
@@ -89,7 +89,7 @@ def _quantised(tensor: Tensor, weight: np.ndarray, form: Form) -> tuple[dict[str
     """The tensors that stand for an expert's matrix ``[N, K]``, and how many numbers of a row share a scale."""
     values, scales = map(np.asarray, _quantise(weight.astype(ml_dtypes.bfloat16), form=form))
     module, group = tensor.name.removesuffix(".weight"), weight.shape[1] // scales.shape[1]
-    if form == "int8":
+    if form != "int4":
         return {tensor.name: values, f"{module}.weight_scale": scales}, group
     packed = formats.packed(values, 4)
     return {
@@ -101,7 +101,7 @@ def _quantised(tensor: Tensor, weight: np.ndarray, form: Form) -> tuple[dict[str
 
 @functools.partial(jax.jit, static_argnames="form")
 def _quantise(weight: jax.Array, *, form: Form) -> tuple[jax.Array, jax.Array]:
-    found = quantised(weight.T, form, dtype=jnp.int8)
+    found = quantised(weight.T, form, dtype=jnp.int8 if form == "int4" else None)
     return found.values.T, found.scales.T
 
 

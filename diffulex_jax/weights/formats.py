@@ -23,6 +23,17 @@ from pallas_kernels.quantised import Form
 
 
 KEY = "quantization_config"
+_LAYOUTS: dict[Form, tuple[str, str, int]] = {
+    "int8": ("int-quantized", "int", 8),
+    "int4": ("pack-quantized", "int", 4),
+    "fp8": ("float-quantized", "float", 8),
+}
+_FORMS: dict[tuple[Any, Any, Any], Form] = {
+    ("int", 8, "channel"): "int8",
+    ("int", 4, "channel"): "int4",
+    ("int", 4, "group"): "int4",
+    ("float", 8, "channel"): "fp8",
+}
 _FORMATS = ("int-quantized", "float-quantized", "pack-quantized", "naive-quantized")
 _REMEDY = "take a checkpoint in bfloat16, block-wise fp8 or compressed-tensors"
 _BESIDE = ("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "input_scale")
@@ -113,6 +124,13 @@ def matrix(shape: tuple[int, ...], tensors: Mapping[str, np.ndarray], scheme: Sc
     return Matrix(values, scales.reshape(-(-shape[0] // block[0]), -(-shape[1] // block[1])), block)
 
 
+def form_of(shape: tuple[int, ...], found: Mapping[str, tuple[str, tuple[int, ...]]]) -> Form:
+    """The form of the values of a matrix of ``shape [N, K]`` that :func:`problem` found nothing wrong with."""
+    if "weight_packed" in found:
+        return "int4" if _bits(found["weight_packed"][1][1], shape[1]) == 4 else "int8"
+    return "int8" if found["weight"][0] == "I8" else "fp8"
+
+
 def plain(m: Matrix) -> np.ndarray:
     """``[N, K]`` float32, exactly what is meant where scales are of 16 bits."""
     rows, columns = m.values.shape
@@ -130,10 +148,9 @@ def packed(values: np.ndarray, bits: int) -> np.ndarray:
 
 def config_of(form: Form, group: int, targets: tuple[str, ...]) -> dict[str, Any]:
     """The ``quantization_config`` of a compressed-tensors checkpoint of ``form``, with so many rows of ``[K]`` to a scale."""
-    bits = {"int8": 8, "int4": 4}[form]
-    how: dict[str, Any] = {"strategy": "channel", "group_size": None} if form == "int8" else {"strategy": "group", "group_size": group}
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None, "block_structure": None, **how}
-    layout = "int-quantized" if form == "int8" else "pack-quantized"
+    layout, kind, bits = _LAYOUTS[form]
+    how: dict[str, Any] = {"strategy": "group", "group_size": group} if form == "int4" else {"strategy": "channel", "group_size": None}
+    weights = {"num_bits": bits, "type": kind, "symmetric": True, "dynamic": False, "actorder": None, "block_structure": None, **how}
     groups = {"group_0": {"targets": list(targets), "weights": weights, "input_activations": None, "output_activations": None}}
     said = {"quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed"}
     return said | {"config_groups": groups, "ignore": [], "kv_cache_scheme": None}
@@ -162,8 +179,7 @@ def _compressed(said: dict[str, Any]) -> Scheme:
             raise _refused("actorder", weights["actorder"], "only weights in their own order are")
         if strategy not in ("channel", "tensor", "group", "block"):
             raise _refused("strategy", strategy, "only channel, tensor, group and block are")
-        whole: dict[tuple[Any, Any], Form] = {(8, "channel"): "int8", (4, "channel"): "int4", (4, "group"): "int4"}
-        forms.add(whole.get((bits, strategy)) if kind == "int" else None)
+        forms.add(_FORMS.get((kind, bits, strategy)))
         block = weights.get("block_structure")
         if strategy == "block" and not _is_block(block):
             raise _refused("block_structure", block, "rows and columns, as in [128, 128], are needed")
@@ -188,8 +204,13 @@ def block_of(shape: tuple[int, ...], scales: tuple[int, ...], scheme: Scheme) ->
     raise ValueError(f"scales of shape {scales} are not one a matrix {shape}, one a row, one a group of a row or one a block")
 
 
+def _bits(words: int, columns: int) -> int:
+    """Of a number, where so many words hold a row of so many."""
+    return 4 if words == -(-columns // 8) else 8
+
+
 def _unpacked(words: np.ndarray, columns: int) -> np.ndarray:
-    bits = 4 if words.shape[1] == -(-columns // 8) else 8
+    bits = _bits(words.shape[1], columns)
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     numbers = (words.view(np.uint32)[..., None] >> shifts).astype(np.uint8) & np.uint8(2**bits - 1)
     return (numbers.reshape(len(words), -1)[:, :columns] - np.uint8(2 ** (bits - 1))).view(np.int8)

@@ -45,7 +45,7 @@ def store(param: Param, weights: Form | None, *, kernels: Kernels, dtype: Any) -
 
 
 def keep(form: Form, *, kernels: Kernels, dtype: Any) -> Callable[[jax.Array, jax.Array], Any]:
-    """How integers and scales that were quantised elsewhere, ``[L, ...]`` each, are kept: entry after entry, as :func:`store` does."""
+    """How values and scales that were quantised elsewhere, ``[L, ...]`` each, are kept: entry after entry, as :func:`store` does."""
 
     def one(planes: tuple[jax.Array, jax.Array]) -> Any:
         return grouped_matmul.arranged(Quantised(*planes, form), backend=kernels.grouped_matmul, dtype=dtype)

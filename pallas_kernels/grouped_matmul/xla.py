@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from pallas_kernels.grouped_matmul.routing import combine, held_here, route
 from pallas_kernels.grouped_matmul.stacks import Stack, is_quantised, plain
 from pallas_kernels.quantised import Quantised
-from pallas_kernels.target import current_target, multiplies_int8
+from pallas_kernels.target import current_target, multiplies
 
 
 def ragged(
@@ -31,14 +31,16 @@ def ragged(
 
     With ``first_expert`` the matrices hold only the experts from that id on, and what the others would add is left out. Quantised
     matrices are multiplied as they are where the device does that; elsewhere one layer of them at a time is made plain. ``multiply``
-    stands in for ``lax.ragged_dot``, and need not say what rows get that are in no group.
+    stands in for ``lax.ragged_dot`` on plain ones, and need not say what rows get that are in no group.
     """
     num_experts = gate_up.shape[-3]
     held = None
     if first_expert is not None:
         expert_ids, held = held_here(expert_ids, first_expert, num_experts)
     routing = route(expert_ids, num_experts=num_experts, valid=valid)
-    if any(is_quantised(stack) and (multiply is not lax.ragged_dot or not _as_they_are(x, stack)) for stack in (gate_up, down)):
+    if _as_they_are(x, gate_up) and _as_they_are(x, down):
+        multiply = lax.ragged_dot
+    elif is_quantised(gate_up) or is_quantised(down):
         gate_up, down = (plain(stack if layer is None else stack[layer], x.dtype) for stack in (gate_up, down))
         layer = None
     sizes = jnp.sum(routing.expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
@@ -59,6 +61,7 @@ def ragged(
 
 
 def _as_they_are(x: jax.Array, stack: Stack) -> bool:
-    """Whether ``lax.ragged_dot`` takes the integers of ``stack``, and a sum over K can be scaled when it is done."""
-    whole = isinstance(stack, Quantised) and stack.values.dtype == jnp.int8 and stack.scales.shape[-2] == 1
-    return whole and x.dtype == jnp.bfloat16 and multiplies_int8(current_target())
+    """Whether ``lax.ragged_dot`` takes the values of ``stack``, and a sum over K can be scaled when it is done."""
+    if not isinstance(stack, Quantised) or stack.scales.shape[-2] != 1 or stack.form == "int4":
+        return False
+    return x.dtype == jnp.bfloat16 and stack.values.dtype.name == multiplies(current_target())

@@ -23,7 +23,7 @@ STEP = 128
 TILE = 64
 """Columns of a tile."""
 
-_BITS = {"int8": 8, "int4": 4}
+_BITS: dict[Form, int] = {"int8": 8, "int4": 4}  # of the forms that there are words of
 _LAY = "(step k8 c b) (tile warp half r) -> step tile (warp r c) (k8 half) b"
 _SIZES = {"k8": STEP // 8, "c": 4, "b": 2, "warp": 4, "half": 2, "r": 8}
 
@@ -57,9 +57,9 @@ class Packed:
         return Packed(self.words[at], self.scales[at], self.form)
 
 
-def packs(shape: tuple[int, ...]) -> bool:
-    """True for the shape of matrices ``[..., K, N]`` that whole steps and tiles make up."""
-    return shape[-2] % STEP == 0 and shape[-1] % TILE == 0
+def packs(shape: tuple[int, ...], form: Form) -> bool:
+    """True for a form that there are words of, and the shape of matrices ``[..., K, N]`` that whole steps and tiles make up."""
+    return form in _BITS and shape[-2] % STEP == 0 and shape[-1] % TILE == 0
 
 
 def tile_rows(form: Form) -> int:
@@ -68,7 +68,7 @@ def tile_rows(form: Form) -> int:
 
 
 def pack(q: Quantised) -> Packed:
-    """``q`` in the order of the tensor cores; its shape must be one that :func:`packs`."""
+    """``q`` in the order of the tensor cores; its shape and form must be such that it :func:`packs`."""
     bits = _BITS[q.form]
     values = q.values.astype(jnp.int32) + (8 if q.form == "int4" else 0)
     pairs = einops.rearrange(values & (2**bits - 1), f"... {_LAY}".replace("->", "-> ..."), **_SIZES).astype(jnp.uint32)

@@ -138,23 +138,26 @@ def test_a_block_larger_than_vmem_is_refused():
         compile_for("v5e:2x2", call, ((8192, 8192), jnp.float32))
 
 
-def test_quantised_experts_are_multiplied_as_they_are():
+@pytest.mark.parametrize(
+    ("topology", "form", "dtype", "backend"), [("v5e:2x2", "int8", jnp.int8, "ragged"), ("tpu7x:2x2x1", "fp8", jnp.float8_e4m3fn, "tpu")]
+)
+def test_quantised_experts_are_multiplied_as_they_are(topology, form, dtype, backend):
     """XLA widens silently what a device has no product for: a whole stack, to float32."""
     layers, experts, embed, width, tokens = 3, 32, 512, 256, 64
 
     def run(x, ids, weights, *arrays):
-        gate_up, down = (Quantised(*arrays[i : i + 2], "int8") for i in (0, 2))
+        gate_up, down = (Quantised(*arrays[i : i + 2], form) for i in (0, 2))
 
         def layer(x, i):
-            return x + grouped_matmul.expert_mlp(x, ids, weights, gate_up, down, layer=i, backend="ragged"), None
+            return x + grouped_matmul.expert_mlp(x, ids, weights, gate_up, down, layer=i, backend=backend), None
 
         return jax.lax.scan(layer, x, jnp.arange(layers))[0]
 
     def stack(depth, columns):
-        return ((layers, experts, depth, columns), jnp.int8), ((layers, experts, 1, columns), jnp.bfloat16)
+        return ((layers, experts, depth, columns), dtype), ((layers, experts, 1, columns), jnp.bfloat16)
 
     rows = ((tokens, embed), jnp.bfloat16), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)
-    memory = compile_for("v5e:2x2", run, *rows, *stack(embed, 2 * width), *stack(width, embed)).memory_analysis()
+    memory = compile_for(topology, run, *rows, *stack(embed, 2 * width), *stack(width, embed)).memory_analysis()
     assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 20
 
 

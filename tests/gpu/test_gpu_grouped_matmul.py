@@ -12,8 +12,11 @@ from pallas_kernels.expert_choice import Router, choose
 from pallas_kernels.grouped_matmul import expert_mlp, stored
 from pallas_kernels.grouped_matmul.gpu_kernel import Groups, Tile, matmul
 from pallas_kernels.grouped_matmul.stacks import plain
-from pallas_kernels.quantised import FORMS, quantise
+from pallas_kernels.quantised import quantise
 from pallas_kernels.quantised.words import Packed, pack, unpack
+
+
+WORDS = ("int8", "int4")  # the forms that the tensor cores read words of
 
 
 LAYERS, EXPERTS, CHOSEN, EMBED, WIDTH = 3, 64, 8, 512, 256
@@ -67,7 +70,7 @@ def test_the_kernels_compute_the_formula(key, relative_error, tokens, crowded):
     assert together < 5e-3
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WORDS)
 @pytest.mark.parametrize(("tokens", "crowded"), [(1, False), (32, False), (32, True), (256, False), (1024, False), (1500, True)])
 def test_the_kernels_read_quantised_experts(key, relative_error, tokens, crowded, form):
     """Against the formula on the weights that are meant. Those of int4 are rounded to bfloat16 once more."""
@@ -86,7 +89,7 @@ def test_the_kernels_read_quantised_experts(key, relative_error, tokens, crowded
     np.testing.assert_array_equal(got, alone)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WORDS)
 def test_the_gpu_quantises_as_a_cpu_does(form, key):
     """Up to the rounding of a division, which may tip a weight between two integers to the other."""
     w = (jax.random.normal(key, (3, 256, 128)) * 0.02).astype(jnp.bfloat16)
@@ -98,7 +101,7 @@ def test_the_gpu_quantises_as_a_cpu_does(form, key):
     assert off.max() <= 1 and off.mean() < 1e-3
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WORDS)
 def test_every_integer_is_unpacked_as_it_is(form, key):
     """Weights that bfloat16 holds, and rows that pick one of them each: the product of a row and a column is a weight, to the bit."""
     most = {"int8": 127, "int4": 7}[form]
@@ -109,7 +112,7 @@ def test_every_integer_is_unpacked_as_it_is(form, key):
     np.testing.assert_array_equal(out.astype(jnp.float32), values[0, 0])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WORDS)
 def test_invalid_rows_of_quantised_experts_are_zero(key, form):
     args = make(key, 100)
     stacks = [stored(w, form, backend="gpu", dtype=jnp.bfloat16) for w in args[3:5]]

@@ -6,16 +6,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import grouped_matmul
-from pallas_kernels.grouped_matmul import expert_mlp, stored, xla
-from pallas_kernels.quantised import FORMS, dequantise, quantise
+from pallas_kernels.grouped_matmul import cpu, expert_mlp, stored, xla
+from pallas_kernels.quantised import FORMS, Quantised, dequantise, in_int8, quantise
 from pallas_kernels.quantised.words import Packed, pack, packs, unpack
-from pallas_kernels.target import Target, multiplies_int8
+from pallas_kernels.target import Target, multiplies
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -45,7 +46,9 @@ def test_a_weight_moves_by_half_a_scale_at_most(seed, depth, form, exponent):
     w = normal(seed, 2, depth, 5) * 2.0**exponent
     q = quantise(w, form)
     per_weight = jnp.repeat(q.scales.astype(jnp.float32), depth // q.scales.shape[-2], axis=-2)
-    assert bool((jnp.abs(w - dequantise(q)) <= per_weight / 2).all())
+    # Three bits behind the first, and below 2^-6 steps of 2^-9; the largest, whose scale is rounded to eight bits, is among the first.
+    most = jnp.maximum(jnp.abs(w) / 16, per_weight * 2.0**-10) if form == "fp8" else per_weight / 2
+    assert bool((jnp.abs(w - dequantise(q)) <= most).all())
     same(quantise(dequantise(q), form), q)
 
 
@@ -67,14 +70,25 @@ def test_zeros_stay_and_what_is_not_finite_is_not_hidden(form):
     np.testing.assert_array_equal(back[:, 3], dequantise(quantise(w[:, 3:], form))[:, 0])
 
 
-@pytest.mark.parametrize("form", FORMS)
+def test_a_cpu_reads_every_float8_by_its_bits():
+    """Normal numbers, those below 2^-6, zeros and what is not a number: of a diagonal matrix of all 256."""
+    bits = np.arange(256, dtype=np.uint8)
+    every = jnp.asarray(bits.view(ml_dtypes.float8_e4m3fn))
+    matrix = Quantised(every[None, None, :], jnp.ones((1, 1, 256), jnp.bfloat16), "fp8")
+    for held in (matrix, in_int8(matrix)):
+        np.testing.assert_array_equal(cpu._product(jnp.ones((1, 1)), held, jnp.zeros(1, jnp.int32))[0], every.astype(jnp.float32))
+        np.testing.assert_array_equal(dequantise(held)[0, 0], every.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
 def test_words_of_the_tensor_cores_hold_the_same_integers(form):
     q = quantise(normal(2, 2, 3, 256, 192), form)
     p = pack(q)
     assert p.shape == q.shape and p.nbytes == q.nbytes and p.words.dtype == jnp.uint32
     same(unpack(p), q)
     same(unpack(p[1]), q[1])
-    assert packs((3, 128, 64)) and not packs((192, 64)) and not packs((128, 96))
+    assert packs((3, 128, 64), form) and not packs((192, 64), form) and not packs((128, 96), form)
+    assert not packs((128, 64), "fp8")
 
 
 def test_the_first_thread_has_the_first_weights():
@@ -141,30 +155,35 @@ def test_cpu_reads_quantised_stacks_in_place(form):
     assert compiled.memory_analysis().temp_size_in_bytes < stacks[0].values.nbytes / 3
 
 
-def test_integers_are_multiplied_as_they_are_where_the_device_does_that(monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "held", "shown", "backend"), [("int8", "int8", "i8", "ragged"), ("fp8", "float8_e4m3fn", "f8_e4m3fn", "tpu")]
+)
+def test_values_are_multiplied_as_they_are_where_the_device_does_that(form, held, shown, backend, monkeypatch):
     args = make(6, tokens=20, dtype=jnp.bfloat16)
-    asked = quantised(args, "int8", "ragged")
+    asked = quantised(args, form, backend)
     want = run(*asked, backend="dense", layer=1).astype(jnp.float32)
-    monkeypatch.setattr(xla, "multiplies_int8", lambda target: True)
-    traced = jax.jit(lambda *a: expert_mlp(*a, backend="ragged", layer=1))
+    monkeypatch.setattr(xla, "multiplies", lambda target: held)
+    traced = jax.jit(lambda *a: expert_mlp(*a, backend=backend, layer=1))
     got = traced(*asked).astype(jnp.float32)
     assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 8e-3
-    assert "i8[12,192,64]" in str(jax.make_jaxpr(traced)(*asked))  # both layers' experts, as they lie
+    assert f"{shown}[12,192,64]" in str(jax.make_jaxpr(traced)(*asked))  # both layers' experts, as they lie
 
 
 def test_who_multiplies_integers():
-    kinds = {"TPU v4": False, "TPU v5 lite": True, "TPU v5": False, "TPU v6 lite": True, "TPU7x": False}
-    assert {kind: multiplies_int8(Target("tpu", kind=kind)) for kind in kinds} == kinds
-    assert not multiplies_int8(Target("gpu", 9.0)) and not multiplies_int8(Target("cpu"))
+    kinds = {"TPU v4": None, "TPU v5 lite": "int8", "TPU v5": None, "TPU v6 lite": "int8", "TPU7x": "float8_e4m3fn"}
+    assert {kind: multiplies(Target("tpu", kind=kind)) for kind in kinds} == kinds
+    assert multiplies(Target("gpu", 9.0)) is multiplies(Target("cpu")) is None
 
 
 def test_each_backend_holds_what_it_reads():
-    w = normal(7, 2, 128, 128)
-    assert {b: stored(w, "int4", backend=b, dtype=jnp.float32).values.dtype.name for b in ("cpu", "ragged", "gpu")} == {
-        "cpu": "int8",
-        "ragged": "int4",
-        "gpu": "int4",
-    }
+    w, backends = normal(7, 2, 128, 128), ("cpu", "ragged", "gpu")
+    for form, others in (("int8", "int8"), ("int4", "int4"), ("fp8", "float8_e4m3fn")):
+        held = [stored(w, form, backend=b, dtype=jnp.float32) for b in backends]
+        assert [q.values.dtype.name for q in held] == ["int8", others, others]
+        assert len({q.nbytes for q in held}) == (2 if form == "int4" else 1)
+        for q in held:
+            np.testing.assert_array_equal(dequantise(q), dequantise(quantise(w, form)))
+    assert not isinstance(stored(w, "fp8", backend="gpu", dtype=jnp.bfloat16), Packed)
     assert isinstance(stored(w, "int4", backend="gpu", dtype=jnp.bfloat16), Packed)
     assert not isinstance(stored(w[..., :96], "int4", backend="gpu", dtype=jnp.bfloat16), Packed)
 
