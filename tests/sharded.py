@@ -7,6 +7,7 @@ read onto it.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import json
 import re
@@ -20,10 +21,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
 from diffulex_jax import Engine, SamplingParams, decode, request_state
+from diffulex_jax.bench import step
+from diffulex_jax.bench.forward import step_bytes
+from diffulex_jax.bench.shapes import SHAPES, random_params
 from diffulex_jax.engine import programs
 from diffulex_jax.models.base import init, leaves
 from diffulex_jax.models.registry import model_of
-from diffulex_jax.parallel.mesh import add_up, first_index, make_mesh, sharding, spec, spread
+from diffulex_jax.parallel.mesh import abstract_mesh, add_up, first_index, make_mesh, sharding, spec, spread
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import POOL_AXES, STATE_AXES, KVPool
 from diffulex_jax.strategies import dmax, fast_dllm_v2
@@ -32,26 +36,25 @@ from diffulex_jax.weights.convert import convert
 from pallas_kernels import grouped_matmul, prediction
 
 
-MODEL = model_of(
-    {
-        "model_type": "llada2_moe",
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "n_group": 4,
-        "topk_group": 2,
-        "mask_token_id": 95,
-        "eos_token_id": 94,
-        "max_position_embeddings": 256,
-    }
-)
+SHAPE = {
+    "model_type": "llada2_moe",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "mask_token_id": 95,
+    "eos_token_id": 94,
+    "max_position_embeddings": 256,
+}
+MODEL = model_of(SHAPE)
 NEXT = model_of(  # biases, a head that is the embeddings, and outputs that speak of the next position
     {
         "model_type": "Fast_dLLM_Qwen",
@@ -250,11 +253,11 @@ def read_by_one_host(axes):
         real = reader(path, model)
 
         def of(name, region):
-            tensor = real(name, region)
+            tensor = real.read(name, region)
             read.append(tensor.nbytes)
             return tensor
 
-        return of
+        return real._replace(read=of)
 
     def held_here(where, shape):
         return [region for device, region in where.devices_indices_map(shape).items() if device in mine]
@@ -335,6 +338,35 @@ def engines(meshes):
         return {"same": same, "preempted": min(preempted.values()), "tokens": sum(map(len, single)), "refused": refusals}
 
 
+def bench(axes):
+    """What the bench of a step finds on a mesh, how many times what a device must read it says, and whether random weights are shared."""
+    mesh, schema = make_mesh(**axes), leaves(MODEL.schema)
+    params = jax.device_put(
+        init(MODEL, jax.random.key(0)), jax.tree.map(lambda split: NamedSharding(mesh, split), programs.param_specs(MODEL))
+    )
+    text = ",".join(f"{axis}={size}" for axis, size in axes.items())
+    asked = {"shape": "own", "strategies": ["llada2"], "contexts": [32], "dtype": "float32", "repeats": 1, "mesh": text}
+    with mock.patch.dict(SHAPES, own=SHAPE), mock.patch.object(step, "random_params", lambda *_, **__: params):
+        report = step.run(batches=[2], **asked)
+        try:
+            step.run(batches=[1], **asked)
+        except ValueError as error:
+            refused = str(error)
+    (figures,) = report["steps"]
+    must = step_bytes(MODEL, 4, batch=1, context=64, experts=figures["experts_touched"], mesh=abstract_mesh(**axes))
+    few = dataclasses.replace(MODEL, schema={"embed": MODEL.schema["embed"], "moe": {"experts_down": MODEL.schema["moe"]["experts_down"]}})
+    one, shared = (leaves(random_params(few, jnp.float32, mesh=each)) for each in (make_mesh(), mesh))
+    return {
+        "counted": [figures[name] for name in ("exchanges", "experts_touched")],
+        "read": figures["gigabytes"] * 1e9 / must,
+        "timed": min(figures["ms_median"], figures["exchange_ms"]) > 0,
+        "kernel_times": report["kernel_times"],
+        "refused": refused,
+        "same": all(np.allclose(one[path], shared[path], atol=1e-6) for path in one),
+        "placed": all(a.sharding.is_equivalent_to(sharding(mesh, schema[path].axes), a.ndim) for path, a in shared.items()),
+    }
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     single = decoded(make_mesh())
@@ -347,6 +379,7 @@ if __name__ == "__main__":
         "one host": {name: read_by_one_host(axes) for name, axes in (meshes | {"2": {"tensor": 2}}).items()},
         "placed": placed_again("data=2,expert=2,tensor=2", meshes["1x4x2"]),
         "quantised": quantised(meshes["1x4x2"]),
+        "bench": bench({"data": 2, "expert": 2}),
         "engines": engines(["data=2,expert=2,tensor=2", "data=4", "tensor=2"]),
     }
     generated = {"generated": int((single[0] != MASK).sum()), "generated, next": int((single_next[0] != MASK).sum())}

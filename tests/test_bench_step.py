@@ -179,6 +179,7 @@ def test_it_reports_every_combination_and_every_kernel():
         ("--strategy", "greedy", "unknown strategy 'greedy'"),
         ("--dtype", "int8", "dtype='int8' must be one of float32, bfloat16"),
         ("--kernels", "fast", "kernels='fast' must be one of auto, reference"),
+        ("--mesh", "expert=2", "a 1x2x1 mesh needs 2 devices; there are 1"),
     ],
 )
 def test_bad_options_are_named(option, value, complaint):

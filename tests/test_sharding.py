@@ -86,6 +86,19 @@ def test_an_engine_over_a_mesh_that_is_given_as_text(found):
     assert found["engines"]["refused"]["data=3"] == "max_slots=8 cannot be split over the mesh's data=3; 6 or 9 can"
 
 
+def test_the_bench_of_a_step_counts_for_each_device(found):
+    """A sum in each of three layers, one exchange of what the vocabulary's parts hold, two numbers on which all must agree."""
+    exchanges, experts = found["bench"]["counted"]
+    assert exchanges == 3 + 1 + 2
+    assert 2 <= experts <= 8
+    assert found["bench"]["read"] == pytest.approx(1)
+    assert found["bench"]["kernel_times"] == []
+    assert found["bench"]["refused"] == "batch=1: slot=1 cannot be split over 2 devices (mesh axes data); it can over 1"
+    assert found["bench"]["timed"]
+    assert found["bench"]["same"]
+    assert found["bench"]["placed"]
+
+
 def test_arrays_without_elements_stay_outside():
     """XLA for GPUs crashes on them: what each device does makes its own."""
     slots, devices = spec("slot"), AbstractMesh((2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 3)

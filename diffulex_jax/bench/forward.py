@@ -15,10 +15,11 @@ from diffulex_jax.decode.forward import forward
 from diffulex_jax.decode.program import Program
 from diffulex_jax.engine.build import plan
 from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.programs import own_pages, param_specs
 from diffulex_jax.models.base import Model, Params, leaves
 from diffulex_jax.models.ops import Ops
-from diffulex_jax.parallel.mesh import ONE_DEVICE, parts
-from diffulex_jax.state import DecodeState, KVPool
+from diffulex_jax.parallel.mesh import ONE_DEVICE, parts, spec, spread
+from diffulex_jax.state import POOL_AXES, STATE_AXES, DecodeState, KVPool
 from diffulex_jax.strategies import Strategy
 from diffulex_jax.weights.quantise import stored_bytes
 from pallas_kernels import Kernels, expert_choice
@@ -64,11 +65,12 @@ def bare(
 
 
 def touch_counter(program: Program) -> tuple[Callable[..., jax.Array], list[int]]:
-    """A :func:`bare` forward that counts the experts its tokens go to.
+    """A :func:`bare` forward over the current mesh that counts the experts its tokens go to.
 
     Returns:
-      ``(forward(params, pool, shared_part(state), page_table), counts)``; each run appends a number for each mixture-of-experts layer to
-      ``counts`` by the time ``jax.effects_barrier`` returns.
+      ``(forward(params, pool, shared_part(state), page_table), counts)``; each run appends a number for each mixture-of-experts layer, and
+      on several devices for each device, to ``counts`` by the time ``jax.effects_barrier`` returns. A device counts all the experts that
+      the tokens of its slots go to, its own and others'.
     """
     counts: list[int] = []
 
@@ -83,9 +85,10 @@ def touch_counter(program: Program) -> tuple[Callable[..., jax.Array], list[int]
         return ops._replace(experts=experts)
 
     def count(params: Params, pool: KVPool, state: DecodeState, page_table: jax.Array) -> jax.Array:
-        return bare(program, params, pool, state, page_table, watch=counting)
+        return bare(program, params, pool, state, own_pages(page_table, pool), watch=counting)
 
-    return count, counts
+    slots, pages = spec(*STATE_AXES), spec(*POOL_AXES)
+    return spread(count, (param_specs(program.model), pages, slots, slots), slots), counts
 
 
 def step_bytes(

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
 
 from diffulex_jax.models.base import Model, Params, leaves
 from diffulex_jax.models.registry import model_of
+from diffulex_jax.parallel.mesh import make_mesh, sharding
 from diffulex_jax.weights.quantise import store
 from pallas_kernels import REFERENCE, Kernels
 from pallas_kernels.quantised import Form
@@ -179,31 +181,35 @@ def shape_model(name: str) -> Model:
     return model_of(SHAPES[name], name=name)
 
 
-def random_params(model: Model, dtype: Any, *, weights: Form | None = None, kernels: Kernels = REFERENCE, seed: int = 0) -> Params:
-    """Random weights made on the device piece by piece: no copy of a stack of experts, and none in float32, ever exists. With
-    ``weights`` the experts are quantised layer by layer, in the form that ``kernels`` read.
+def random_params(
+    model: Model, dtype: Any, *, weights: Form | None = None, kernels: Kernels = REFERENCE, mesh: Mesh | None = None, seed: int = 0
+) -> Params:
+    """Random weights made on the devices of ``mesh`` (default: the first device) piece by piece: no copy of a stack of experts, and none
+    in float32, ever exists, and no device holds more of a stack than its part and a layer. With ``weights`` the experts are quantised
+    layer by layer, in the form that ``kernels`` read.
 
     Tokens choose their experts as if independently. Plain random weights would not do: masks all look alike, attention hardly
     tells their positions apart, and so they would share experts. Here queries only carry the fastest rotary frequencies, and
     with them a sharp attention, which gives every position a mix of values of its own.
     """
-    params = leaves(model.schema)
+    params, mesh = leaves(model.schema), make_mesh() if mesh is None else mesh
     made = []
     for (path, param), key in zip(params.items(), jax.random.split(jax.random.key(seed), len(params)), strict=True):
-        kind = param.dtype or dtype
+        kind, where, one = param.dtype or dtype, sharding(mesh, param.axes), sharding(mesh, param.axes[1:])
         if path[-1] == "q_norm":
             half = model.spec.layers.rotary_dim // 2
             fast = min(6, half)
-            made.append(jnp.zeros(param.shape, kind).at[:, :fast].set(40).at[:, half : half + fast].set(40))
+            made.append(jax.device_put(jnp.zeros(param.shape, kind).at[:, :fast].set(40).at[:, half : half + fast].set(40), where))
         elif param.init != "normal":
-            made.append(jnp.full(param.shape, {"ones": 1, "zeros": 0}[param.init], kind))
+            made.append(jnp.full(param.shape, {"ones": 1, "zeros": 0}[param.init], kind, device=where))
         elif param.axes[0] != "layer":
-            made.append(_normal(key, param.shape, kind))
+            made.append(_normal(key, param.shape, kind, where))
         else:
-            keep = jax.jit(store(param, weights, kernels=kernels, dtype=dtype) or _same)
-            stack = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(keep, jax.ShapeDtypeStruct(param.shape, kind)))
+            form = store(param, weights, kernels=kernels, dtype=dtype) or _same
+            keep, kept = jax.jit(form, out_shardings=one), jax.eval_shape(form, jax.ShapeDtypeStruct(param.shape, kind))
+            stack = jax.tree.map(lambda a, where=where: jnp.zeros(a.shape, a.dtype, device=where), kept)
             for layer, part in enumerate(jax.random.split(key, param.shape[0])):
-                stack = _put(stack, keep(_normal(part, param.shape[1:], kind)), layer)
+                stack = _put(stack, keep(_normal(part, param.shape[1:], kind, one)), layer)
             made.append(stack)
     tree: Params = {}
     for path, array in zip(params, made, strict=True):
@@ -211,12 +217,13 @@ def random_params(model: Model, dtype: Any, *, weights: Form | None = None, kern
     return tree
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> jax.Array:
     """Normal with deviation 0.02, in pieces along the first axis."""
     pieces = math.gcd(shape[0], 16)
     piece = (shape[0] // pieces, *shape[1:])
-    return lax.map(lambda k: jax.random.normal(k, piece, dtype) * jnp.asarray(0.02, dtype), jax.random.split(key, pieces)).reshape(shape)
+    made = lax.map(lambda k: jax.random.normal(k, piece, dtype) * jnp.asarray(0.02, dtype), jax.random.split(key, pieces))
+    return lax.with_sharding_constraint(made.reshape(shape), where)
 
 
 def _same(piece: jax.Array) -> jax.Array:

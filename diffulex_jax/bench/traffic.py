@@ -1,4 +1,4 @@
-"""How fast the device moves bytes, and how fast it multiplies matrices."""
+"""How fast a device moves bytes and multiplies matrices, and how fast several add up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffulex_jax.engine.dispatch import jit
 
@@ -26,6 +28,20 @@ def matmul_rate(device: jax.Device, dtype: Any) -> float:
     times_itself = jit(lambda x: x @ x, dtype, device)
     x = jax.block_until_ready(times_itself(jnp.zeros((size, size), dtype)))
     return 2 * size**3 / _best_seconds(times_itself, x)
+
+
+def sum_seconds(mesh: Mesh, size: int) -> float:
+    """Seconds of one sum of arrays of ``size`` bytes over all devices of ``mesh``, in a program of many that wait for each other."""
+    count, own = 40, PartitionSpec(mesh.axis_names)
+
+    def local(x: jax.Array) -> jax.Array:
+        for _ in range(count):
+            x = lax.psum(x, mesh.axis_names) * 0.5  # what is not changed between them could be one sum
+        return x
+
+    add_up = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=own, out_specs=own, check_vma=False), donate_argnums=0)
+    x = jnp.zeros((mesh.size, max(1, size // 4)), jnp.float32, device=NamedSharding(mesh, own))
+    return _best_seconds(add_up, x) / count
 
 
 def _best_seconds(change: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:

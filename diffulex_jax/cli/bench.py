@@ -69,6 +69,7 @@ def bench_step(
     cache: Annotated[str | None, typer.Option(help="Of a model that sees its whole canvas: none, prefix or dual. Default: none.")] = None,
     sub_block_cache: Annotated[int | None, typer.Option(help="Of Fast-dLLM v2: forwards over one sub-block of so many tokens.")] = None,
     kernels: Annotated[str, typer.Option(help="auto (the device's own kernels) or reference (plain XLA).")] = "auto",
+    mesh: Annotated[str | None, typer.Option(help="How devices share the work: data=2,expert=2. Default: one device.")] = None,
     repeats: Annotated[int, typer.Option(help="How many blocks of each combination are timed.")] = 10,
     as_json: _AsJson = False,
 ) -> None:
@@ -89,6 +90,7 @@ def bench_step(
             cache=cache,
             sub_block_cache=sub_block_cache,
             kernels=kernels,
+            mesh=mesh,
             repeats=repeats,
             progress=(lambda line: None) if as_json else typer.echo,
         )

@@ -48,7 +48,7 @@ def denoise(
             params,
             pool,
             rows,
-            page_table=_own(page_table, pool),
+            page_table=own_pages(page_table, pool),
             known=known,
             steps=steps,
             max_steps=max_steps,
@@ -80,7 +80,7 @@ def prefill(
     order."""
 
     def local(params: Any, pool: KVPool, tokens: Any, start: Any, length: Any, written: Any, page_table: Any) -> Any:
-        here = _own(page_table, pool)
+        here = own_pages(page_table, pool)
         return decode.prefill(program, params, pool, tokens, start=start, length=length, written=written, page_table=here)
 
     pages, slots = spec(*POOL_AXES), spec(*STATE_AXES)
@@ -102,7 +102,7 @@ def param_specs(model: Model) -> Any:
     return jax.tree.map(lambda param: spec(*param.axes), model.schema, is_leaf=is_param)
 
 
-def _own(pages: jax.Array, pool: KVPool) -> jax.Array:
+def own_pages(pages: jax.Array, pool: KVPool) -> jax.Array:
     """Pages of the whole pool as pages of this device's part; those of other devices become one past it, which is none."""
     count = pool.k.shape[1]
     at = pages - first_index("page", count)
