@@ -7,7 +7,7 @@ QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 ge
 # Files that compile much, run little, and hold no bits to other bits: XLA's compiler does a third less for them than for users.
 QUICK := XLA_FLAGS="--xla_backend_optimization_level=1 \
 	--xla_backend_extra_options=xla_cpu_disable_loop_unrolling,xla_cpu_disable_new_fusion_emitters"
-QUICK_FILES := $(patsubst %,tests/test_%.py,output_contract golden_sdar engine properties blocks_and_pages requests readme)
+QUICK_FILES := $(patsubst %,tests/test_%.py,output_contract stopping golden_sdar engine generate properties blocks_and_pages requests readme)
 
 .PHONY: run test test-fast test-pods test-gpu test-soak notebooks browser clean
 

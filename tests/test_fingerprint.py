@@ -11,7 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from test_engine import tiny_engine
+from small import tiny_engine
 
 from diffulex_jax import SamplingParams, Strategy, stateless
 from diffulex_jax.engine.fingerprint import strategy_id
