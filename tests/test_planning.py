@@ -188,7 +188,7 @@ def test_every_shape_has_a_plan(nothing_compiles, shape):
         (["--topology", "h100:4", "--mesh", "tensors=4"], "'tensors=4' is not AXIS=DEVICES"),
         (["--topology", "h100:1", "--max-len", "40000"], "max_model_len=40000 exceeds"),
         (["--topology", "h100:1", "--dtype", "int8"], "dtype='int8' must be one of"),
-        (["--topology", "h100:1", "--weights", "fp8"], "weights='fp8' must be one of"),
+        (["--topology", "h100:1", "--weights", "nf4"], "weights='nf4' must be one of"),
         (["--topology", "h100:1", "--kv", "int4"], "kv='int4' must be one of"),
         (["--topology", "h100:1", "--strategy", "dream"], "strategy 'dream' is not for this model"),
     ],
