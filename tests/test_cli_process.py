@@ -44,7 +44,15 @@ def test_an_argument_that_is_no_utf_8_is_one_line():
 
 @pytest.mark.parametrize(
     "args",
-    [["--help"], ["generate", "--help"], ["serve", "--help"], ["convert", "--help"], ["plan", "--help"], ["bench", "decode", "--help"]],
+    [
+        ["--help"],
+        ["generate", "--help"],
+        ["trace", "--help"],
+        ["serve", "--help"],
+        ["convert", "--help"],
+        ["plan", "--help"],
+        ["bench", "decode", "--help"],
+    ],
 )
 def test_help_is_whole_and_comes_at_once(args):
     """In a second of processor time, so that a busy machine does not matter, and without what takes seconds to import."""

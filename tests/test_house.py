@@ -28,7 +28,7 @@ FLOORS = [
     ("diffulex_jax.decode", "diffulex_jax.weights"),
     ("diffulex_jax.engine",),
     ("diffulex_jax.async_serving", "diffulex_jax.training", "diffulex_jax.bench", "diffulex_jax.planning", "diffulex_jax.viz"),
-    ("diffulex_jax.cli",),
+    ("diffulex_jax.cli", "diffulex_jax.__main__"),
 ]
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
 from diffulex_jax import Output, SamplingParams, viz
 from diffulex_jax.engine.results import TraceStep
-from diffulex_jax.viz import denoising
+from diffulex_jax.viz import denoising, steps
 from diffulex_jax.viz.denoising import COMMITTED, FILLED, MASK, PROMPT, WAITING
 
 
@@ -165,12 +167,51 @@ def test_compare_labels_every_bar():
         viz.compare({})
 
 
+def test_accepted_are_positions_that_a_forward_found_masked_and_filled():
+    assert np.argwhere(steps.accepted(denoising.grid(output()))).tolist() == [[0, 2], [1, 3], [3, 3], [4, 4], [5, 5], [5, 6]]
+
+
+def test_every_view_of_the_steps_is_one_call():
+    confident = viz.confidence(output()).axes[0]
+    (image,) = confident.images
+    assert image.get_array().shape == (6, 7, 4) and confident.get_xlim() == (0, 7)
+    assert len({tuple(pixel) for pixel in image.get_array()[0]}) == 4  # prompt, sure, masked, not begun
+    named = viz.events(output()).axes[0]
+    assert [text.get_text() for text in named.get_legend().get_texts()] == [
+        *("masked", "kept", "accepted", "revised", "masked again", "committed", "prompt")
+    ]
+    pixels = named.images[0].get_array()
+    assert tuple(pixels[5, 4]) == to_rgba(denoising.EDIT) and tuple(pixels[2, 3]) == to_rgba(denoising.REMASK)
+    bars = viz.tokens_per_step(output()).axes[0]
+    heights = [[bar.get_height() for bar in kind] for kind in bars.containers]
+    assert heights == [[1, 1, 0, 1, 1, 2], [0, 0, 0, 0, 0, 1], [0, 0, -1, 0, 0, 0]]
+    assert bars.get_title(loc="left") == "0.8 tokens a forward (dashed)"
+    figure, axes = plt.subplots(3)
+    assert all(view(output(), ax=ax) is figure for view, ax in zip((viz.confidence, viz.events, viz.tokens_per_step), axes, strict=True))
+    plt.close(figure)
+
+
+def test_a_replay_needs_a_trace_and_no_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = viz.replay({"a": output(), "b": output(STEPS[:4], tokens="ac")})
+    records = json.loads(page.split('id="records">')[1].split("</script>")[0])
+    assert records["block_size"] == 4 and [lane["name"] for lane in records["lanes"]] == ["a", "b"]
+    patches = records["lanes"][0]["records"]
+    assert [patch["token_ids"] for patch in patches[:2]] == [[ord("a"), None], [ord("a"), ord("b")]]
+    assert patches[4]["token_offset"] == 2 and patches[-1]["event"] == "final"
+    assert len(patches[-2]["token_ids"]) == 3  # what max_tokens leaves of the last block
+    with pytest.raises(ValueError, match="this output has no trace; pass trace=True"):
+        viz.replay(output(steps=None))
+    with pytest.raises(ValueError, match="nothing to replay"):
+        viz.replay({})
+
+
 def test_missing_matplotlib_is_named(monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("matplotlib", "diffulex_jax.viz"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"diffulex-jax\[viz\]"):
-        importlib.import_module("diffulex_jax.viz")
+        _ = importlib.import_module("diffulex_jax.viz").canvas
 
 
 @pytest.mark.parametrize("buffer_size", [1, 2])

@@ -187,24 +187,7 @@ def _finish(request: ServingRequestState, output: Output) -> list[protocol.Event
             text, tail = _tail(request.text, output.token_ids, text)
         if tokens or tail:
             events.append(_commit(request, tokens, tail, output.nfe))
-    events.append(
-        protocol.Reply(
-            id=request.command.id,
-            index=request.index,
-            text=text,
-            token_ids=tuple(output.token_ids),
-            finish_reason=output.finish_reason,
-            nfe=output.nfe,
-            revised_tokens=output.revised_tokens,
-            remasked_tokens=output.remasked_tokens,
-            seconds=output.seconds,
-            queue_seconds=output.queue_seconds,
-            first_block_seconds=output.first_block_seconds,
-            seed=output.seed,
-            logprobs=None if output.logprobs is None else tuple(output.logprobs),
-            step_map=None if output.step_map is None else tuple(output.step_map),
-        )
-    )
+    events.append(protocol.Reply.of(output, id=request.command.id, index=request.index, text=text))
     return events
 
 
@@ -237,27 +220,13 @@ def _steps(request: ServingRequestState, trace: Sequence[TraceStep] | None) -> l
     if trace is None or request.confidence is None:
         return events
     for number, step in enumerate(trace[request.steps :], request.steps + 1):
-        offset = step.start - len(request.command.prompt)
-        inside = slice(max(0, -offset), max(0, request.command.params.max_tokens - offset))
-        offset = max(0, offset)
-        confidence = step.confidence[inside]
-        request.confidence[offset : offset + len(confidence)] = confidence
-        if request.command.provisional:
-            events.append(
-                protocol.Provisional(
-                    id=request.command.id,
-                    index=request.index,
-                    nfe=number,
-                    offset=offset,
-                    token_ids=tuple(
-                        None if masked else token
-                        for token, masked in zip(step.tokens[inside].tolist(), step.masked[inside].tolist(), strict=True)
-                    ),
-                    confidence=tuple(confidence.tolist()),
-                    revised=tuple((np.flatnonzero(step.revised[inside]) + offset).tolist()),
-                    remasked=tuple((np.flatnonzero(step.remasked[inside]) + offset).tolist()),
-                )
-            )
+        command = request.command
+        patch = protocol.Provisional.of(
+            step, id=command.id, index=request.index, nfe=number, prompt_tokens=len(command.prompt), max_tokens=command.params.max_tokens
+        )
+        request.confidence[patch.offset : patch.offset + len(patch.confidence)] = patch.confidence
+        if command.provisional:
+            events.append(patch)
     request.steps = len(trace)
     return events
 

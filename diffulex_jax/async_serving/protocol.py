@@ -14,7 +14,7 @@ by ``offset`` from 0 (the first position after the prompt); it starts masked. A 
 (forward) left it: cell ``offset + i`` becomes ``token_ids[i]``, or masked where that is None. Applied in order they show what the model
 saw, step by step; cells may change, and be masked again. Cells that no later patch touches keep their token. After the last patch the first
 ``len(Reply.token_ids)`` cells are ``Reply.token_ids``; cells after them hold what the model wrote past the end (an EOS, say).
-Over HTTP the same record is a JSON object; see ``http.events``.
+Over HTTP the same record is a JSON object; see ``records``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
+from diffulex_jax.engine.results import Output, TraceStep
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.sampling_params import SamplingParams
 
@@ -130,6 +133,24 @@ class Provisional:
     revised: tuple[int, ...]
     remasked: tuple[int, ...]
 
+    @classmethod
+    def of(cls, step: TraceStep, *, id: str, index: int, nfe: int, prompt_tokens: int, max_tokens: int) -> Provisional:
+        """A step of a trace, without the positions of the prompt and those past ``max_tokens``."""
+        offset = step.start - prompt_tokens
+        inside = slice(max(0, -offset), max(0, max_tokens - offset))
+        offset = max(0, offset)
+        tokens, masked = step.tokens[inside].tolist(), step.masked[inside].tolist()
+        return cls(
+            id=id,
+            index=index,
+            nfe=nfe,
+            offset=offset,
+            token_ids=tuple(None if hidden else token for token, hidden in zip(tokens, masked, strict=True)),
+            confidence=tuple(step.confidence[inside].tolist()),
+            revised=tuple((np.flatnonzero(step.revised[inside]) + offset).tolist()),
+            remasked=tuple((np.flatnonzero(step.remasked[inside]) + offset).tolist()),
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
@@ -149,6 +170,26 @@ class Reply:
     seed: int
     logprobs: tuple[float, ...] | None
     step_map: tuple[tuple[int, int], ...] | None
+
+    @classmethod
+    def of(cls, output: Output, *, id: str, index: int, text: str | None) -> Reply:
+        """An output; ``text`` is what was given out of it."""
+        return cls(
+            id=id,
+            index=index,
+            text=text,
+            token_ids=tuple(output.token_ids),
+            finish_reason=output.finish_reason,
+            nfe=output.nfe,
+            revised_tokens=output.revised_tokens,
+            remasked_tokens=output.remasked_tokens,
+            seconds=output.seconds,
+            queue_seconds=output.queue_seconds,
+            first_block_seconds=output.first_block_seconds,
+            seed=output.seed,
+            logprobs=None if output.logprobs is None else tuple(output.logprobs),
+            step_map=None if output.step_map is None else tuple(output.step_map),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

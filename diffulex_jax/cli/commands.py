@@ -1,4 +1,4 @@
-"""``diffulex-jax generate``, ``serve``, ``convert``, ``plan``, ``quantize`` and ``doctor``; ``bench`` stands beside.
+"""``diffulex-jax serve``, ``convert``, ``plan``, ``quantize`` and ``doctor``; ``generate``, ``trace`` and ``bench`` stand beside.
 
 Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``EngineConfig``.
 """
@@ -12,21 +12,16 @@ import json
 import os
 import pathlib
 import threading
-import time
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 from diffulex_jax.async_serving.settings import ServerSettings
-from diffulex_jax.cli import interrupt, preflight, progress, prompts, surroundings
+from diffulex_jax.cli import interrupt, surroundings
 from diffulex_jax.cli.bench import bench
-from diffulex_jax.cli.options import SHAPE_NAMES, STRATEGY_NAMES, PlainCommand, one_line_errors, settings_as_options, split
+from diffulex_jax.cli.generate import generate, trace
+from diffulex_jax.cli.options import SHAPE_NAMES, STRATEGIES, USUAL, AsJson, Mesh, Model, PlainCommand, one_line_errors, settings_as_options
 from diffulex_jax.engine.config import EngineConfig
-from diffulex_jax.sampling_params import SamplingParams
-
-
-if TYPE_CHECKING:
-    from diffulex_jax.engine.results import Output
 
 
 class CommandLine(typer.Typer):
@@ -46,6 +41,8 @@ app = CommandLine(
     help="Diffusion language models in JAX.",
 )
 app.add_typer(bench, name="bench")
+app.command("generate", cls=PlainCommand)(generate)
+app.command("trace", cls=PlainCommand)(trace)
 
 
 def _show_version(wanted: bool) -> None:
@@ -64,58 +61,7 @@ def main(
     """Diffusion language models in JAX."""
 
 
-_Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")]
-_Mesh = Annotated[
-    str | None,
-    typer.Option(help="How devices share the work: data=2,expert=2,tensor=2. Default: one device.", rich_help_panel="The engine"),
-]
 _PLAN_MESH = "How the devices are used: data=4,expert=2,tensor=2. Default: the smallest expert x tensor that fits, the rest to data."
-_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-_STRATEGIES = f"{', '.join(STRATEGY_NAMES)}, or the import path of one of your own, my_module:my_rule"
-_USUAL = "Default: the one that the model's authors decode it with."
-_PROMPT = "The prompt as text; several are answered in order. '-', or none at all: standard input."
-
-
-@app.command(cls=PlainCommand)
-@settings_as_options(SamplingParams, EngineConfig, leave_out=("max_slots", "warm_up"))
-def generate(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help=_PROMPT)] = None,
-    *,
-    model: _Model = "embedded",
-    strategy: Annotated[str | None, typer.Option(help=f"One of {_STRATEGIES}. {_USUAL}")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="The prompt as text. May be given several times.")] = None,
-    prompt_file: Annotated[
-        list[pathlib.Path] | None, typer.Option(help="A UTF-8 file that holds one prompt. May be given several times.")
-    ] = None,
-    prompt_ids: Annotated[list[str] | None, typer.Option(help="The prompt as token ids: 1,2,3. May be given several times.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt through the model's chat template.")] = False,
-    mesh: _Mesh = None,
-    as_json: _AsJson = False,
-    **settings: Any,
-) -> None:
-    """Decode prompts. With several, or with --n above 1, the JSON object is {"outputs": [...]}."""
-    with one_line_errors():
-        asked = prompts.collect(arguments or [], texts=prompt or [], files=prompt_file or [], ids=prompt_ids or [])
-        if chat and prompt_ids:
-            raise ValueError("--chat takes prompts as text, not --prompt-ids")
-        sampling, engine_settings = split(settings)
-        slots = min(sampling.n * len(asked), max(sampling.n, EngineConfig().max_slots))
-        began = time.perf_counter()
-        with progress.shown():
-            from diffulex_jax.engine.engine import Engine  # late, as all that takes JAX
-
-            configured = EngineConfig(max_slots=slots, **engine_settings)
-            asked = preflight.prepare(model, strategy, asked, chat=chat, sampling=sampling, settings=configured)
-            engine = Engine.from_pretrained(model, strategy=strategy, max_slots=slots, mesh=mesh, warm_up=False, **engine_settings)
-            engine.warm_up(asked, sampling)
-        start_seconds = time.perf_counter() - began
-        outputs = engine.generate(asked, sampling)
-    if not as_json:
-        typer.echo("\n\n".join(_readable(output, start_seconds) for output in outputs))
-    elif len(outputs) == 1:
-        typer.echo(json.dumps(_plain(outputs[0])))
-    else:
-        typer.echo(json.dumps({"outputs": [_plain(output) for output in outputs]}))
 
 
 class Isolation(enum.Enum):
@@ -142,8 +88,8 @@ _CACHE = "Keeps compiled programs. Default: $DIFFULEX_JAX_CACHE, or the user's c
 @settings_as_options(EngineConfig, ServerSettings, leave_out=("warm_up",))
 def serve(
     *,
-    model: _Model = "embedded",
-    strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {_STRATEGIES}. {_USUAL}")] = None,
+    model: Model = "embedded",
+    strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {STRATEGIES}. {USUAL}")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
     isolation: Annotated[
@@ -154,7 +100,7 @@ def serve(
     ] = 3.0,
     tick_seconds: Annotated[float, typer.Option(help="Longest time one step may take in a process.", rich_help_panel=_PROCESS)] = 120.0,
     compile_cache: Annotated[pathlib.Path | None, typer.Option(help=_CACHE)] = None,
-    mesh: _Mesh = None,
+    mesh: Mesh = None,
     distributed: _Distributed = False,
     coordinator: _Coordinator = None,
     hosts: _Hosts = None,
@@ -200,11 +146,11 @@ def serve(
 @app.command("convert", cls=PlainCommand)
 def convert_(
     *,
-    model: _Model,
+    model: Model,
     out: Annotated[pathlib.Path, typer.Option(help="The directory to make. Of several hosts, all see it.")],
     dtype: Annotated[str, typer.Option(help="Of parameters: bfloat16 or float32.")] = "bfloat16",
     weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8, int4 or fp8. Default: as --dtype.")] = None,
-    mesh: _Mesh = None,
+    mesh: Mesh = None,
     distributed: _Distributed = False,
     coordinator: _Coordinator = None,
     hosts: _Hosts = None,
@@ -240,8 +186,8 @@ def plan_(
     dtype: Annotated[str, typer.Option(help="Of parameters, activations and the KV pool: bfloat16 or float32.")] = "bfloat16",
     weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8, int4 or fp8. Default: as --dtype.")] = None,
     kv: Annotated[str | None, typer.Option(help="Of the KV pool: bfloat16, fp8 or int8. Default: as --dtype.")] = None,
-    strategy: Annotated[str | None, typer.Option(help=f"One of {_STRATEGIES}. {_USUAL}")] = None,
-    as_json: _AsJson = False,
+    strategy: Annotated[str | None, typer.Option(help=f"One of {STRATEGIES}. {USUAL}")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Plan a model on devices that need not be there.
 
@@ -264,7 +210,7 @@ def plan_(
 @app.command(cls=PlainCommand)
 def quantize(
     *,
-    model: _Model,
+    model: Model,
     weights: Annotated[str, typer.Option(help="Of a mixture's experts: int8, int4 or fp8.")],
     out: Annotated[pathlib.Path, typer.Option(help="The directory to write; it must not be there, or be empty.")],
 ) -> None:
@@ -287,8 +233,8 @@ def quantize(
 def doctor(
     *,
     model: Annotated[str | None, typer.Option(help="Say which kernels it will run with: a directory, a hub id, or 'embedded'.")] = None,
-    strategy: Annotated[str | None, typer.Option(help=f"One of {_STRATEGIES}. {_USUAL}")] = None,
-    as_json: _AsJson = False,
+    strategy: Annotated[str | None, typer.Option(help=f"One of {STRATEGIES}. {USUAL}")] = None,
+    as_json: AsJson = False,
     **settings: Any,
 ) -> None:
     """Show what JAX sees here, and which kernels it takes; for a model, which of them it runs with, and what falls back to plain XLA."""
@@ -310,22 +256,3 @@ def _several(distributed: bool, *told: str | int | None) -> bool:
     if any(value is not None for value in told) and not (distributed or None not in told):
         raise ValueError("--coordinator, --hosts and --host-index go together, or with --distributed")
     return distributed or None not in told
-
-
-def _plain(output: Output) -> dict[str, Any]:
-    fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output) if field.name != "trace"}
-    return fields | {"tokens_per_forward": output.tokens_per_forward}
-
-
-def _readable(output: Output, start_seconds: float) -> str:
-    answer = output.text if output.text is not None else ",".join(map(str, output.token_ids))
-    figures = {
-        "tokens": f"{len(output.token_ids)} ({output.finish_reason})",
-        "forwards": output.nfe,
-        "tokens per forward": f"{output.tokens_per_forward:.2f}",
-        "edits": output.revised_tokens,
-        "masked again": output.remasked_tokens,
-        "seed": output.seed,
-        "seconds": f"{output.seconds:.2f}, after {start_seconds:.1f} to load and compile",
-    }
-    return "\n".join([answer, "", *(f"{name:>18}  {value}" for name, value in figures.items())])

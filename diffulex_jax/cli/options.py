@@ -33,6 +33,16 @@ SHAPE_NAMES = (
 )
 """The names in ``bench.shapes.SHAPES``, likewise."""
 
+# What several commands say in the same words.
+Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")]
+Mesh = Annotated[
+    str | None,
+    typer.Option(help="How devices share the work: data=2,expert=2,tensor=2. Default: one device.", rich_help_panel="The engine"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+STRATEGIES = f"{', '.join(STRATEGY_NAMES)}, or the import path of one of your own, my_module:my_rule"
+USUAL = "Default: the one that the model's authors decode it with."
+
 # Settings that every language model has. All others of SamplingParams say how the canvas is denoised.
 _REQUEST = {
     *("max_tokens", "temperature", "top_p", "top_k", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "min_tokens"),

@@ -1,10 +1,36 @@
-"""Pictures of decoding. They need matplotlib: ``pip install "diffulex-jax[viz]"``."""
+"""Pictures of decoding. All but :func:`replay` need matplotlib: ``pip install "diffulex-jax[viz]"``."""
 
-try:
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from diffulex_jax import lazy
+
+
+if TYPE_CHECKING:
     from diffulex_jax.viz.comparison import compare
     from diffulex_jax.viz.denoising import canvas
-except ModuleNotFoundError as error:
-    raise ImportError('diffulex_jax.viz needs matplotlib: pip install "diffulex-jax[viz]"') from error
+    from diffulex_jax.viz.replaying import replay
+    from diffulex_jax.viz.steps import confidence, events, tokens_per_step
 
 
-__all__ = ["canvas", "compare"]
+__all__ = ["canvas", "compare", "confidence", "events", "replay", "tokens_per_step"]
+
+_find = lazy.names(
+    __name__,
+    {
+        "canvas": "diffulex_jax.viz.denoising",
+        "compare": "diffulex_jax.viz.comparison",
+        "confidence": "diffulex_jax.viz.steps",
+        "events": "diffulex_jax.viz.steps",
+        "replay": "diffulex_jax.viz.replaying",
+        "tokens_per_step": "diffulex_jax.viz.steps",
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        return _find(name)
+    except ModuleNotFoundError as error:
+        raise ImportError('diffulex_jax.viz needs matplotlib: pip install "diffulex-jax[viz]"') from error

@@ -120,7 +120,7 @@ def canvas(output: Output, *, decode_token: Callable[[int], str] | None = None, 
         axes = [ax]
     for part, axis in zip(parts, axes, strict=True):
         _draw_cells(axis, part, columns)
-        _draw_ticks(axis, part)
+        draw_ticks(axis, part)
     _draw_legend(axes, parts, output)
     root = axes[0].get_figure(root=True)
     assert root is not None
@@ -152,7 +152,7 @@ def _draw_cells(ax: Axes, cells: Grid, columns: int) -> None:
     ax.set_ylim(height, 0)
 
 
-def _draw_ticks(ax: Axes, cells: Grid) -> None:
+def draw_ticks(ax: Axes, cells: Grid) -> None:
     height, width = cells.kind.shape
     every = 8 if width <= 128 else 32
     positions = [p for p in range(cells.position, cells.position + width) if p % every == 0]

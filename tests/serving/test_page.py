@@ -6,12 +6,16 @@ import re
 import shutil
 
 import httpx
+import numpy as np
 import pytest
 import running
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from diffulex_jax import Output, viz
+from diffulex_jax.engine.results import TraceStep
 
 
 KEY = "open-sesame"
@@ -43,9 +47,9 @@ def browser(tmp_path_factory):
 class Page:
     """The page as a user has it before their eyes."""
 
-    def __init__(self, browser, server):
+    def __init__(self, browser, url):
         self.browser = browser
-        browser.get(server.url)
+        browser.get(url)
 
     def one(self, selector):
         return self.browser.find_element(By.CSS_SELECTOR, selector)
@@ -94,7 +98,7 @@ class Page:
 
 @pytest.fixture
 def opened(browser, server):
-    opened = Page(browser, server).sign_in()
+    opened = Page(browser, server.url).sign_in()
     browser.get_log("browser")
     yield opened
     # A refused request shows in the console, as it should; a broken script or a blocked style must not.
@@ -119,7 +123,7 @@ def test_only_the_page_itself_is_open_to_those_without_a_key(server):
 
 
 def test_a_wrong_key_is_told_and_a_right_one_opens_the_page(browser, server):
-    opened = Page(browser, server)
+    opened = Page(browser, server.url)
     opened.until(lambda: "wants an API key" in opened.one("#server").text)
     assert not opened.one("#error").is_displayed()
     opened.write("#key", "wrong" + Keys.TAB)
@@ -319,3 +323,58 @@ def test_a_server_that_is_gone_is_an_error(opened):
     opened.ask()
     opened.until(lambda: opened.one("#error").is_displayed())
     assert opened.one("#error").text == "the server cannot be reached"
+
+
+class Words:
+    """A tokenizer whose tokens are characters; one is an attack."""
+
+    @staticmethod
+    def piece(token):
+        return {ord("!"): "</script><b>"}.get(token, chr(token))
+
+    def decode(self, ids):
+        return "".join(map(self.piece, ids))
+
+
+def recorded(*windows: str, answer: str) -> Output:
+    """An output whose forwards left these windows of four behind a prompt of two tokens: letters, ``_`` masked, a capital edited."""
+    steps = []
+    for start, text in ((4 * int(window[0]), window[1:]) for window in windows):
+        tokens, masked = np.array([ord(c.lower()) for c in text]), np.array([c == "_" for c in text])
+        edited = np.array([c.isupper() for c in text])
+        steps.append(TraceStep(start, tokens, masked, np.where(masked, 0, 0.5), edited, np.zeros(4, bool)))
+    return Output(
+        text=Words().decode(ids := list(map(ord, answer))),
+        token_ids=ids,
+        finish_reason="length",
+        nfe=len(steps),
+        revised_tokens=1,
+        remasked_tokens=0,
+        prompt_token_ids=[112, 33],
+        seconds=1.5,
+        queue_seconds=0.0,
+        first_block_seconds=0.5,
+        seed=0,
+        trace=steps,
+    )
+
+
+def test_a_replay_is_a_file_with_the_same_canvases_that_reaches_no_host(browser, tmp_path):
+    slow, fast = recorded("0ppa_", "0ppaX", "1c___", "1c!__", answer="axc!"), recorded("0ppab", "1c!__", answer="abc!")
+    file = tmp_path / "race.html"
+    file.write_text(viz.replay({"slow": slow, "fast": fast}, tokenizer=Words()), encoding="utf-8")
+    browser.get_log("browser")
+    page = Page(browser, file.as_uri())
+    page.finished(lanes=2)  # it plays by itself
+    assert [lane.text for lane in page.all("h2 b")] == ["slow", "fast"]
+    assert [asked.text for asked in page.all(".asked")] == ["p</script><b>"] * 2
+    assert [answer.get_property("textContent") for answer in page.all(".answer")] == ["axc</script><b>", "abc</script><b>"]
+    assert "fast took 2 forwards where slow took 4: 2.0 times fewer." in page.one("#comparison").text
+    assert [len(block.find_elements(By.CSS_SELECTOR, ".cell")) for block in page.all(".lane:first-child .block")] == [2, 2]
+    assert page.one("[data-figure=seconds]").text == "1.50"
+    page.scrub_to(2)
+    assert [cell.text for cell in page.cells("filled")] == ["a", "x"] and len(page.all(".cell[data-event=edited]")) == 1
+    assert page.one("[data-figure=seconds]").text == "–" and not page.all("form, #error, #server")
+    assert page.browser.execute_script("return fetch('data:,x').then(() => 'open', () => 'closed')") == "closed"
+    log = [entry["message"] for entry in browser.get_log("browser")]
+    assert all("data:,x" in message for message in log), log

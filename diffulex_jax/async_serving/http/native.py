@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from diffulex_jax.async_serving.http import events as records
+from diffulex_jax.async_serving import records
 from diffulex_jax.async_serving.http import work
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.requests import Abort, Detokenize, Generate, Tokenize
@@ -20,7 +20,7 @@ from diffulex_jax.async_serving.protocol import Commit, Provisional, Reply
 
 
 async def generate(service: Service, form: Generate, request: Request) -> Response:
-    """Decodes one prompt; answers with the record ``final`` of ``events`` (``{"outputs": [...]}`` of them where n is above 1)."""
+    """Decodes one prompt; answers with the record ``final`` of ``records`` (``{"outputs": [...]}`` of them where n is above 1)."""
     service.check_model(form.model)
     params = form.params()
     denoise = form.stream and form.stream_mode == "denoise"

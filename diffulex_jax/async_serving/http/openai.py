@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from diffulex_jax.async_serving.http import events as records
+from diffulex_jax.async_serving import records
 from diffulex_jax.async_serving.http import work
 from diffulex_jax.async_serving.http.errors import ApiError
 from diffulex_jax.async_serving.http.native import gathered, streamed
@@ -166,7 +166,7 @@ class Shape:
         return fields
 
     def snapshot(self, event: Provisional) -> dict[str, Any]:
-        """A provisional patch; the record ``buffer_snapshot`` of ``events``."""
+        """A provisional patch; the record ``buffer_snapshot`` of ``records``."""
         n = self.job.params.n
         return records.buffer_snapshot(
             event,

@@ -1,11 +1,12 @@
 "use strict"; // A lane on the screen: its canvas of cells, its answer, its film.
 
+let blockSize = 32;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const printable = (text) => text.trim() || text.replaceAll("\n", "⏎").replaceAll(" ", "␣") || "∅";
 
-function newLane(choice) {
-  const root = $("lane").content.firstElementChild.cloneNode(true), name = choice.elements.strategy.value, find = (x) => root.querySelector(x);
-  const lane = { root, name, choice, frames: [], nodes: [], prompt: 0, final: null, state: "denoising", controller: new AbortController() };
+function newLane(name, more) {
+  const root = $("lane").content.firstElementChild.cloneNode(true), find = (x) => root.querySelector(x);
+  const lane = { root, name, frames: [], nodes: [], prompt: 0, final: null, state: "denoising", controller: new AbortController(), ...more };
   Object.assign(lane, { canvas: find(".canvas"), answer: find(".answer"), film: find(".film"), head: find(".head"), label: find("h2 span") });
   find("h2 b").textContent = name;
   for (const type of ["pointerover", "focusin"]) lane.canvas.addEventListener(type, (event) => tell(lane, event.target));
@@ -62,7 +63,8 @@ function flash(node, event) {
 
 function showFigures(lane, frame, at, length) {
   const tokens = frame.cells.filter((cell, i) => cell.id !== null && i < length).length;
-  const figures = { forwards: at, tokens, rate: (tokens / Math.max(1, at)).toFixed(2), edits: frame.edits, seconds: frame.seconds.toFixed(2) };
+  const figures = { forwards: at, tokens, rate: (tokens / Math.max(1, at)).toFixed(2), edits: frame.edits };
+  figures.seconds = (frame.seconds ?? (lane.frames[at + 1] ? undefined : lane.final.seconds))?.toFixed(2) ?? "–"; // a file knows no others
   for (const [name, value] of Object.entries(figures)) lane.root.querySelector(`[data-figure=${name}]`).textContent = value;
 }
 

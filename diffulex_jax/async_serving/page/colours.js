@@ -1,6 +1,7 @@
 "use strict"; // Colours come from the style sheet, which has two sets: light and dark.
 
 let ramp, card, mask;
+const $ = (id) => document.getElementById(id);
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 const mix = (a, b, share) => a.map((x, i) => Math.round(x + (b[i] - x) * share));

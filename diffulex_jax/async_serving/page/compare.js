@@ -4,7 +4,7 @@ const MEASURES = [
   ["forwards", (lane) => lane.final.nfe, 0],
   ["tokens a forward", (lane) => lane.final.tokens_per_forward, 2],
   ["edits", (lane) => lane.final.revised_tokens, 0],
-  ["seconds", (lane) => lane.frames.at(-1)?.seconds ?? 0, 2],
+  ["seconds", (lane) => lane.frames.at(-1)?.seconds ?? lane.final.seconds, 2],
 ];
 
 function make(tag, text = "", className = "") {
@@ -26,8 +26,10 @@ function compare() {
       cell.append(value.toFixed(digits), bar);
     }
   }
-  const note = "Both ran at the same time and shared the machine: neither's seconds are what it needs alone.";
-  $("comparison").replaceChildren(make("p", verdict(), "verdict"), table, make("p", note, "small"));
+  const live = "Both ran at the same time and shared the machine: neither's seconds are what it needs alone.";
+  $("comparison").replaceChildren(table);
+  if (lanes.length === 2) $("comparison").prepend(make("p", verdict(), "verdict"));
+  if (lanes.every((lane) => lane.choice)) $("comparison").append(make("p", live, "small"));
 }
 
 function verdict() {

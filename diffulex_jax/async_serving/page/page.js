@@ -5,7 +5,6 @@ const USUAL = { llada2: { accept_threshold: 0.9 }, llada2_edit: { accept_thresho
 const NO_EDIT_THRESHOLD = ["llada2", "multi_bd", "d2f", "dmax", "sdar", "sdar_leftmost", "sdar_sequential", "sdar_entropy", "fast_dllm_v2",
   "llada", "llada_random", "llada_threshold", "llada_factor"];
 const OURS = ["prompt", "strategy", "stream", "stream_mode", "n"];
-let blockSize = 32;
 
 async function connect() {
   try {
@@ -62,7 +61,7 @@ async function denoise() {
     prompt = (await (await call("tokenize", { messages: [{ role: "user", content: prompt }] })).json()).tokens;
   }
   const began = performance.now(), asked = { prompt, stream: true, stream_mode: "denoise" };
-  const fresh = [...$("choices").children].filter((choice) => !choice.hidden).map(newLane);
+  const fresh = [...$("choices").children].filter((choice) => !choice.hidden).map((choice) => newLane(choice.elements.strategy.value, { choice }));
   const streams = await Promise.all(fresh.map((lane) => begin(lane, { ...shared, ...settingsOf([...lane.choice.elements]), ...asked }))).catch((error) => {
     fresh.forEach((lane) => lane.controller.abort());
     throw error; // refused: what is there stays

@@ -1,7 +1,5 @@
 "use strict"; // Talking to the server.
 
-const $ = (id) => document.getElementById(id);
-
 async function call(path, body, signal) {
   const headers = { "content-type": "application/json" };
   if ($("key").value) headers.authorization = `Bearer ${$("key").value}`;
