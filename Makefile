@@ -4,11 +4,6 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 get off. How many people are on the bus?
 
-# Files that compile much, run little, and hold no bits to other bits: XLA's compiler does a third less for them than for users.
-QUICK := XLA_FLAGS="--xla_backend_optimization_level=1 \
-	--xla_backend_extra_options=xla_cpu_disable_loop_unrolling,xla_cpu_disable_new_fusion_emitters"
-QUICK_FILES := $(patsubst %,tests/test_%.py,output_contract stopping golden_sdar engine generate properties blocks_and_pages requests readme)
-
 .PHONY: run test test-fast test-pods test-gpu test-soak notebooks browser clean
 
 # Answers a question with the model that comes with the package.
@@ -20,8 +15,9 @@ test: $(VENV)/.installed-dev browser
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(QUICK_FILES))
-	$(QUICK) $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder $(QUICK_FILES)
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --compiled users
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --compiled quick
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --compiled least
 
 # The tests without those that take long, in a minute and a half: rules, scheduler, pages, configs, checkpoints, settings, small kernels.
 test-fast: $(VENV)/.installed-dev

@@ -86,14 +86,68 @@ SLOW = (
     "test_weight_folders.py",
 )
 
+# How XLA compiles for the files and folders named, and for the processes that they start; for all others, as it does for users. `make test`
+# runs the files of each way by themselves, because a process has the flags that it began with. A build of an engine and a step of it take:
+#   users: 1, and 1. What users run is held by these: the kernels, the same answer in every way of running, what LLaDA2's authors recorded,
+#     whole canvases, prompts in parts, quantised weights.
+#   quick: half, and two. For what compiles more than it runs.
+#   least: a third, and ten. For what compiles much and runs little.
+COMPILED: dict[str, tuple[str, ...]] = {
+    "quick": (
+        "test_bench_step.py",
+        "test_cli.py",
+        "test_engine.py",
+        "test_generate.py",
+        "test_golden_fast_dllm.py",
+        "test_quantised_experts.py",
+        "test_readme.py",
+        "test_replay.py",
+        "test_requests.py",
+        "test_warm_up.py",
+    ),
+    "least": (
+        "test_golden_sdar.py",
+        "test_output_contract.py",
+        "test_policies.py",
+    ),
+}
+_OLD_EMITTERS = (
+    "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling,xla_cpu_disable_new_fusion_emitters "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+FLAGS = {
+    "quick": f"{_OLD_EMITTERS} --xla_backend_optimization_level=1",
+    "least": f"{_OLD_EMITTERS} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+}
+
 # Each program that JAX compiles for a CPU takes tens of the 65530 mappings of memory that Linux gives to a process, which dies without
 # a word when there are no more.
 MOST_MAPPINGS = 32_000
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    ways = ("users", *COMPILED)
+    parser.addoption("--compiled", choices=ways, help="run the files that tests/conftest.py says are compiled so")
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    """Leaves out what is compiled in another way than ``--compiled`` asks for."""
+    wanted = config.getoption("compiled")
+    return True if wanted and collection_path.suffix == ".py" and _way_of(collection_path) != wanted else None
+
+
+def _way_of(file: pathlib.Path) -> str:
+    return next((way for way, names in COMPILED.items() if any(file.is_relative_to(TESTS / name) for name in names)), "users")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """What one worker compiled the others read from disk, and so do processes that tests start, and the next run. The key holds program,
     flags and versions."""
+    named = {*SLOW, *(name for names in COMPILED.values() for name in names)}
+    if missing := sorted(name for name in named if not (TESTS / name).exists()):
+        raise pytest.UsageError(f"tests/conftest.py lists {', '.join(missing)}, which are not there")
+    if flags := FLAGS.get(config.getoption("compiled") or "users"):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     compile_sooner()
     cache = {
         "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
