@@ -66,6 +66,7 @@ SLOW = (
     "test_prefill.py",
     "test_requests.py",
     "test_training.py",
+    "test_recipes.py",
     "test_notebooks.py",
     "test_next_token_models.py",
     "test_sampling.py",
@@ -109,6 +110,7 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_golden_sdar.py",
         "test_output_contract.py",
         "test_policies.py",
+        "test_recipes.py",
     ),
 }
 _OLD_EMITTERS = (

@@ -31,6 +31,10 @@ from diffulex_jax.parallel.mesh import abstract_mesh, add_up, first_index, make_
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import POOL_AXES, STATE_AXES, KVPool
 from diffulex_jax.strategies import dmax, fast_dllm_v2
+from diffulex_jax.training import objective
+from diffulex_jax.training.data import Examples, shuffled
+from diffulex_jax.training.recipe import Recipe, Term, changed
+from diffulex_jax.training.trainer import train
 from diffulex_jax.weights import checkpoint
 from diffulex_jax.weights.convert import convert
 from pallas_kernels import grouped_matmul, prediction
@@ -367,6 +371,33 @@ def bench(axes):
     }
 
 
+def trained(axes):
+    """How far two steps of training over a mesh are from those on one device, where its parameters are, and what is said of rows."""
+    rng = np.random.default_rng(0)
+    examples = Examples(rng.integers(0, 90, (4, 64)), np.full(4, 10), np.full(4, 50))
+    terms = (Term("masked", objective.masked, 0.5), Term("multi_block", objective.multi_block, 0.5))
+    settings = {"objectives": terms, "steps": 2, "rows": 4, "warmup": 1, "learning_rate": 0.01, "balance": 0.01, "dtype": "float32"}
+    recipe = Recipe(model=MODEL, data=lambda about: shuffled(examples, rows=about.rows, seed=0), **settings)
+    one, many = train(recipe), train(recipe, mesh=make_mesh(**axes))
+    pairs = [[np.ravel(leaves(made.params)[path]) for path in leaves(MODEL.schema)] for made in (one, many)]
+    try:
+        train(changed(recipe, rows=6), mesh=make_mesh(data=4))
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    schema = leaves(MODEL.schema)
+    return {
+        "losses": max(abs(one.history[0][name] - many.history[0][name]) for name in ("masked", "multi_block", "gradient_norm")),
+        # Adam makes a step of each gradient, however small: what is rounding alone may go either way.
+        "same": float(np.mean(np.abs(np.concatenate(pairs[0]) - np.concatenate(pairs[1])) < 1e-5)),
+        "placed": all(
+            leaf.sharding.is_equivalent_to(sharding(make_mesh(**axes), schema[path].axes), leaf.ndim)
+            for path, leaf in leaves(many.params).items()
+        ),
+        "refused": refused,
+    }
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     single = decoded(make_mesh())
@@ -380,6 +411,7 @@ if __name__ == "__main__":
         "placed": placed_again("data=2,expert=2,tensor=2", meshes["1x4x2"]),
         "quantised": quantised(meshes["1x4x2"]),
         "bench": bench({"data": 2, "expert": 2}),
+        "trained": trained({"data": 2, "tensor": 2}),
         "engines": engines(["data=2,expert=2,tensor=2", "data=4", "tensor=2"]),
     }
     generated = {"generated": int((single[0] != MASK).sum()), "generated, next": int((single_next[0] != MASK).sum())}

@@ -42,6 +42,14 @@ def test_no_device_asks_another_for_pages_or_weights(found, mesh):
     assert found[mesh]["exchanges"].keys() <= {"all-reduce", "all-gather"}
 
 
+def test_training_over_a_mesh_is_training_on_one_device(found):
+    trained = found["trained"]
+    assert trained["losses"] < 1e-4
+    assert trained["same"] > 0.999
+    assert trained["placed"]
+    assert trained["refused"] == "rows=6 cannot be split over the mesh's data=4"
+
+
 def test_the_kernel_for_a_shared_vocabulary(found):
     assert found["shared_vocabulary"]
 

@@ -1,5 +1,6 @@
-"""The trainer of the embedded model: problems, tokenizer, losses, a few steps, and the model that came of it."""
+"""The embedded model: its problems and tokenizer, a small run of its recipe, and the model that came of it."""
 
+import functools
 import json
 
 import jax
@@ -11,8 +12,9 @@ from transformers import AutoTokenizer
 from diffulex_jax import Engine, Output, SamplingParams
 from diffulex_jax.bench.shapes import shape_model
 from diffulex_jax.models.registry import model_of
-from diffulex_jax.training import objective, trainer
+from diffulex_jax.training import layout, run
 from diffulex_jax.training.arithmetic import data, evaluate, export, tasks, tokenizer
+from diffulex_jax.training.recipe import changed
 from diffulex_jax.training.recipes import embedded as recipe
 from diffulex_jax.weights import checkpoint
 from pallas_kernels import expert_choice, grouped_matmul
@@ -116,17 +118,6 @@ def test_canvases_hold_prompt_answer_and_end_of_sequence():
 # Losses.
 
 
-def test_attention_mask_of_two_blocks_of_one_token():
-    # Layout: noisy 0, noisy 1, clean 0, clean 1.
-    expected = [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    np.testing.assert_array_equal(objective.attention_mask(2, block=1), np.array(expected, bool))
-
-
-def test_the_response_is_scored_up_to_32_end_of_sequence_tokens():
-    batch = objective.Batch(jnp.zeros((1, 64), jnp.int32), jnp.array([5]), jnp.array([9]))
-    assert np.flatnonzero(objective.scored(batch)[0]).tolist() == list(range(5, 9 + 32))
-
-
 def test_the_noisy_half_sees_what_the_engine_sees(embedded):
     model, params = checkpoint.load(checkpoint.EMBEDDED, embedded.mesh)
     problem = evaluate.held_out(1)[0]
@@ -135,7 +126,7 @@ def test_the_noisy_half_sees_what_the_engine_sees(embedded):
         fill_all = SamplingParams(max_tokens=data.CANVAS - length, accept_threshold=0.0, max_nfe=1, ignore_eos=True)
         (output,) = embedded.generate([clean[:length].tolist()], fill_all)
         noisy = np.where(np.arange(data.CANVAS) < length, clean, model.spec.mask_id)
-        expected = objective.predict(params, model, noisy[None], clean[None])[0].argmax(-1)
+        expected = layout.predict(params, model, noisy[None], clean[None])[0].argmax(-1)
         assert output.token_ids == expected[length : (length // 32 + 1) * 32].tolist()
 
 
@@ -149,9 +140,9 @@ def test_dense_experts_agree_with_the_kernel_and_balance_changes_only_gradients(
     reference = grouped_matmul.expert_mlp(x, ids, weights, *stack, layer=0, backend="dense")
 
     def total(weights, balance):
-        return objective.dense_experts(x, ids, weights, *layer, balance=balance).sum()
+        return layout.dense_experts(x, ids, weights, *layer, balance=balance).sum()
 
-    np.testing.assert_allclose(objective.dense_experts(x, ids, weights, *layer, balance=1.0), reference, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layout.dense_experts(x, ids, weights, *layer, balance=1.0), reference, rtol=1e-4, atol=1e-5)
     added = jax.grad(total)(weights, 1.0) - jax.grad(total)(weights, 0.0)
     load = np.bincount(np.ravel(ids), minlength=4) / ids.size
     np.testing.assert_allclose(added, 4 * (load[np.asarray(ids)] - 1 / 4) / 6, rtol=1e-3, atol=1e-6)
@@ -187,19 +178,21 @@ def test_figures_by_hand():
 
 
 def test_a_small_run_lowers_both_losses_and_is_exported_and_evaluated(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recipe, "MODEL", TINY)
-    monkeypatch.setattr(trainer, "CHUNK", 5)
+    monkeypatch.setattr(run, "CHUNK", 5)
     monkeypatch.setattr(data, "SHARD", 64)
+    monkeypatch.setattr(evaluate, "PROBLEMS", 2)
     monkeypatch.setattr(evaluate, "SETTINGS", {"dmax": {"short": SamplingParams(accept_threshold=0.0, max_nfe=2)}})
-    options = "--steps 15 --warmup 1 --learning-rate 1e-2 --rows 4 --examples 64 --workers 1 --problems 2"
-    monkeypatch.setattr("sys.argv", ["train", *options.split(), "--out", str(tmp_path)])
-    recipe.main()
+    problems = functools.partial(data.generated, count=64)
+    small = changed(recipe.RECIPE, model=TINY, data=problems, steps=15, warmup=1, learning_rate=1e-2, rows=4)
+    run.run(small, tmp_path, save_every=0)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     history, held_out = metrics["training"]["history"], metrics["held_out"]
     assert metrics["training"]["recipe"]["warmup"] == 1
     assert [entry["step"] for entry in history] == [5, 10, 15]
+    assert history == [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     for name in ("masked", "on_policy"):
         assert history[-1][name] < history[0][name] - 1
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert held_out["problems"] == 2
     assert held_out["raw"]["dmax short"]["forwards"] == held_out["chat"]["dmax short"]["forwards"] == 2 * 2
     table = evaluate.report(held_out)
@@ -247,4 +240,4 @@ def test_the_embedded_model_answers_held_out_problems(embedded, form):
 def test_a_model_that_no_objective_is_made_for_is_refused(shape, message):
     tokens = jnp.zeros((1, 32), jnp.int32)
     with pytest.raises(ValueError, match=message):
-        objective.predict({}, shape_model(shape), tokens, tokens)
+        layout.predict({}, shape_model(shape), tokens, tokens)

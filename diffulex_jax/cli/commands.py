@@ -21,6 +21,7 @@ from diffulex_jax.cli import interrupt, surroundings
 from diffulex_jax.cli.bench import bench
 from diffulex_jax.cli.generate import generate, trace
 from diffulex_jax.cli.options import SHAPE_NAMES, STRATEGIES, USUAL, AsJson, Mesh, Model, PlainCommand, one_line_errors, settings_as_options
+from diffulex_jax.cli.train import train
 from diffulex_jax.engine.config import EngineConfig
 
 
@@ -43,6 +44,7 @@ app = CommandLine(
 app.add_typer(bench, name="bench")
 app.command("generate", cls=PlainCommand)(generate)
 app.command("trace", cls=PlainCommand)(trace)
+app.command("train", cls=PlainCommand)(train)
 
 
 def _show_version(wanted: bool) -> None:

@@ -52,6 +52,8 @@ _PANELS = {"EngineConfig": "The engine", "ServerSettings": "The server", "Load":
 _ORDER = (
     "Arguments",
     "Options",
+    "Changes to the recipe",
+    "Adapters",
     "The request",
     "Decoding",
     "The engine",

@@ -99,6 +99,15 @@ class Tokenizer:
             del ids[0]  # the text begins with the BOS that the tokenizer puts before it
         return ids
 
+    def encode_more(self, text: str) -> list[int]:
+        """Token ids of text that follows other text: without what the tokenizer puts at the beginning.
+
+        Raises:
+          ValueError: for text that is no UTF-8.
+        """
+        conversation.check_text("the text", text)
+        return self._backend.encode(text, add_special_tokens=False).ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; U+FFFD for what is no UTF-8."""
         ids = [int(id_) for id_ in ids]

@@ -1,168 +1,209 @@
-"""The two objectives of the embedded model, block diffusion and on-policy uniform training, on the layout [noisy ; clean].
+"""Objectives: functions ``(params, model, batch, key, *, balance=0.0) -> (loss, accuracy)`` over the layout [noisy ; clean].
 
-Both feed ``2 L`` tokens: a noisy canvas that is scored, then the clean one it conditions on, at repeated positions. A noisy
-block sees itself (both directions) and the clean blocks before it; the clean half is block-causal. That is exactly what a
-decoder sees that denoises one block over a cache of finished ones (DMax, arXiv 2604.08302; block diffusion, arXiv 2503.09573).
+Each draws noise from ``key``, and asks the model for the clean tokens. The response is what counts: the answer and some tokens behind
+it (``layout.scored``), never the prompt. ``functools.partial`` gives an objective other settings than its own, and any function of
+this form is one.
 
-Letters in shapes: R rows, L canvas tokens, V vocabulary.
+Letters in shapes: R rows, L canvas tokens, N blocks of the canvas.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from diffulex_jax.models.attention import AttentionPolicy, positions_of
-from diffulex_jax.models.base import Model, Params, logits
-from diffulex_jax.models.ops import At, Ops
-from pallas_kernels import expert_choice
-from pallas_kernels.block_attention import masked_attention, split_heads
-from pallas_kernels.linear import linear, mlp
-
-
-BLOCK = 32
-SCORED_EOS = 32  # trailing end-of-sequence tokens that count
-NOISE = (0.5, 1.25)  # of on-policy rows: uniform, clipped at 1; DMax uses 0.75 throughout, decoding starts from 1
+from diffulex_jax.models.base import Model, Params
+from diffulex_jax.training.layout import Batch, predict, scored
 
 
 Score = tuple[jax.Array, jax.Array]
 """``(loss, accuracy)``, both means over the positions that count."""
 
-
-class Batch(NamedTuple):
-    """tokens: ``[R, L]`` int32 canvases; start: ``[R]`` first answer position; end: ``[R]`` first end-of-sequence position."""
-
-    tokens: jax.Array
-    start: jax.Array
-    end: jax.Array
+NOISE = (0.5, 1.25)
+"""Share of a row's response that is drawn, clipped at 1. DMax uses 0.75 throughout; decoding starts from 1."""
 
 
-def scored(batch: Batch) -> jax.Array:
-    """``[R, L]`` bool: the response, that is the answer and the first :data:`SCORED_EOS` end-of-sequence tokens."""
-    at = jnp.arange(batch.tokens.shape[1])
-    return (at >= batch.start[:, None]) & (at < batch.end[:, None] + SCORED_EOS)
-
-
-def attention_mask(length: int, block: int = BLOCK) -> jax.Array:
-    """``[2 length, 2 length]`` bool (query, key) of the layout [noisy ; clean]."""
-    blocks = positions_of(jnp.tile(jnp.arange(length) // block, 2))
-    noisy = jnp.arange(2 * length) < length
-    upto = AttentionPolicy().mask(blocks, blocks)
-    own = upto & upto.T
-    from_noisy = jnp.where(noisy[None], own, upto & ~own)
-    return jnp.where(noisy[:, None], from_noisy, ~noisy[None] & upto)
-
-
-def predict(params: Params, model: Model, noisy: jax.Array, clean: jax.Array, *, balance: float = 0.0) -> jax.Array:
-    """Logits ``[R, L, V]`` (float32) of the noisy half; ``noisy`` and ``clean`` are ``[R, L]`` token ids.
-
-    Raises:
-      ValueError: for a model whose outputs speak of the next position, or which sees its whole canvas: no objective here is made for it.
-    """
-    if model.spec.attention.canvas == "whole":
-        raise ValueError("a model that sees its whole canvas cannot be trained here, only one that is block-causal")
-    if model.spec.predicts != "same":
-        raise ValueError(f"a model that predicts={model.spec.predicts!r} cannot be trained here, only one that predicts='same'")
-    rows, length = noisy.shape
-    # A one-hot product, not a gather: the gradient of a gather is a scatter in which most tokens (masks, end of sequence)
-    # fight over the same two rows.
-    tokens = jnp.concatenate([noisy, clean], 1)
-    x = jax.nn.one_hot(tokens, model.spec.vocab_size, dtype=params["embed"].dtype) @ params["embed"]
-    positions = jnp.broadcast_to(jnp.tile(jnp.arange(length, dtype=jnp.int32), 2), (rows, 2 * length))
-    h, _ = model.layers(params, x, positions, differentiable_ops(attention_mask(length), balance=balance))
-    z = logits(model, params, h[:, :length])
-    return z.at[..., model.spec.mask_id].set(-jnp.inf)  # never a label, never drafted
-
-
-def differentiable_ops(mask: jax.Array, *, balance: float = 0.0) -> Ops:
-    """A layer's operations in forms that have gradients; ``mask`` ``[T, T]`` bool says what each query sees."""
-
-    def attend(at: At, heads: jax.Array) -> tuple[jax.Array, tuple[()]]:
-        del at
-        return masked_attention(*split_heads(heads), mask), ()
-
-    def experts(x: jax.Array, stacks: Params, layer: jax.Array, router: expert_choice.Router) -> jax.Array:
-        flat = x.reshape(-1, x.shape[-1])
-        bias = stacks["router_bias"][layer] if "router_bias" in stacks else None
-        ids, weights, _ = expert_choice.choose(flat, stacks["router"][layer], bias, router, backend="sorted")
-        y = dense_experts(flat, ids, weights, stacks["experts_gate_up"][layer], stacks["experts_down"][layer], balance=balance)
-        y = y.reshape(x.shape)
-        shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None
-        return y if shared is None else y + mlp(x, *shared, layer, backend="sliced")
-
-    def plain_mlp(x: jax.Array, stacks: tuple[jax.Array, jax.Array], layer: jax.Array) -> jax.Array:
-        return mlp(x, *stacks, layer, backend="sliced")
-
-    return Ops(functools.partial(linear, backend="sliced"), plain_mlp, experts, attend, lambda x, axis: x)
-
-
-def dense_experts(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, *, balance: float = 0.0
-) -> jax.Array:
-    """Every expert on every token, weighted: differentiable, and the fastest form for a few narrow experts.
+def masked(
+    params: Params,
+    model: Model,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    noise: tuple[float, float] = (0.0, 1.0),
+    all_count: bool = False,
+    balance: float = 0.0,
+) -> Score:
+    """Block diffusion: each block is masked with a ratio of its own, and the masked tokens are predicted (arXiv 2503.09573).
 
     Args:
-      x: ``[N, D]``.
-      ids, weights: ``[N, k]``, the chosen experts of each token and how much each counts.
-      gate_up, down: ``[E, D, 2 F]`` and ``[E, F, D]``.
-      balance: scales the gradient of the load-balancing loss ``E sum_e load_e mean_weight_e`` (Switch Transformer, arXiv 2101.03961),
-        which is added to that of ``weights``.
-    """
-    experts = gate_up.shape[0]
-    load = jax.nn.one_hot(ids, experts, dtype=jnp.float32).mean((0, 1))
-    weights = _add_gradient(weights, balance * experts * (load[ids] - 1 / experts) / ids.shape[0])
-    combine = jnp.einsum("nk,nke->ne", weights, jax.nn.one_hot(ids, experts, dtype=weights.dtype)).astype(x.dtype)
-    gate, up = jnp.split(jnp.einsum("nd,edf->nef", x, gate_up), 2, -1)
-    return jnp.einsum("nef,efd->nd", jax.nn.silu(gate) * up * combine[..., None], down)
-
-
-@jax.custom_vjp
-def _add_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """``x``, whose cotangent is increased by ``gradient``."""
-    del gradient
-    return x
-
-
-_add_gradient.defvjp(lambda x, gradient: (x, gradient), lambda gradient, g: (g + gradient, jnp.zeros_like(gradient)))
-
-
-def masked(params: Params, model: Model, batch: Batch, key: jax.Array, *, balance: float = 0.0) -> Score:
-    """Block diffusion: each block is masked with its own ratio, uniform in (0, 1]; the masked tokens are predicted.
-
-    Returns:
-      ``(loss, accuracy)`` over masked response positions.
+      params, model, batch, key: what is trained, on what, with which noise.
+      noise: low and high; ratios are uniform in (low, high].
+      all_count: count all of the response, not just what is masked (DMax's rows without drafts).
+      balance: see ``layout.dense_experts``.
     """
     rows, length = batch.tokens.shape
+    low, high = noise
     block_key, token_key = jax.random.split(key)
-    ratio = 1 - jax.random.uniform(block_key, (rows, length // BLOCK))
-    hidden = scored(batch) & (jax.random.uniform(token_key, (rows, length)) < jnp.repeat(ratio, BLOCK, 1))
+    ratio = high - (high - low) * jax.random.uniform(block_key, (rows, length // model.spec.block_size))
+    hidden = scored(batch) & (jax.random.uniform(token_key, (rows, length)) < jnp.repeat(ratio, model.spec.block_size, 1))
     noisy = jnp.where(hidden, model.spec.mask_id, batch.tokens)
-    return _mean(predict(params, model, noisy, batch.tokens, balance=balance), batch.tokens, hidden)
+    z = predict(params, model, noisy, batch.tokens, balance=balance)
+    return _mean(z, batch.tokens, scored(batch) if all_count else hidden)
 
 
-def on_policy(params: Params, model: Model, batch: Batch, key: jax.Array, *, balance: float = 0.0) -> Score:
-    """DMax's on-policy uniform training: the model repairs its own drafts.
+def uniform(
+    params: Params, model: Model, batch: Batch, key: jax.Array, *, noise: tuple[float, float] = NOISE, balance: float = 0.0
+) -> Score:
+    """Uniform training: part of the response is replaced by random tokens of the vocabulary, and all of it is predicted.
 
-    Response tokens are masked, one forward without gradient fills the masks with the model's choices, and the training forward
-    must predict the whole response from that. In half of the rows only choices above a random confidence are filled in and
-    the rest stay masked, as in the middle of decoding with a threshold.
+    What DMax compares its on-policy drafts with (arXiv 2604.08302): such noise looks like nothing a decoder sees.
+
+    Args:
+      params, model, batch, key, balance: as for :func:`masked`.
+      noise: low and high of the share of a row that is replaced, uniform and clipped at 1.
+    """
+    ratio_key, token_key, draw_key = jax.random.split(key, 3)
+    hidden = _hidden(batch, ratio_key, token_key, noise)
+    random = jax.random.randint(draw_key, batch.tokens.shape, 0, model.spec.vocab_size - 1)
+    random += random >= model.spec.mask_id  # any token but the mask
+    noisy = jnp.where(hidden, random, batch.tokens)
+    return _mean(predict(params, model, noisy, batch.tokens, balance=balance), batch.tokens, scored(batch))
+
+
+def on_policy(
+    params: Params,
+    model: Model,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    noise: tuple[float, float] = NOISE,
+    some_stay: bool = True,
+    balance: float = 0.0,
+) -> Score:
+    """DMax's on-policy uniform training: the model repairs its own drafts (arXiv 2604.08302).
+
+    Response tokens are masked, one forward without gradient fills the masks with the model's choices, and the training forward must
+    predict the whole response from that.
+
+    Args:
+      params, model, batch, key, balance: as for :func:`masked`.
+      noise: low and high of the share of a row that is masked, uniform and clipped at 1; DMax's is (0.75, 0.75).
+      some_stay: in half of the rows fill in only choices above a random confidence and leave the others masked, as in the middle of
+        decoding with a threshold. DMax fills all.
+    """
+    ratio_key, token_key, threshold_key = jax.random.split(key, 3)
+    hidden = _hidden(batch, ratio_key, token_key, noise)
+    noisy = jnp.where(hidden, model.spec.mask_id, batch.tokens)
+    z = lax.stop_gradient(predict(params, model, noisy, batch.tokens))
+    if some_stay:
+        hidden &= jax.nn.softmax(z).max(-1) >= jax.random.uniform(threshold_key, (len(z), 1), minval=-1.0)
+    noisy = jnp.where(hidden, z.argmax(-1), noisy)
+    return _mean(predict(params, model, noisy, batch.tokens, balance=balance), batch.tokens, scored(batch))
+
+
+def multi_block(
+    params: Params,
+    model: Model,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    most: int = 4,
+    at_random: float = 0.0,
+    noise: tuple[float, float] = (0.001, 1.0),
+    margin: float = 0.01,
+    drafts: bool = False,
+    balance: float = 0.0,
+) -> Score:
+    """Multi-block teacher forcing (MultiTF of MBD-LMs, SJTU-DENG-Lab/mbd-lms): groups of noisy blocks that see each other.
+
+    Blocks of a group are the noisier the later they come, as in a window that is denoised together. The authors show every example
+    in all groupings; here each draws one. They mask ``floor(ratio * n)`` tokens of a block; here each is masked with that probability, so
+    that whole blocks of masks, with which decoding begins, are seen too.
+
+    Args:
+      params, model, batch, key, balance: as for :func:`masked`.
+      most: blocks of the largest group; at least 2.
+      at_random: share of rows whose groups are of random sizes (see :func:`noise_groups`).
+      noise, margin: see :func:`chain_uniform`.
+      drafts: fill the masks with the model's own choices and count all of the response, as :func:`on_policy` does without
+        ``some_stay`` (the authors' branch for DMax). Otherwise masked tokens count.
+    """
+    rows, length = batch.tokens.shape
+    block = model.spec.block_size
+    group_key, ratio_key, token_key = jax.random.split(key, 3)
+    first = noise_groups(group_key, rows, length // block, most=most, at_random=at_random)
+    ratio = chain_uniform(ratio_key, first, noise, margin)
+    hidden = scored(batch) & (jax.random.uniform(token_key, (rows, length)) < jnp.repeat(ratio, block, 1))
+    noisy = jnp.where(hidden, model.spec.mask_id, batch.tokens)
+    if drafts:
+        z = lax.stop_gradient(predict(params, model, noisy, batch.tokens, first=first))
+        noisy = jnp.where(hidden, z.argmax(-1), noisy)
+    z = predict(params, model, noisy, batch.tokens, first=first, balance=balance)
+    return _mean(z, batch.tokens, scored(batch) if drafts else hidden)
+
+
+def noise_groups(key: jax.Array, rows: int, blocks: int, *, most: int, at_random: float = 0.0) -> jax.Array:
+    """Draws how the blocks of each row lie in groups of neighbours.
+
+    A row has a size of 2 to ``most`` blocks and a shift below it, each pair as likely as any other: its first group has as many blocks
+    as the shift says, where that is not 0, and all others are of the size, up to the end. A share ``at_random`` of rows has groups of sizes
+    that are each drawn from 2 to ``most``.
 
     Returns:
-      ``(loss, accuracy)`` over all response positions.
+      ``[R, N]`` int32, the first block of the group that each block is in.
+
+    Raises:
+      ValueError: for groups of less than two blocks.
     """
-    rows = batch.tokens.shape[0]
-    ratio_key, token_key, threshold_key = jax.random.split(key, 3)
-    ratio = jax.random.uniform(ratio_key, (rows, 1), minval=NOISE[0], maxval=NOISE[1])
-    hidden = scored(batch) & (jax.random.uniform(token_key, batch.tokens.shape) < ratio)
-    noisy = jnp.where(hidden, model.spec.mask_id, batch.tokens)
-    z = jax.lax.stop_gradient(predict(params, model, noisy, batch.tokens))
-    sure = jax.nn.softmax(z).max(-1) >= jax.random.uniform(threshold_key, (rows, 1), minval=-1.0)
-    noisy = jnp.where(hidden & sure, z.argmax(-1), noisy)
-    return _mean(predict(params, model, noisy, batch.tokens, balance=balance), batch.tokens, scored(batch))
+    if most < 2:
+        raise ValueError(f"most={most}: a group of blocks that are denoised together has at least 2")
+    pair_key, sizes_key, which_key = jax.random.split(key, 3)
+    pairs = jnp.array([(size, shift) for size in range(2, most + 1) for shift in range(size)])
+    size, shift = pairs[jax.random.randint(pair_key, (rows,), 0, len(pairs))].T[..., None]
+    number = jnp.arange(blocks, dtype=jnp.int32)
+    starts = (number - shift) % size == 0
+    begins = jnp.cumsum(jax.random.randint(sizes_key, (rows, blocks), 2, most + 1), 1)
+    drawn = (begins[:, None, :] == number[:, None]).any(-1)
+    starts = jnp.where(jax.random.uniform(which_key, (rows, 1)) < at_random, drawn, starts)
+    return lax.cummax(jnp.where(starts, number, 0), axis=1)
+
+
+def chain_uniform(key: jax.Array, first: jax.Array, noise: tuple[float, float], margin: float) -> jax.Array:
+    """Draws the noise of blocks so that it rises within each group.
+
+    With h = high - margin (high - low): a group has a floor, uniform in [low, h]; its first block's noise is uniform from the floor to h,
+    and each following block's from that of the block before it to h.
+
+    Args:
+      key: of the draws.
+      first: ``[R, N]``, groups, as :func:`noise_groups` gives them.
+      noise: low and high.
+      margin: how far below high it stays.
+
+    Returns:
+      ``[R, N]`` float32.
+    """
+    low, high = noise
+    high -= margin * (high - low)
+    floors, draws = jax.random.uniform(key, (2, *first.shape))
+    begins = first == jnp.arange(first.shape[1])
+
+    def block(before: jax.Array, of: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        begins, floor, draw = of
+        least = jnp.where(begins, low + (high - low) * floor, before)
+        ratio = least + (high - least) * draw
+        return ratio, ratio
+
+    _, ratios = lax.scan(block, jnp.zeros(len(first)), jax.tree.map(jnp.transpose, (begins, floors, draws)))
+    return ratios.T
+
+
+def _hidden(batch: Batch, ratio_key: jax.Array, token_key: jax.Array, noise: tuple[float, float]) -> jax.Array:
+    """``[R, L]`` bool: response tokens that are drawn, of each row with a share of its own."""
+    ratio = jax.random.uniform(ratio_key, (len(batch.tokens), 1), minval=noise[0], maxval=noise[1])
+    return scored(batch) & (jax.random.uniform(token_key, batch.tokens.shape) < ratio)
 
 
 def _mean(z: jax.Array, labels: jax.Array, where: jax.Array) -> Score:

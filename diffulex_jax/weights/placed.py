@@ -26,7 +26,7 @@ from pallas_kernels.quantised import FORMS, Form
 
 
 FACTS, ARRAYS = "placed.json", "placed"
-_MISSING = "reading and writing placed parameters needs Orbax: pip install 'diffulex-jax[orbax]'"
+_MISSING = "keeping what devices hold needs Orbax: pip install 'diffulex-jax[orbax]'"
 
 
 def is_placed(path: pathlib.Path) -> bool:
@@ -50,10 +50,10 @@ def save(path: str | pathlib.Path, model: Model, params: Params, *, kernels: Ker
       ImportError: where Orbax is not installed.
       ValueError: where the directory holds parameters already.
     """
-    orbax, path = check(path), pathlib.Path(path).absolute()
+    tool, path = check(path), pathlib.Path(path).absolute()
     dtype = np.dtype(params["embed"].dtype).name
     facts = {"dtype": dtype, "weights": form_of(params), "kernels": kernels.grouped_matmul}
-    with orbax.StandardCheckpointer() as checkpointer:
+    with tool.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / ARRAYS, _flat(params))
     if hosts.leads():
         (path / "config.json").write_text(json.dumps(model.config.to_hf(dtype=dtype), indent=2) + "\n")
@@ -67,7 +67,7 @@ def check(path: str | pathlib.Path) -> Any:
     taken = next((name for name in names if (path / name).exists()), None)
     if taken is not None:
         raise ValueError(f"{path} holds parameters already ({taken}); choose another directory")
-    return _orbax()
+    return orbax()
 
 
 def restore(path: pathlib.Path, model: Model, mesh: Mesh, *, dtype: Any, weights: Form | None, kernels: Kernels) -> Params:
@@ -85,7 +85,7 @@ def restore(path: pathlib.Path, model: Model, mesh: Mesh, *, dtype: Any, weights
       ImportError: where Orbax is not installed.
       ValueError: where the directory is not whole, or holds them in another form than is asked for, naming it.
     """
-    orbax, facts = _orbax(), read_json(path / FACTS)
+    tool, facts = orbax(), read_json(path / FACTS)
     form, kind, made_for = (facts.get(name) for name in ("weights", "dtype", "kernels"))
     if form not in (None, *FORMS) or not isinstance(kind, str):
         raise ValueError(f"{path / FACTS} does not say what {ARRAYS} holds; make the directory anew")
@@ -107,7 +107,7 @@ def restore(path: pathlib.Path, model: Model, mesh: Mesh, *, dtype: Any, weights
 
     shapes = jax.tree.map(wanted, model.schema, is_leaf=lambda node: not isinstance(node, dict))
     try:
-        with orbax.StandardCheckpointer() as checkpointer:
+        with tool.StandardCheckpointer() as checkpointer:
             found = checkpointer.restore(path.absolute() / ARRAYS, _flat(shapes))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / ARRAYS} does not hold the parameters of this model whole: {error}") from error
@@ -128,9 +128,14 @@ def _flat(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
 
-def _orbax() -> Any:
+def orbax() -> Any:
+    """``orbax.checkpoint``.
+
+    Raises:
+      ImportError: where it is not installed, saying how it is.
+    """
     try:
-        import orbax.checkpoint as orbax
+        import orbax.checkpoint as found
     except ImportError as error:
         raise ImportError(_MISSING) from error
-    return orbax
+    return found

@@ -16,12 +16,13 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     Args:
       q: ``[R, T, KV, G, H]``.
       k, v: ``[R, S, KV, H]``.
-      mask: ``[T, S]`` bool, true where a query sees a key.
+      mask: ``[T, S]`` or ``[R, T, S]`` bool, true where a query sees a key.
 
     Returns:
       ``[R, T, KV, G, H]``.
     """
-    return _attention(q, k, v, fused=current_target().platform == "gpu", mask=mask[None, None])
+    mask = mask[..., None, :, :]  # the same for all heads
+    return _attention(q, k, v, fused=current_target().platform == "gpu", mask=mask.reshape(-1, *mask.shape[-3:]))
 
 
 def canvas_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, length: jax.Array, backend: str) -> jax.Array:

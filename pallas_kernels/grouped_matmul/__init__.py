@@ -14,12 +14,12 @@ from jax.typing import ArrayLike
 
 from pallas_kernels.grouped_matmul.cpu import streamed
 from pallas_kernels.grouped_matmul.reference import add_shared, dense
-from pallas_kernels.grouped_matmul.stacks import Stack, arranged, is_quantised, stored
+from pallas_kernels.grouped_matmul.stacks import Stack, arranged, is_quantised, plain, stored
 from pallas_kernels.grouped_matmul.xla import ragged
 from pallas_kernels.target import Target, is_hopper, pick
 
 
-__all__ = ["Backend", "Counted", "Stack", "arranged", "choose_backend", "dense", "expert_mlp", "is_quantised", "stored"]
+__all__ = ["Backend", "Counted", "Stack", "arranged", "choose_backend", "dense", "expert_mlp", "is_quantised", "plain", "stored"]
 
 Backend = Literal["dense", "ragged", "cpu", "gpu", "tpu"]
 

@@ -6,28 +6,27 @@ import concurrent.futures
 import multiprocessing
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from diffulex_jax.training.arithmetic import tasks, tokenizer
+from diffulex_jax.training.data import Batches, Examples, shuffled
+from diffulex_jax.training.recipe import About
 
 
 CANVAS = 128  # tokens; four blocks
 SHARD = 20_000  # problems per unit of parallel work
 
 
-class Examples(NamedTuple):
-    """Training examples.
+def generated(about: About, *, count: int, workers: int = 1) -> Batches:
+    """Batches of ``count`` generated problems, for a model whose tokenizer is :mod:`tokenizer`'s.
 
-    tokens: ``[N, L]`` uint16; prompt, answer, then end-of-sequence to the end of the canvas.
-    start: ``[N]`` int32; position of the first answer token, also the length of the prompt.
-    end: ``[N]`` int32; position of the first end-of-sequence token.
+    Raises:
+      ValueError: for a model of another vocabulary.
     """
-
-    tokens: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
+    if about.model.spec.vocab_size != tokenizer.VOCAB_SIZE:
+        raise ValueError(f"the problems have a vocabulary of {tokenizer.VOCAB_SIZE}, and this model one of {about.model.spec.vocab_size}")
+    return shuffled(training_set(count, seed=about.seed, workers=workers), rows=about.rows, seed=about.seed)
 
 
 def prompts(problems: Sequence[tasks.Problem], rng: np.random.Generator) -> list[str]:

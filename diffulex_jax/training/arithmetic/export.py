@@ -6,38 +6,45 @@ import json
 import pathlib
 from typing import Any
 
-from diffulex_jax.models.base import Model, Params
-from diffulex_jax.training import objective
+from diffulex_jax.models.base import Model
 from diffulex_jax.training.arithmetic import data, evaluate, tasks, tokenizer
+from diffulex_jax.training.recipe import Trained, described
 from diffulex_jax.weights import checkpoint
 
 
 LARGEST_BYTES = 8_000_000  # of the weights, so that the package stays small
 
 
-def export(path: str | pathlib.Path, model: Model, params: Params, *, training: dict[str, Any], problems: int) -> None:
-    """Writes weights (bfloat16), tokenizer, ``metrics.json`` and ``README.md`` to ``path``.
+def export(path: str | pathlib.Path, trained: Trained) -> None:
+    """Writes weights (bfloat16), tokenizer, ``metrics.json`` and ``README.md`` to ``path``: what the embedded recipe finishes with.
 
-    Args:
-      path: directory to write to.
-      model, params: the network.
-      training: how it was trained: ``recipe``, ``device``, ``seconds`` and ``history``.
-      problems: how many held-out problems the stored weights are evaluated on.
+    The stored weights are evaluated on :data:`evaluate.PROBLEMS` held-out problems.
 
     Raises:
       ValueError: when the weights are larger than :data:`LARGEST_BYTES`.
     """
     out = pathlib.Path(path)
-    checkpoint.save(out, model, params)
-    tokenizer.save(out, tokenizer.build())
+    plain(out, trained)
     size = (out / "model.safetensors").stat().st_size
     if size > LARGEST_BYTES:
         raise ValueError(f"{out / 'model.safetensors'} has {size} bytes; the limit is {LARGEST_BYTES}")
-    held_out = evaluate.evaluate(str(out), evaluate.held_out(problems))
+    held_out = evaluate.evaluate(str(out), evaluate.held_out(evaluate.PROBLEMS))
+    training = {
+        "recipe": described(trained.recipe),
+        "device": trained.device,
+        "seconds": round(trained.seconds),
+        "history": trained.history[:: max(1, len(trained.history) // 100)],
+    }
     metrics = {"bytes": size, "held_out": held_out, "training": training}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    (out / "README.md").write_text(card(model, metrics))
+    (out / "README.md").write_text(card(trained.model, metrics))
     print(evaluate.report(held_out))
+
+
+def plain(path: str | pathlib.Path, trained: Trained) -> None:
+    """Writes weights (bfloat16) and tokenizer to ``path``: what other recipes of this task finish with."""
+    checkpoint.save(path, trained.model, trained.params)
+    tokenizer.save(path, tokenizer.build())
 
 
 def card(model: Model, metrics: dict[str, Any]) -> str:
@@ -45,7 +52,7 @@ def card(model: Model, metrics: dict[str, Any]) -> str:
     c, training = model.config, metrics["training"]
     recipe = training["recipe"]
     example = evaluate.held_out(1)[0]
-    arguments = " ".join(f"--{name} {recipe[name]}" for name in ("steps", "rows", "examples", "seed"))
+    arguments = " ".join(f"--{name} {recipe[name]}" for name in ("steps", "rows", "seed"))
     return f"""---
 license: apache-2.0
 pipeline_tag: text-generation
@@ -66,10 +73,10 @@ knows nothing else. A test problem and its reference answer:
 In a checkout of the repository, on a GPU:
 
     pip install ".[cuda,train]"
-    python -m diffulex_jax.training.recipes.embedded --out model {arguments}
+    diffulex-jax train embedded --out model {arguments}
 
 AdamW with a peak learning rate of {recipe["learning_rate"]:g}, {recipe["warmup"]} warm-up steps and a cosine to zero, in bfloat16 over
-float32 masters. Half of every batch learns block diffusion (each block of {objective.BLOCK} masked with its own ratio), half DMax's
+float32 masters. Half of every batch learns block diffusion (each block of {model.spec.block_size} masked with its own ratio), half DMax's
 on-policy uniform training (repair the model's own drafts). It took {training["seconds"]} seconds on one {training["device"]},
 generating the examples included. `training` in `metrics.json` holds the recipe and the curve of that run.
 

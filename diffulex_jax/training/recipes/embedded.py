@@ -1,20 +1,20 @@
 """The embedded model: a small LLaDA2-MoE that does grade-school arithmetic.
 
-    python -m diffulex_jax.training.recipes.embedded --out DIR --steps 10500 --seed 0
+    diffulex-jax train embedded --out DIR
 
-writes a Hugging Face directory with metrics and a model card.
+Half of every batch learns block diffusion, half the repair of its own drafts. Writes a Hugging Face directory with metrics and a model
+card; ``diffulex_jax/embedded`` is one.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-
-import jax
+import functools
 
 from diffulex_jax.models.registry import model_of
-from diffulex_jax.training import objective, trainer
-from diffulex_jax.training.arithmetic import data, evaluate, export, tokenizer
+from diffulex_jax.training import objective
+from diffulex_jax.training.arithmetic import data, tokenizer
+from diffulex_jax.training.arithmetic.export import export
+from diffulex_jax.training.recipe import Recipe, Term
 
 
 MODEL = model_of(
@@ -38,29 +38,16 @@ MODEL = model_of(
     }
 )
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True, help="directory of the trained model")
-    for name in ("steps", "rows", "examples", "seed", "warmup"):
-        parser.add_argument(f"--{name}", type=int, default=trainer.Recipe._field_defaults[name])
-    parser.add_argument("--learning-rate", type=float, default=trainer.Recipe._field_defaults["learning_rate"])
-    parser.add_argument("--workers", type=int, default=8, help="processes that generate examples")
-    parser.add_argument("--problems", type=int, default=evaluate.PROBLEMS, help="held-out problems of the evaluation at the end")
-    args = vars(parser.parse_args())
-    recipe = trainer.Recipe(**{name: args[name] for name in trainer.Recipe._fields if name in args})
-    began = time.perf_counter()
-    examples = objective.Batch(*jax.device_put(data.training_set(recipe.examples, seed=recipe.seed, workers=args["workers"])))
-    print(f"{len(examples.start)} examples in {time.perf_counter() - began:.0f} s", flush=True)
-    params, history = trainer.train(MODEL, recipe, examples)
-    training = {
-        "recipe": recipe._asdict(),
-        "device": jax.devices()[0].device_kind,
-        "seconds": round(time.perf_counter() - began),
-        "history": history[:: max(1, len(history) // 100)],
-    }
-    export.export(args["out"], MODEL, params, training=training, problems=args["problems"])
-
-
-if __name__ == "__main__":
-    main()
+RECIPE = Recipe(
+    model=MODEL,
+    data=functools.partial(data.generated, count=1_500_000, workers=8),
+    objectives=(Term("masked", objective.masked, 0.5), Term("on_policy", objective.on_policy, 0.5)),
+    steps=10_500,
+    rows=256,
+    learning_rate=2e-3,
+    warmup=300,
+    weight_decay=0.05,
+    beta2=0.98,
+    balance=0.01,
+    finish=export,
+)
