@@ -107,9 +107,14 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_warm_up.py",
     ),
     "least": (
+        "test_blocks_and_pages.py",
+        "test_decide.py",
         "test_golden_sdar.py",
+        "test_models.py",
+        "test_next_token_models.py",
         "test_output_contract.py",
         "test_policies.py",
+        "test_properties.py",
         "test_recipes.py",
     ),
 }
