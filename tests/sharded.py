@@ -322,12 +322,16 @@ def engines(meshes):
             "warm_up": False,
         }
 
-        preempted = {}
+        preempted, scores, changed = {}, {}, {}
 
         def answers(mesh):
             engine = Engine.from_pretrained(folder, mesh=mesh, **sizes)
             outputs = [o.token_ids for o in engine.generate(prompts, settings)]
             preempted[mesh] = engine.stats["preemptions"]
+            if mesh in (None, meshes[0]):
+                engine.update_params(init(MODEL, jax.random.key(1), scale=0.3))
+                scores[mesh] = np.concatenate(engine.score(prompts, [tokens[:6] for tokens in outputs]))
+                changed[mesh] = [o.token_ids for o in engine.generate(prompts, settings)]
             return outputs
 
         def refused(mesh):
@@ -339,7 +343,13 @@ def engines(meshes):
         single = answers(None)
         same = {mesh: answers(mesh) == single for mesh in meshes}
         refusals = {mesh: refused(mesh) for mesh in ("tensor=3", "data=3")}
-        return {"same": same, "preempted": min(preempted.values()), "tokens": sum(map(len, single)), "refused": refusals}
+        updated = {
+            "same": changed[meshes[0]] == changed[None] != single,
+            "scores": float(np.abs(scores[meshes[0]] - scores[None]).max()),
+            "scored": len(scores[None]),
+        }
+        facts = {"same": same, "preempted": min(preempted.values()), "tokens": sum(map(len, single))}
+        return facts | {"refused": refusals, "updated": updated}
 
 
 def bench(axes):

@@ -52,6 +52,7 @@ def test_an_argument_that_is_no_utf_8_is_one_line():
         ["convert", "--help"],
         ["plan", "--help"],
         ["bench", "decode", "--help"],
+        ["eval", "--help"],
     ],
 )
 def test_help_is_whole_and_comes_at_once(args):

@@ -27,7 +27,15 @@ FLOORS = [
     ("diffulex_jax.models", "diffulex_jax.rules", "diffulex_jax.cache", "diffulex_jax.request_state", "diffulex_jax.strategies"),
     ("diffulex_jax.decode", "diffulex_jax.weights"),
     ("diffulex_jax.engine",),
-    ("diffulex_jax.async_serving", "diffulex_jax.training", "diffulex_jax.bench", "diffulex_jax.planning", "diffulex_jax.viz"),
+    (
+        "diffulex_jax.async_serving",
+        "diffulex_jax.training",
+        "diffulex_jax.evaluation",
+        "diffulex_jax.bench",
+        "diffulex_jax.planning",
+        "diffulex_jax.viz",
+    ),
+    ("diffulex_jax.rollout",),
     ("diffulex_jax.cli", "diffulex_jax.__main__"),
 ]
 

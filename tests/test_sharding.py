@@ -107,6 +107,12 @@ def test_the_bench_of_a_step_counts_for_each_device(found):
     assert found["bench"]["placed"]
 
 
+def test_an_engine_over_a_mesh_takes_other_parameters_and_scores(found):
+    updated = found["engines"]["updated"]
+    assert updated["same"]
+    assert updated["scored"] == 48 and updated["scores"] < 1e-4
+
+
 def test_arrays_without_elements_stay_outside():
     """XLA for GPUs crashes on them: what each device does makes its own."""
     slots, devices = spec("slot"), AbstractMesh((2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 3)

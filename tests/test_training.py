@@ -157,7 +157,10 @@ class Canned:
     def __init__(self, *outputs):
         self.outputs = list(outputs)
 
-    def generate(self, prompts, params):
+    def warm_up(self, prompts, params):
+        pass
+
+    def generate(self, prompts, params, *, progress=False):
         self.asked = list(zip(prompts, params, strict=True))
         return self.outputs[: len(prompts)]
 

@@ -97,6 +97,12 @@ class PagePool:
         if self.prefix_cache and digest not in self._page_of and page not in self._digest_of:
             self._page_of[digest], self._digest_of[page] = page, digest
 
+    def forget(self) -> None:
+        """Forgets what all pages hold: no prefix is found until it is published anew."""
+        self._free += reversed(self._idle)
+        for known in (self._idle, self._digest_of, self._page_of):
+            known.clear()
+
     def release(self, pages: Sequence[int]) -> None:
         """Gives one reference of each page back.
 

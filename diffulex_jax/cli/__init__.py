@@ -1,4 +1,4 @@
-"""The command line: ``diffulex-jax generate``, ``trace``, ``serve``, ``train``, ``bench``, ``plan`` and ``doctor``.
+"""The command line: ``diffulex-jax generate``, ``trace``, ``serve``, ``train``, ``bench``, ``eval``, ``plan`` and ``doctor``.
 
 What a command needs beyond its options is imported inside the command: help and usage errors come at once.
 """

@@ -1,4 +1,4 @@
-"""``diffulex-jax serve``, ``convert``, ``plan``, ``quantize`` and ``doctor``; ``generate``, ``trace`` and ``bench`` stand beside.
+"""``diffulex-jax serve``, ``convert``, ``plan``, ``quantize`` and ``doctor``; ``generate``, ``trace``, ``bench`` and ``eval`` stand beside.
 
 Settings of a request and of the engine become options by themselves, read from ``SamplingParams`` and ``EngineConfig``.
 """
@@ -19,6 +19,7 @@ import typer
 from diffulex_jax.async_serving.settings import ServerSettings
 from diffulex_jax.cli import interrupt, surroundings
 from diffulex_jax.cli.bench import bench
+from diffulex_jax.cli.evaluate import evaluate
 from diffulex_jax.cli.generate import generate, trace
 from diffulex_jax.cli.options import SHAPE_NAMES, STRATEGIES, USUAL, AsJson, Mesh, Model, PlainCommand, one_line_errors, settings_as_options
 from diffulex_jax.cli.train import train
@@ -45,6 +46,7 @@ app.add_typer(bench, name="bench")
 app.command("generate", cls=PlainCommand)(generate)
 app.command("trace", cls=PlainCommand)(trace)
 app.command("train", cls=PlainCommand)(train)
+app.command("eval", cls=PlainCommand)(evaluate)
 
 
 def _show_version(wanted: bool) -> None:

@@ -33,6 +33,9 @@ SHAPE_NAMES = (
 )
 """The names in ``bench.shapes.SHAPES``, likewise."""
 
+SUITE_NAMES = ("words", "arithmetic", "copy", "insert", "remove", "replace", "reverse", "sort", "shuffle")
+"""The names in ``evaluation.suites.GENERATED``, likewise."""
+
 # What several commands say in the same words.
 Model = Annotated[str, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")]
 Mesh = Annotated[

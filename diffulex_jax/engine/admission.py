@@ -11,6 +11,7 @@ import numpy as np
 
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.request import Tracked
+from diffulex_jax.engine.scoring import Asked
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
 from diffulex_jax.request_state import MAX_STOP_IDS
@@ -135,6 +136,31 @@ def _token_ids(limits: Limits, prompt: Prompt, name: str) -> np.ndarray:
     if outside.size:
         raise refuse(f"holds token id {outside[0]}, outside the vocabulary [0, {limits.vocab_size})")
     return ids.astype(np.int32)
+
+
+def scored(limits: Limits, prompts: Sequence[Prompt] | str, completions: Sequence[Prompt] | str) -> list[Asked]:
+    """Prompts and completions as the sequences that are to be scored; a single text is one of them.
+
+    Raises:
+      SettingError: naming the prompt or the completion, and what is wrong with it.
+    """
+    prompts, completions = ([given] if isinstance(given, str) else given for given in (prompts, completions))
+    if len(prompts) != len(completions):
+        raise SettingError("completions", f"{len(completions)} completions for {len(prompts)} prompts")
+    asked = []
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids, name = _token_ids(limits, prompt, f"prompt {i}"), f"completion {i}"
+        if isinstance(completion, str) and limits.tokenizer is not None:
+            completion = limits.tokenizer.encode_more(completion)
+        more = _token_ids(limits, completion, name) if len(completion) else np.zeros(0, np.int32)
+        if limits.dims.mask_id in more:
+            raise SettingError("completions", f"{name} holds the mask {limits.dims.mask_id}, which is never chosen")
+        if len(ids) + len(more) > (most := limits.settings.max_model_len):
+            raise SettingError(
+                "completions", f"{name} and its prompt have {len(ids) + len(more)} tokens; that exceeds max_model_len={most}"
+            )
+        asked.append(Asked(np.concatenate([ids, more]), len(ids)))
+    return asked
 
 
 def _check_lengths(limits: Limits, length: int, params: SamplingParams, name: str) -> None:

@@ -61,6 +61,12 @@ class Desk:
                 raise RuntimeError(f"{len(self.requests)} requests are queued or running; this needs an engine that has none")
             yield
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Has the device between two steps of the batch, for the time of a ``with``."""
+        with self._turns.mine():
+            yield
+
     def add(self, requests: Sequence[Tracked]) -> list[int]:
         """Queues requests for :meth:`step`; returns their ids."""
         with self._turns.mine():

@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffulex_jax import decode, request_state
-from diffulex_jax.engine import packing, programs
+from diffulex_jax.decode.likelihood import Canvases
+from diffulex_jax.engine import packing, parameters, programs, scoring
 from diffulex_jax.engine.dispatch import Plan, jit, jit_denoise, unpack_report
 from diffulex_jax.engine.executables import Programs
 from diffulex_jax.engine.request import Chunk, Tracked
 from diffulex_jax.engine.results import TraceStep
 from diffulex_jax.engine.words import Words
-from diffulex_jax.models.base import Params
+from diffulex_jax.models.base import Params, leaves
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import STATE_AXES, Canvas, DecodeState, KVPool, StepReport, Trace
@@ -86,6 +87,8 @@ class JaxDevice:
         self._programs = Programs(mesh, keep=program.kernels.kept_ready)
         self._denoise = {g: jit_denoise(program._replace(greedy=g), mesh, dtype=dtype, steps=steps_per_dispatch) for g in kinds}
         compiled = functools.partial(jit, dtype=dtype, device=mesh.devices.flat[0], donate_argnums=(1,), out_shardings=(on_pool, on_slots))
+        self._budget = max_batched_tokens
+        self._log_probs = jit(functools.partial(programs.log_probs, program), dtype, mesh.devices.flat[0], out_shardings=everywhere)
         self._prefills = {shape: compiled(functools.partial(_prefill, program, words)) for shape, words in self._prompts.items()}
         each = dims.slots // self._shards
         # Rows of each data shard that a dispatch may have, and the slots that they are.
@@ -120,6 +123,43 @@ class JaxDevice:
         self.release(0)
         for greedy, rows in loops:
             jax.block_until_ready(self._dispatch(self._plan(rows, max_steps=1, stop_on_finish=False), greedy=greedy))
+
+    @property
+    def params(self) -> Params:
+        return self._params
+
+    def update_params(self, params: Params, *, donate: bool) -> None:
+        """Takes other parameters in. Should memory not suffice for it, it holds some of both, until it is called again.
+
+        Raises:
+          ValueError: naming the leaf that will not do; then nothing is changed.
+        """
+        program, tree = self.program, jax.tree.structure(self._params, is_leaf=lambda node: not isinstance(node, dict))
+        parameters.check(program.model, self._params, params)
+        held, self._params = leaves(self._params), {}
+        try:
+            parameters.replace(program.model, held, params, programs=self._programs, kernels=program.kernels, mesh=self.mesh, donate=donate)
+        finally:
+            self._params = jax.tree.unflatten(tree, held.values())
+
+    def score(self, asked: Sequence[scoring.Asked], estimator: scoring.Estimator) -> list[np.ndarray]:
+        """See ``scoring.score``."""
+        program, shards = self.program, self._shards
+        each = program.dims.slots // shards
+
+        def run(canvases: Canvases) -> np.ndarray:
+            shape = canvases.noisy.shape, canvases.clean is not None
+            return np.asarray(self._programs(("score", shape), self._log_probs, self._params, canvases))
+
+        return scoring.score(
+            asked,
+            estimator,
+            dims=program.dims,
+            policy=program.attention,
+            most=program.dims.positions,
+            rows=lambda tokens: shards * max(1, min(each, self._budget // tokens)),
+            run=run,
+        )
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         for packed, requests in packing.pack(self.program, self._prefill_shapes, chunks, table_of=self._table, shards=self._shards):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from diffulex_jax import compile_cache
-from diffulex_jax.engine.admission import AnyParams, Prompt, admit, paired
+from diffulex_jax.engine import scoring
+from diffulex_jax.engine.admission import AnyParams, Prompt, admit, paired, scored
 from diffulex_jax.engine.build import Network, build, load
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.desk import Desk
@@ -17,9 +20,11 @@ from diffulex_jax.engine.fingerprint import difference
 from diffulex_jax.engine.outputs import make_progress, with_progress
 from diffulex_jax.engine.request import Tracked
 from diffulex_jax.engine.results import Output, Progress
+from diffulex_jax.engine.scoring import BlockConditional, Estimator
 from diffulex_jax.engine.snapshot import Snapshot
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.models.base import Model, Params
+from diffulex_jax.parallel import hosts
 from diffulex_jax.parallel.mesh import mesh_of
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.strategies import AnyStrategy, for_model
@@ -186,6 +191,51 @@ class Engine:
         """Ends a request like :meth:`abort`, without making an output of it. One that has ended is no error: its output is dropped."""
         self._desk.discard(id_)
 
+    def score(
+        self, prompts: Sequence[Prompt] | str, completions: Sequence[Prompt] | str, estimator: Estimator | None = None
+    ) -> list[np.ndarray]:
+        """Log probability of each token of each completion, behind its prompt: float32, ``[its tokens]`` each.
+
+        They are the model's own, at temperature 1, over what a decoder may choose. What an output left out (the EOS that ended it) is
+        scored where the completion holds it. Requests under way go on between the forwards of others.
+
+        Args:
+          prompts, completions: texts or token id lists, one completion a prompt; a text is encoded by itself.
+          estimator: what is computed, see ``scoring``: ``BlockConditional()`` (the default), ``MonteCarlo(samples=..., seed=...)``, or
+            ``StepMap(maps)``.
+
+        Raises:
+          ValueError: naming what will not do.
+        """
+        estimator = BlockConditional() if estimator is None else estimator
+        asked = scored(self._limits, prompts, completions)
+        scoring.check(estimator, [len(tokens) - begin for tokens, begin in asked])
+        with self._desk.turn():
+            return self._device.score(asked, estimator)
+
+    def update_params(self, params: Params, *, donate: bool = False) -> None:
+        """Goes on with other parameters, as between two steps of training: no program is compiled again, cached prefixes are forgotten.
+
+        The engine keeps copies where it runs, each made once the leaf that it replaces is let go of, so that a trainer may go on to
+        donate its own. Snapshots of other parameters are refused from then on. Not for an engine of several hosts.
+
+        Args:
+          params: a tree of the model's schema, of the shapes and dtypes that the engine holds, on any device or host. Leaves that are
+            held quantised are quantised anew where they are given plain.
+          donate: share the arrays that lie right instead of copying them; the caller uses and donates them no more.
+
+        Raises:
+          ValueError: naming the leaf that will not do; nothing is changed then.
+          RuntimeError: while requests are queued or running, whose tokens would be of two models: finish or abort them first. On several
+            hosts.
+        """
+        if hosts.several():
+            raise RuntimeError("update_params() is for an engine of one host")
+        with self._desk.at_rest():
+            self._device.update_params(params, donate=donate)
+            self._scheduler.forget_prefixes()
+            self._fingerprint = {**self._fingerprint, "update": os.urandom(8).hex()}
+
     def snapshot(self, id_: int) -> Snapshot:
         """All a request is, between two steps. It goes on here undisturbed; elsewhere :meth:`restore` continues it to the same output."""
         return self._desk.snapshot(id_, self._fingerprint)
@@ -199,6 +249,11 @@ class Engine:
         if other := difference(taken.fingerprint, self._fingerprint):
             raise ValueError(f"the snapshot is of {other}")
         return self._desk.resume(taken.request(self._desk.new_id()))
+
+    @property
+    def params(self) -> Params:
+        """The parameters as they are held. They are the engine's: look at them, and donate them to nothing."""
+        return self._device.params
 
     @property
     def saved_structure(self) -> Any:

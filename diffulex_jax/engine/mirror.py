@@ -19,6 +19,7 @@ import numpy as np
 
 from diffulex_jax.engine.device import JaxDevice
 from diffulex_jax.engine.request import Tracked
+from diffulex_jax.models.base import Params
 from diffulex_jax.parallel import hosts
 
 
@@ -49,6 +50,10 @@ class Mirror:
     @property
     def saved_structure(self) -> Any:
         return self.device.saved_structure
+
+    @property
+    def params(self) -> Params:
+        return self.device.params
 
     def __getattr__(self, name: str) -> Any:
         """A call of the device that all make."""

@@ -7,6 +7,7 @@ Slots and pages are split over the mesh axis ``data``: the pages of a slot must 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, PartitionSpec
 
 from diffulex_jax import decode
+from diffulex_jax.decode import likelihood
+from diffulex_jax.decode.likelihood import Canvases
 from diffulex_jax.models.base import Model, Params, is_param
 from diffulex_jax.parallel.mesh import first_index, sharding, spec, spread
 from diffulex_jax.state import POOL_AXES, STATE_AXES, DecodeState, KVPool, StepReport, Trace
@@ -86,6 +89,12 @@ def prefill(
     pages, slots = spec(*POOL_AXES), spec(*STATE_AXES)
     run = spread(local, (param_specs(program.model), pages, *[slots] * 5), (pages, slots))
     return run(params, pool, tokens, start, length, written, page_table)
+
+
+def log_probs(program: decode.Program, params: Params, canvases: Canvases) -> jax.Array:
+    """See ``likelihood.log_probs``. Devices compute the rows of their data shard."""
+    run = spread(functools.partial(likelihood.log_probs, program), (param_specs(program.model), spec(*STATE_AXES)), spec(*STATE_AXES))
+    return run(params, canvases)
 
 
 def pool_placement(mesh: Mesh, program: decode.Program) -> KVPool:

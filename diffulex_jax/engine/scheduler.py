@@ -145,6 +145,11 @@ class Scheduler:
             flight, self._flight = self._flight, None
             self._ended += self._collect(self.device.collect(flight.launched), flight.running)
 
+    def forget_prefixes(self) -> None:
+        """Prefixes that earlier requests left are found no more."""
+        for shard in self._shards:
+            shard.pages.forget()
+
     def has_ended(self, request: Tracked) -> bool:
         """Whether it ended in a dispatch that was collected, and the next :meth:`step` will say so."""
         return any(ended.request is request for ended in self._ended)

@@ -164,6 +164,16 @@ class Tokenizer:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
         return self._backend.encode(rendered, add_special_tokens=False).ids if harmless else self._shield.encode(rendered)
 
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The text that the chat template makes of a conversation. Special tokens that messages hold are special in it.
+
+        Raises:
+          ValueError: where the tokenizer has no chat template.
+        """
+        if self.chat_template is None:
+            raise ValueError(f"the tokenizer in {self._path} has no chat template")
+        return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+
     @property
     def chat_template(self) -> str | None:
         """The chat template; of several the default one; None where there is none."""

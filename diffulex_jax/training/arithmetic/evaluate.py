@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import platform
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ import jax
 from tqdm import tqdm
 
 from diffulex_jax import Engine, SamplingParams
+from diffulex_jax.evaluation.run import decode
 from diffulex_jax.training.arithmetic import data, tasks, tokenizer
 
 
@@ -93,20 +93,16 @@ def measure(engine: Engine, problems: Sequence[tasks.Problem], prompts: Sequence
     """
     ids = [encoding.ids for encoding in tokenizer.build().encode_batch(list(prompts))]
     params_of = [dataclasses.replace(params, max_tokens=data.CANVAS - len(prompt)) for prompt in ids]
-    engine.generate(ids[:1], params_of[:1])  # loads the engine's tokenizer
-    began = time.perf_counter()
-    outputs = engine.generate(ids, params_of)
-    seconds = time.perf_counter() - began
+    outputs, work = decode(engine, ids, params_of)
     answers = [output.text or "" for output in outputs]
-    tokens, forwards = sum(len(o.token_ids) for o in outputs), sum(o.nfe for o in outputs)
     return {
         "exact": sum(map(tasks.is_correct, problems, answers)) / len(problems),
         "worked": sum(tasks.equations(p.answer) == tasks.equations(a) for p, a in zip(problems, answers, strict=True)) / len(problems),
-        "tokens": tokens,
-        "forwards": forwards,
-        "revised": sum(o.revised_tokens for o in outputs),
-        "tokens_per_forward": tokens / forwards,
-        "tokens_per_second": tokens / seconds,
+        "tokens": work.tokens,
+        "forwards": work.forwards,
+        "revised": work.revised,
+        "tokens_per_forward": work.tokens_per_forward,
+        "tokens_per_second": work.tokens_per_second,
     }
 
 

@@ -1,0 +1,1 @@
+"""The engine as the rollout worker of reinforcement learning libraries."""
