@@ -31,6 +31,7 @@ GOLDEN = TESTS / "golden"
 # Files and folders that take more than some ten seconds of a processor, longest first: they begin first, so that all workers end
 # together, and `make test-fast` leaves them out.
 SLOW = (
+    "test_notebooks.py",
     "test_golden_sdar.py",
     "test_same_answer.py",
     "test_output_contract.py",
@@ -67,7 +68,6 @@ SLOW = (
     "test_requests.py",
     "test_training.py",
     "test_recipes.py",
-    "test_notebooks.py",
     "test_next_token_models.py",
     "test_sampling.py",
     "test_step.py",
@@ -86,6 +86,8 @@ SLOW = (
     "kernels/test_quantised.py",
     "test_compile_cache.py",
     "test_viz.py",
+    "test_watch.py",
+    "test_trace.py",
     "test_models.py",
     "test_fingerprint.py",
     "kernels/test_token_merge.py",
@@ -115,8 +117,11 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_requests.py",
         "test_rollout.py",
         "test_scoring.py",
+        "test_trace.py",
         "test_update_params.py",
+        "test_viz.py",
         "test_warm_up.py",
+        "test_watch.py",
     ),
     "least": (
         "test_blocks_and_pages.py",

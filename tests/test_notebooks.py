@@ -72,3 +72,31 @@ def test_quickstart(executed):
     assert all(row[-1] == "156." for row in rows)
     forwards = {row[0]: int(row[2]) for row in rows}
     assert forwards["dmax"] * 2 <= forwards["llada2"]
+
+
+def test_decoding_rule(executed):
+    """A rule that the notebook writes down is served over HTTP with what the notebook says alone."""
+    install, rule, canvas, events, race, plot, comparison, served, ended = executed("02_decoding_rule.ipynb")
+    assert not text(install) and "my_rules.py" in text(rule)
+    answer = text(canvas).strip()
+    assert answer.endswith("the answer is 156.")
+    rows = [line.split() for line in text(race).splitlines()[1:]]
+    assert [row[:2] for row in rows] == [[name, threshold] for name in ("dmax", "draft_and_repair") for threshold in ("0.9", "0.5", "0.0")]
+    right, rates = [int(row[2].rstrip("%")) for row in rows], [float(row[3]) for row in rows]
+    assert min(right) >= 90 and rates[3] < rates[4] <= rates[5] and rates[5] > 8
+    for outputs in (canvas, events, plot, comparison):
+        (picture,) = pictures(outputs)
+        assert len(picture) > 5000
+    assert text(served).splitlines() == [answer, "as above: True"]
+    assert text(ended) == "the server has ended\n"
+
+
+def test_plan_a_pod(executed):
+    install, sizes, memory, compiled, roofline, rates = executed("04_plan_a_pod.ipynb")
+    stored = [cell.outputs for cell in load("04_plan_a_pod.ipynb").cells if cell.cell_type == "code"]
+    assert text(sizes) == text(stored[1]) and text(rates) == text(stored[5])
+    assert not text(install) and text(sizes).splitlines()[1].split()[0] == "v5e:4x4"
+    assert "temporaries" in text(compiled) and "all-reduce" in text(compiled)
+    for outputs in (memory, roofline):
+        (picture,) = pictures(outputs)
+        assert len(picture) > 5000
