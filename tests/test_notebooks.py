@@ -32,6 +32,11 @@ def test_stored_with_outputs(path):
         assert not re.search(r"(^|[\s\"'])/(home|root|tmp|usr|work)/", text(cell.outputs))
 
 
+def test_each_is_run():
+    run = set(re.findall(r'executed\("(.*?)"\)', pathlib.Path(__file__).read_text()))
+    assert run == {path.name for path in NOTEBOOKS.glob("*.ipynb")}
+
+
 @pytest.fixture
 def executed(tmp_path, pytestconfig, monkeypatch):
     """``executed(name)``: the outputs of each code cell of a notebook, run in a fresh kernel and an empty folder."""
