@@ -105,3 +105,19 @@ def test_plan_a_pod(executed):
     for outputs in (memory, roofline):
         (picture,) = pictures(outputs)
         assert len(picture) > 5000
+
+
+def test_on_policy_training(executed):
+    install, task, trained, before, after, plot, *canvases = executed("03_on_policy_training.ipynb")
+    assert not text(install) and text(task) and text(trained)
+    waits, drafts = measured(text(before))
+    assert measured(text(after))[0] == drafts and drafts[0] < 20
+    right, rate = measured(text(after))[-1]
+    assert right >= 80 and rate > 1.3 * max(waits[1], drafts[1])
+    for outputs in (plot, *canvases):
+        (picture,) = pictures(outputs)
+        assert len(picture) > 5000
+
+
+def measured(lines: str) -> list[tuple[int, float]]:
+    return [(int(right), float(rate)) for right, rate in re.findall(r"(\d+)% right, (\d+\.\d) tokens per forward", lines)]

@@ -68,6 +68,15 @@ def test_each_forward_colours_what_it_did():
     assert shown.figures() == "forward 5 · 4 tokens · 0.8 a forward · 1 edited"
 
 
+def test_a_long_canvas_is_laid_out_at_its_end_alone(monkeypatch):
+    monkeypatch.setattr(watch, "MOST_TOKENS", 3)
+    shown = canvas(STEPS)
+    while shown.behind:
+        shown.advance()
+    assert shown.text().plain == "PPP\nN _ _" and shown.figures().startswith("forward 5 · 4 tokens")
+    assert watch._last_lines(shown.text(), 2, screen(width=3)).plain.count("\n") == 1
+
+
 def test_positions_past_the_last_that_may_be_generated_are_not_shown():
     shown = canvas(STEPS[:1], most=1)
     shown.advance()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORWARDS_A_SECOND = 6  # slow enough to look at; a model that is faster is caught up with within a second
 LEAST_LINES = 5  # of a panel, its frame included
+MOST_TOKENS = 2000  # of a prompt, and of a canvas, that are laid out: more than a screen holds
 STYLES = {
     "prompt": "dim",
     "masked": "grey50",
@@ -121,9 +122,9 @@ class Canvas:
 
     def text(self) -> Text:
         """The prompt and the canvas, coloured by what became of each position in the forward that is shown."""
-        prompt = self._piece_all(self._prompt)
+        prompt = self._piece_all(self._prompt[-MOST_TOKENS:])
         parts = [(prompt if prompt.endswith("\n") else prompt + "\n", STYLES["prompt"])]
-        for token, event in zip(self.tokens, self.events, strict=True):
+        for token, event in zip(self.tokens[-MOST_TOKENS:], self.events[-MOST_TOKENS:], strict=True):
             parts.append((f" {self._mask}" if token is None else self._piece(token), STYLES[event]))
         return Text.assemble(*parts)
 
@@ -172,7 +173,7 @@ def _event(patch: Provisional, offset: int, token: int | None, confidence: float
 
 
 def _last_lines(text: Text, count: int, console: Console) -> Text:
-    return Text("\n").join(text.wrap(console, console.width - 4)[-count:])
+    return Text("\n").join(text.wrap(console, max(1, console.width - 4))[-count:])
 
 
 def _printable(text: str) -> str:
