@@ -295,6 +295,12 @@ def test_options_change_the_recipe(monkeypatch, tmp_path):
     assert refused.exit_code == 2 and "error: --lora-target goes with --lora-rank" in refused.output
 
 
+def test_without_optax_the_command_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused = CliRunner().invoke(cli.app, ["train", "sft", "--out", str(tmp_path)])
+    assert refused.exit_code == 2 and "error: training needs optax: pip install 'diffulex-jax[train]'" in refused.output
+
+
 def test_a_recipe_of_generated_problems_writes_a_tokenizer(tmp_path):
     made = trainer.Trained(SHORT, TINY, None, init(TINY, jax.random.key(0)), [], "cpu", 1.0)
     run.write(tmp_path, made._replace(recipe=changed(SHORT, finish=plain)))

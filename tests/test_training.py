@@ -148,6 +148,23 @@ def test_dense_experts_agree_with_the_kernel_and_balance_changes_only_gradients(
     np.testing.assert_allclose(added, 4 * (load[np.asarray(ids)] - 1 / 4) / 6, rtol=1e-3, atol=1e-6)
 
 
+def test_sorted_experts_and_their_gradients_are_those_of_dense_ones():
+    rng = np.random.default_rng(2)
+    x, gate_up, down, out = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((7, 16), (6, 16, 16), (6, 8, 16), (7, 16)))
+    ids = jnp.array([rng.permutation(6)[:2] for _ in range(7)], jnp.int32)
+    weights = jnp.array(rng.random((7, 2)), jnp.float32)
+
+    def total(compute, *arrays):
+        x, weights, *stacks = arrays
+        return (compute(x, ids, weights, *stacks, balance=1.0) * out).sum()
+
+    found, wanted = (
+        jax.value_and_grad(functools.partial(total, compute), (0, 1, 2, 3))(x, weights, gate_up, down)
+        for compute in (layout.sorted_experts, layout.dense_experts)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), found, wanted)
+
+
 # Evaluation and export.
 
 

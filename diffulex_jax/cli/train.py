@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 from typing import Annotated, Any
 
@@ -56,6 +57,8 @@ def train(
     with one_line_errors():
         if lora_rank is None and lora_target:
             raise ValueError("--lora-target goes with --lora-rank")
+        if importlib.util.find_spec("optax") is None:
+            raise ImportError("training needs optax: pip install 'diffulex-jax[train]'")
         from diffulex_jax import compile_cache
         from diffulex_jax.training import recipe as recipes
         from diffulex_jax.training import run

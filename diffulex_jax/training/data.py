@@ -57,12 +57,18 @@ def shuffled(examples: Examples, *, rows: int, seed: int) -> Batches:
 
 
 def random_access(dataset: Sequence[Mapping[str, Any]]) -> Batches:
-    """Batches of a dataset that is asked by index, as a ``grain.MapDataset`` behind its ``batch(rows)`` is.
+    """Batches of a dataset that is asked by index, as Grain's are: ``grain.MapDataset.source(examples).shuffle().repeat().batch(rows)``.
 
     Args:
-      dataset: ``dataset[step]`` are the columns of :class:`Examples` by name, each with a leading axis of rows.
+      dataset: ``dataset[step]`` has the columns of :class:`Examples` by name, each with a leading axis of rows. Grain makes it of examples
+        that are such mappings, without that axis.
     """
-    return lambda step: Examples(**{name: np.asarray(dataset[step][name]) for name in Examples._fields})
+
+    def batch(step: int) -> Examples:
+        columns = dataset[step]
+        return Examples(*(np.asarray(columns[name]) for name in Examples._fields))
+
+    return batch
 
 
 def json_lines(about: About, *, path: str, length: int) -> Batches:

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from diffulex_jax.models.attention import AttentionPolicy, positions_of
 from diffulex_jax.models.base import Model, Params, logits
 from diffulex_jax.models.ops import At, Ops
-from pallas_kernels import expert_choice
+from pallas_kernels import expert_choice, grouped_matmul
 from pallas_kernels.block_attention import masked_attention, split_heads
-from pallas_kernels.grouped_matmul import plain
 from pallas_kernels.linear import linear, mlp
 
 
@@ -30,6 +29,9 @@ SCORED_EOS = 32  # trailing end-of-sequence tokens that count, as in DMax's trai
 ONE_HOT = 4096
 """Tokens of a vocabulary up to which embeddings are a one-hot product. The gradient of a gather is a scatter in which most tokens (masks,
 end of sequence) fight over the same two rows; with large vocabularies the product takes longer than that."""
+
+DENSE = 32
+"""Most experts of which every token is given to all: the fastest form for a few narrow ones."""
 
 
 class Batch(NamedTuple):
@@ -115,8 +117,9 @@ def differentiable_ops(mask: jax.Array, *, balance: float = 0.0) -> Ops:
         flat = x.reshape(-1, x.shape[-1])
         bias = stacks["router_bias"][layer] if "router_bias" in stacks else None
         ids, weights, _ = expert_choice.choose(flat, stacks["router"][layer], bias, router, backend="sorted")
-        gate_up, down = (plain(stacks[name][layer], x.dtype) for name in ("experts_gate_up", "experts_down"))
-        y = dense_experts(flat, ids, weights, gate_up, down, balance=balance)
+        gate_up, down = (grouped_matmul.plain(stacks[name][layer], x.dtype) for name in ("experts_gate_up", "experts_down"))
+        compute = dense_experts if len(gate_up) <= DENSE else sorted_experts
+        y = compute(flat, ids, weights, gate_up, down, balance=balance)
         y = y.reshape(x.shape)
         shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None
         return y if shared is None else y + mlp(x, *shared, layer, backend="sliced")
@@ -130,7 +133,7 @@ def differentiable_ops(mask: jax.Array, *, balance: float = 0.0) -> Ops:
 def dense_experts(
     x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, *, balance: float = 0.0
 ) -> jax.Array:
-    """Every expert on every token, weighted: differentiable, and the fastest form for a few narrow experts.
+    """Every expert on every token, weighted; differentiable.
 
     Args:
       x: ``[N, D]``.
@@ -139,12 +142,24 @@ def dense_experts(
       balance: scales the gradient of the load-balancing loss ``E sum_e load_e mean_weight_e`` (Switch Transformer, arXiv 2101.03961),
         which is added to that of ``weights``.
     """
-    experts = gate_up.shape[0]
-    load = jax.nn.one_hot(ids, experts, dtype=jnp.float32).mean((0, 1))
-    weights = _add_gradient(weights, balance * experts * (load[ids] - 1 / experts) / ids.shape[0])
-    combine = jnp.einsum("nk,nke->ne", weights, jax.nn.one_hot(ids, experts, dtype=weights.dtype)).astype(x.dtype)
+    weights = _balanced(weights, ids, len(gate_up), balance)
+    combine = jnp.einsum("nk,nke->ne", weights, jax.nn.one_hot(ids, len(gate_up), dtype=weights.dtype)).astype(x.dtype)
     gate, up = jnp.split(jnp.einsum("nd,edf->nef", x, gate_up), 2, -1)
     return jnp.einsum("nef,efd->nd", jax.nn.silu(gate) * up * combine[..., None], down)
+
+
+def sorted_experts(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, *, balance: float = 0.0
+) -> jax.Array:
+    """:func:`dense_experts` for many experts: tokens are sorted by expert, and each goes through its own alone."""
+    weights = _balanced(weights, ids, len(gate_up), balance)
+    return grouped_matmul.expert_mlp(x, ids, weights, gate_up, down, backend="ragged")
+
+
+def _balanced(weights: jax.Array, ids: jax.Array, experts: int, balance: float) -> jax.Array:
+    """``weights`` with the gradient of the load-balancing loss added to theirs."""
+    load = jax.nn.one_hot(ids, experts, dtype=jnp.float32).mean((0, 1))
+    return _add_gradient(weights, balance * experts * (load[ids] - 1 / experts) / ids.shape[0])
 
 
 @jax.custom_vjp

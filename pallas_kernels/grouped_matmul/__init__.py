@@ -85,9 +85,8 @@ def expert_mlp(
       shared: ``(gate_up [D, 2, S], down [S, D])`` of an expert that is added, unweighted, for every token; with ``layer`` both
         have a leading L.
       counted: what ``expert_choice.choose`` counted, with the same ``valid``, if it did. For backend ``"gpu"``, which counts otherwise.
-      backend: ``"dense"`` (every expert for every token; the only one meant to be differentiated), ``"ragged"``
-        (``lax.ragged_dot``), ``"cpu"``, ``"gpu"`` (Hopper) or ``"tpu"`` (TPU7x); None chooses by the current mesh's devices, else the
-        default one.
+      backend: ``"dense"`` (every expert for every token), ``"ragged"`` (``lax.ragged_dot``; these two can be differentiated), ``"cpu"``,
+        ``"gpu"`` (Hopper) or ``"tpu"`` (TPU7x); None chooses by the current mesh's devices, else the default one.
 
     Returns:
       ``[T, D]`` in ``x.dtype``.
