@@ -133,6 +133,16 @@ def test_quantised_experts_are_smaller(nothing_compiles):
     assert (whole.quantised, whole.dtype) == ("int8", "bfloat16")
 
 
+def test_what_a_small_chip_holds_of_a_model_of_16_billion_parameters(nothing_compiles):
+    """LLaDA2-mini with experts in int4, and four requests of 4096 tokens: 10 GiB, where bfloat16 takes 31."""
+    for topology in ("v5e:1x1", "t4:1", "l4:1"):
+        made = plan("llada2-mini", topology, slots=4, weights="int4")
+        assert made.missing == 0 and 9.8 < (made.weights + made.pool) / 2**30 < 10.1
+        assert plan("llada2-mini", topology, slots=4).missing > 0
+    assert plan("llada2-mini", "v5e:1x1", slots=4, weights="int8").missing > 0
+    assert plan("llada2-mini", "l4:1", slots=4, weights="int8").missing == 0
+
+
 def test_keys_and_values_in_eight_bits_are_smaller(nothing_compiles):
     plain, whole, fp8 = (plan("llada2-mini", "h100:1", slots=4, kv=kv) for kv in (None, "int8", "fp8"))
     vectors = 2 * 20 * 4 * 4 * 4096  # keys and values, layers, heads, slots, positions
@@ -178,7 +188,7 @@ def test_every_shape_has_a_plan(nothing_compiles, shape):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--topology", "v99:2x2"], "topology 'v99:2x2' is not one of v4, v5e, v5p, v6e, tpu7x, h100, h200, a colon and a layout"),
+        (["--topology", "v99:2x2"], "topology 'v99:2x2' is not one of v4, v5e, v5p, v6e, tpu7x, h100, h200, a100, l4, t4, a colon"),
         (["--topology", "h100:0"], "topology 'h100:0' is not one of"),
         (["--topology", "v5e:3x5"], "topology 'v5e:3x5': "),
         (["--topology", "h100:4", "--mesh", "tensor=3"], "uses 3 of the 4 devices of h100:4; no data does with expert x tensor = 3"),

@@ -182,7 +182,10 @@ def plan_(
     *,
     model: Annotated[str, typer.Option(help=f"A Hugging Face directory, a hub id, 'embedded', or a shape: {', '.join(SHAPE_NAMES)}.")],
     topology: Annotated[
-        str, typer.Option(help="A slice of v4, v5e, v5p, v6e or tpu7x by its chips, v5e:4x4, v5p:4x4x4; or h100:2, h200:8 of one host.")
+        str,
+        typer.Option(
+            help="A slice of v4, v5e, v5p, v6e or tpu7x by its chips, v5e:4x4; or h100:2, h200:8, a100:4, l4:1, t4:1 of one host."
+        ),
     ],
     slots: Annotated[int, typer.Option(help="Requests decoded together, on all devices.")] = 64,
     max_len: Annotated[int, typer.Option(help="Most tokens of a prompt and its output.")] = 4096,

@@ -14,7 +14,7 @@ from diffulex_jax.planning.chips import slice_of
 from diffulex_jax.planning.compiling import _missing
 from pallas_kernels import block_attention, grouped_matmul, prediction, remask, token_merge
 from pallas_kernels.block_attention.tpu import POOL_ORDER
-from pallas_kernels.quantised import Quantised
+from pallas_kernels.quantised import GROUP, Quantised, dtype_of
 
 
 GENERATIONS = ["v5e:2x2", "tpu7x:2x2x1", *(pytest.param(there, marks=pytest.mark.pods) for there in ("v6e:2x2", "v5p:2x2x1", "v4:2x2x1"))]
@@ -159,6 +159,27 @@ def test_quantised_experts_are_multiplied_as_they_are(topology, form, dtype, bac
     rows = ((tokens, embed), jnp.bfloat16), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)
     memory = compile_for(topology, run, *rows, *stack(embed, 2 * width), *stack(width, embed)).memory_analysis()
     assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 20
+
+
+@pytest.mark.parametrize(("topology", "form", "backend"), [("v5e:2x2", "int4", "ragged"), ("tpu7x:2x2x1", "int4", "tpu")])
+def test_no_layer_of_quantised_experts_is_made_plain(topology, form, backend):
+    layers, experts, embed, width, tokens = 3, 128, 512, 512, 64
+
+    def run(x, ids, weights, *arrays):
+        gate_up, down = (Quantised(*arrays[i : i + 2], form) for i in (0, 2))
+
+        def layer(x, i):
+            return x + grouped_matmul.expert_mlp(x, ids, weights, gate_up, down, layer=i, backend=backend), None
+
+        return jax.lax.scan(layer, x, jnp.arange(layers))[0]
+
+    def stack(depth, columns):
+        groups = depth // GROUP if form == "int4" else 1
+        return ((layers, experts, depth, columns), dtype_of(form)), ((layers, experts, groups, columns), jnp.bfloat16)
+
+    rows = ((tokens, embed), jnp.bfloat16), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)
+    memory = compile_for(topology, run, *rows, *stack(embed, 2 * width), *stack(width, embed)).memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * experts * embed * 3 * width / 2  # of bfloat16
 
 
 def test_a_program_larger_than_the_memory_says_how_much_is_missing():

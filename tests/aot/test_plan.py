@@ -11,6 +11,7 @@ from checks import GIB, KERNELS, check
 from diffulex_jax.bench.shapes import SHAPES
 from diffulex_jax.planning import compiling, table
 from diffulex_jax.planning import plan as planning
+from diffulex_jax.planning.chips import CHIPS
 
 
 MEGABLOX = KERNELS | {"ragged-dot-metadata": 0, "ragged-dot-none": 0, "gmm": 4}
@@ -80,6 +81,15 @@ def test_a_large_chip_reads_the_experts_where_they_lie(least_effort):
 @pytest.mark.pods
 def test_every_generation(model, strategy, topology, options, kernels):
     check(plan(model, topology, strategy=strategy, **options), kernels=kernels, temporaries=0.5)
+
+
+@pytest.mark.pods
+def test_a_model_of_16_billion_parameters_on_one_small_chip():
+    """Experts in int4; a T4 has 14.5 GiB."""
+    made = plan("llada2-mini", "v5e:1x1", slots=4, weights="int4")
+    assert made.missing == 0 < made.head_room
+    taken = made.compiled.arguments + made.compiled.temporaries + made.compiled.code
+    assert taken < 11.5 * GIB < CHIPS["t4"].memory
 
 
 @pytest.mark.parametrize("model, topology, slots", table.ROWS)

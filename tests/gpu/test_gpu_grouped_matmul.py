@@ -12,7 +12,7 @@ from pallas_kernels.expert_choice import Router, choose
 from pallas_kernels.grouped_matmul import expert_mlp, stored
 from pallas_kernels.grouped_matmul.gpu_kernel import Groups, Tile, matmul
 from pallas_kernels.grouped_matmul.stacks import plain
-from pallas_kernels.quantised import quantise
+from pallas_kernels.quantised import FORMS, quantise
 from pallas_kernels.quantised.words import Packed, pack, unpack
 
 
@@ -87,6 +87,18 @@ def test_the_kernels_read_quantised_experts(key, relative_error, tokens, crowded
     np.testing.assert_array_equal(got, run((*args[:3], *stacks)))
     alone = jax.jit(lambda *a: expert_mlp(*a, backend="gpu"))(*args[:3], *(stack[1] for stack in stacks))
     np.testing.assert_array_equal(got, alone)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_quantised_experts_that_are_no_words_are_made_plain_a_few_at_a_time(key, relative_error, tokens, form):
+    """As on GPUs that the kernels are not for; int4 by its bytes."""
+    args = make(key, tokens)
+    stacks = [stored(w, form, backend="ragged", dtype=jnp.bfloat16) for w in args[3:5]]
+    meant = [plain(stack, jnp.float32) for stack in stacks]
+    error = relative_error(run((*args[:3], *stacks)), exact(*args[:3], *meant, args[5], 1)[0])
+    print(f"relative error of {form} at {tokens} tokens: {error:.5f}")
+    assert error < 7e-3
 
 
 @pytest.mark.parametrize("form", WORDS)

@@ -131,6 +131,34 @@ def test_backends_agree_with_the_weights_that_are_meant(backend, form):
     np.testing.assert_allclose(run(*one, backend=backend, valid=valid), want, rtol=2e-5, atol=5e-6)
 
 
+@pytest.mark.parametrize(("form", "chunk_bytes", "tokens"), [("int4", 1, 101), ("fp8", 60_000, 5), ("int8", 40_000, 40)])
+def test_a_few_experts_at_a_time_are_made_plain(form, chunk_bytes, tokens, monkeypatch):
+    """One, three or two of six; where one has more rows than a tile, in several; and those that a device holds alone."""
+    monkeypatch.setattr(xla, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(xla, "TILE_ROWS", 16)
+    args = make(9, tokens=tokens)
+    asked = quantised(args, form, "ragged")
+    meant = *args[:3], *(dequantise(quantise(stack, form)) for stack in args[3:])
+    traced = jax.jit(lambda *a, **options: expert_mlp(*a, backend="ragged", layer=1, **options))
+    want = run(*meant, backend="dense", layer=1)
+    np.testing.assert_allclose(traced(*asked), want, rtol=2e-5, atol=5e-6)
+
+    def share(first):
+        held = jax.tree.map(functools.partial(jax.lax.slice_in_dim, start_index=first, limit_index=first + 3, axis=1), asked[3:])
+        return traced(*asked[:3], *held, first_expert=jnp.int32(first))
+
+    np.testing.assert_allclose(share(0) + share(3), want, rtol=2e-5, atol=5e-6)
+
+
+def test_int4_of_a_gpu_is_read_in_bytes(monkeypatch):
+    q = quantise(normal(10, 2, 128, 6), "int4")
+    assert xla._read_in_bytes(q) is q
+    monkeypatch.setattr(xla, "current_target", lambda: Target("gpu", 8.0))
+    for read in (xla._read_in_bytes(q), jax.jit(xla._read_in_bytes)(q)):
+        assert read.values.dtype == jnp.int8
+        np.testing.assert_array_equal(read.values, q.values.astype(jnp.int8))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_cpu_row_is_bitwise_the_same_in_any_company(form):
     x, ids, weights, *stacks = quantised(make(4, tokens=100), form, "cpu")
