@@ -62,6 +62,7 @@ SLOW = (
     "test_quantised_files.py",
     "test_quantised_experts.py",
     "kernels/test_block_attention.py",
+    "test_bench_quality.py",
     "test_bench_e2e.py",
     "test_warm_up.py",
     "test_prefill.py",
@@ -104,6 +105,7 @@ SLOW = (
 COMPILED: dict[str, tuple[str, ...]] = {
     "quick": (
         "test_bench_step.py",
+        "test_bench_quality.py",
         "test_cli.py",
         "test_engine.py",
         "test_evaluation.py",

@@ -1,4 +1,4 @@
-"""``diffulex-jax bench decode``, ``bench step``, ``bench e2e`` and ``bench serve``."""
+"""``diffulex-jax bench decode``, ``bench step``, ``bench e2e``, ``bench quality`` and ``bench serve``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.sampling_params import SamplingParams
 
 
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed, and what quantising costs.")
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 _STRATEGIES = ", ".join(STRATEGY_NAMES)
@@ -65,7 +65,7 @@ def bench_step(
     strategy: Annotated[str | None, typer.Option(help=f"Of {_STRATEGIES}, separated by commas. {_USUAL}")] = None,
     context: Annotated[str, typer.Option(help="Cached positions in front of the block: 128,2048.")] = "128,2048",
     dtype: Annotated[str, typer.Option(help="Of weights, activations and cache: bfloat16 or float32.")] = "bfloat16",
-    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8 or int4. Default: as --dtype.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8, int4 or fp8. Default: as --dtype.")] = None,
     cache: Annotated[str | None, typer.Option(help="Of a model that sees its whole canvas: none, prefix or dual. Default: none.")] = None,
     sub_block_cache: Annotated[int | None, typer.Option(help="Of Fast-dLLM v2: forwards over one sub-block of so many tokens.")] = None,
     kernels: Annotated[str, typer.Option(help="auto (the device's own kernels) or reference (plain XLA).")] = "auto",
@@ -132,6 +132,34 @@ def bench_e2e(
             repeats=repeats,
             progress=(lambda line: None) if as_json else typer.echo,
             max_batched_tokens=max_batched_tokens,
+        )
+    if as_json:
+        typer.echo(json.dumps(report))
+
+
+@bench.command("quality", cls=PlainCommand)
+def bench_quality(
+    *,
+    model: Annotated[str, typer.Option(help="A directory of a model of the arithmetic problems, or 'embedded'.")] = "embedded",
+    problems: Annotated[int, typer.Option(help="Held-out problems.")] = 1000,
+    strategy: Annotated[str, typer.Option(help="llada2, llada2_edit or dmax.")] = "llada2",
+    dtype: Annotated[str, typer.Option(help="Of everything that is not quantised: bfloat16 or float32.")] = "float32",
+    weights: Annotated[str, typer.Option(help="Of a mixture's experts, separated by commas; '' for none.")] = "int8,int4,fp8",
+    kv: Annotated[str, typer.Option(help="Of keys and values, separated by commas; '' for none.")] = "int8,fp8",
+    as_json: _AsJson = False,
+) -> None:
+    """How near a model stays to itself with quantised experts, or keys and values: right answers, same answers, tokens a forward."""
+    with one_line_errors():
+        from diffulex_jax.bench import quality
+
+        report = quality.run(
+            model=model,
+            problems=problems,
+            strategy=strategy,
+            dtype=dtype,
+            weights=[form for form in weights.split(",") if form],
+            kv=[form for form in kv.split(",") if form],
+            progress=(lambda line: None) if as_json else typer.echo,
         )
     if as_json:
         typer.echo(json.dumps(report))
