@@ -121,3 +121,15 @@ def test_on_policy_training(executed):
 
 def measured(lines: str) -> list[tuple[int, float]]:
     return [(int(right), float(rate)) for right, rate in re.findall(r"(\d+)% right, (\d+\.\d) tokens per forward", lines)]
+
+
+def test_colab_16gb(executed):
+    """Without a large chip: the same cells with the small model."""
+    outputs = executed("02_colab_16gb.ipynb")
+    stored = [cell.outputs for cell in load("02_colab_16gb.ipynb").cells if cell.cell_type == "code"]
+    assert list(map(text, outputs)) == list(map(text, stored))
+    install, chip, loaded, answer, answers = map(text, outputs)
+    assert not install and chip == "cpu: embedded\n"
+    assert float(loaded.split(" GiB")[0]) < 0.1
+    assert "the answer is 57." in answer
+    assert [re.search(r"the answer is (\d+)\.", line)[1] for line in answers.splitlines()[1::2]] == ["33", "69", "153", "156"]

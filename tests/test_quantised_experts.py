@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import tracemalloc
 
@@ -44,6 +45,20 @@ def test_what_is_loaded_is_what_would_be_quantised(form, monkeypatch):
         assert jax.tree.structure(found[path]) == jax.tree.structure(want)
         jax.tree.map(np.testing.assert_array_equal, found[path], want)
     assert form_of(params) == form and form_of(plain) is None
+
+
+def test_a_layer_of_many_experts_is_read_some_of_them_at_a_time():
+    """LLaDA2-mini's 256 of 2048 x 1024 and 512 x 2048 have 1 GiB and a half of it, a piece a quarter."""
+    model = model_of(SHAPES["llada2-mini"])
+    schema, one, two = leaves(model.schema), make_mesh(), jax.sharding.AbstractMesh((1, 2, 1), ("data", "expert", "tensor"))
+
+    def sizes(*leaf, mesh=one):
+        parts = [(tensor, part) for tensor in model.tensors for part in tensor.parts if part.leaf == leaf]
+        return checkpoint._piece_sizes(schema[leaf], parts, 2 * math.prod(schema[leaf].shape), mesh)
+
+    assert sizes("moe", "experts_gate_up") == (1, 64) and sizes("moe", "experts_down") == (1, 128)
+    assert sizes("moe", "experts_down", mesh=two) == (1,)  # each device has a part of every piece
+    assert sizes("moe", "qkv") == (19,) and sizes("embed") == ()
 
 
 def test_loading_never_holds_a_leaf_whole(tmp_path, monkeypatch):

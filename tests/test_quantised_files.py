@@ -46,7 +46,8 @@ def written(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: dict |
     raw = json.loads((TINY / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw if config is None else raw | {"quantization_config": config}))
     header, body = {}, b""
-    names = {"float8_e4m3fn": "F8_E4M3", "int8": "I8", "int32": "I32", "int64": "I64", "float32": "F32", "bfloat16": "BF16"}
+    names = {"float8_e4m3fn": "F8_E4M3", "int8": "I8", "int32": "I32", "int64": "I64"}
+    names |= {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     for name, array in tensors.items():
         data = np.ascontiguousarray(array).tobytes()
         header[name] = {"dtype": names[array.dtype.name], "shape": array.shape, "data_offsets": (len(body), len(body) + len(data))}
@@ -79,7 +80,7 @@ def test_numbers_lie_in_words_lowest_first():
     assert [hex(word) for word in words.view(np.uint32)[0]] == ["0xa7ef9810", "0x8888888b"]
     assert formats.packed(np.array([[-128, 127, 0, -1]], np.int8), 8).view(np.uint32)[0, 0] == 0x7F80FF00
     found = formats.matrix(
-        (1, 9), {"weight_packed": words, "weight_scale": np.ones((1, 1), np.float32)}, formats.Scheme("int4", None, (), ())
+        "x.weight", (1, 9), {"weight_packed": words, "weight_scale": np.ones((1, 1), np.float32)}, formats.Scheme("int4", None, (), ())
     )
     np.testing.assert_array_equal(found.values, row)
 
@@ -132,6 +133,30 @@ def quantised_by(kind: str, w: np.ndarray) -> tuple[dict[str, np.ndarray], np.nd
         spread = np.kron(scales, np.ones((8, 16), np.float32))
         q = (w / spread).astype(FP8)
         return {"weight": q, "weight_scale_inv" if kind == "fp8-block" else "weight_scale": scales}, q.astype(np.float32) * spread
+    if kind.startswith(("gptq", "awq")):
+        bits = 8 if "8" in kind else 4
+        lowest, highest = w.T.reshape(-1, 16, rows).min(1), w.T.reshape(-1, 16, rows).max(1)  # of a group of 16 rows of [K, N]
+        if "sym" in kind:
+            highest = np.maximum(-lowest, highest)
+            lowest = -highest
+        scale = np.maximum((highest - lowest) / (2**bits - 1), 1e-6).astype(ml_dtypes.bfloat16).astype(np.float16)
+        zero = np.full(scale.shape, 2 ** (bits - 1)) if "sym" in kind else np.clip(np.round(-lowest / scale), 1, 2**bits - 1).astype(int)
+        spread, zeros = (np.repeat(a, 16, 0) for a in (scale.astype(np.float32), zero))
+        q = np.clip(np.round(w.T / spread) + zeros, 0, 2**bits - 1).astype(np.int64)
+        count = 32 // bits
+        place = [0, 4, 1, 5, 2, 6, 3, 7] if kind == "awq" else range(count)  # where in a word a column, or row, is
+
+        def along_columns(numbers):
+            words = np.zeros((len(numbers), numbers.shape[1] // count), np.int64)
+            for n in range(numbers.shape[1]):
+                words[:, n // count] |= numbers[:, n] << (bits * place[n % count])
+            return words.astype(np.uint32).view(np.int32)
+
+        stored = {"scales": scale, "qzeros": along_columns(zero - (kind in ("gptq", "gptq-sym", "gptq-sym-8")))}
+        stored["qweight"] = along_columns(q) if kind == "awq" else np.ascontiguousarray(along_columns(q.T).T)
+        if kind != "awq":
+            stored["g_idx"] = (np.arange(columns) // 16).astype(np.int32)
+        return stored, ((q - zeros) * spread).T.astype(np.float32)
     if kind in ("ct-fp8-channel", "ct-int8-channel", "ct-int8-tensor"):
         most = np.abs(w).max(None if kind == "ct-int8-tensor" else 1, keepdims=True)
         scale = (most / (448 if "fp8" in kind else 127)).astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -147,6 +172,7 @@ def quantised_by(kind: str, w: np.ndarray) -> tuple[dict[str, np.ndarray], np.nd
     return stored, q.astype(np.float32) * spread
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": False, "checkpoint_format": "gptq", "lm_head": False}
 CONFIGS = {
     "fp8-block": {
         "quant_method": "fp8",
@@ -159,6 +185,11 @@ CONFIGS = {
     "ct-int8-channel": compressed("int-quantized", 8, "int", "channel"),
     "ct-int8-tensor": compressed("naive-quantized", 8, "int", "tensor"),
     "ct-int4-group": compressed("pack-quantized", 4, "int", "group", group_size=16),
+    "gptq-sym": GPTQ | {"sym": True},
+    "gptq-sym-8": GPTQ | {"sym": True, "bits": 8},
+    "gptq": GPTQ,
+    "gptq-v2": GPTQ | {"checkpoint_format": "gptq_v2"},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm", "modules_to_not_convert": None},
 }
 
 
@@ -175,7 +206,7 @@ def test_a_public_layout_is_what_its_description_says(kind, tmp_path):
     assert len(stored) > len(meant)
     _, got = checkpoint.load(written(tmp_path / "stored", stored, CONFIGS[kind]), make_mesh())
     _, want = checkpoint.load(written(tmp_path / "meant", meant, None), make_mesh())
-    form = {"ct-int8-channel": "int8", "ct-int4-group": "int4", "ct-fp8-channel": "fp8"}.get(kind)
+    form = {"ct-int8-channel": "int8", "ct-int4-group": "int4", "ct-fp8-channel": "fp8", "gptq-sym": "int4"}.get(kind)
     assert form_of(got) == form
     for path, leaf in leaves(want).items():
         found = leaves(got)[path]
@@ -209,7 +240,13 @@ def test_a_matrix_of_another_form_than_the_config_says_is_refused(said, stored, 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quantization_config.quant_method='gptq' is not implemented: take a checkpoint in"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 64}, "quantization_config.bits=3 is not implemented: only 4 and 8 are"),
+        ({"quant_method": "awq", "bits": 8, "group_size": 64}, "quantization_config.bits=8 is not implemented: only 4 is"),
+        (GPTQ | {"group_size": 0}, "group_size=0 is not implemented"),
+        (GPTQ | {"desc_act": True}, "desc_act=True is not implemented"),
+        (GPTQ | {"dynamic": {"-:.*gate": {}}}, "dynamic="),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not implemented: only gptq and gptq_v2 are"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv"}, "version='gemv' is not implemented: only gemm is"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method='bitsandbytes' is not implemented"),
         ({"quant_method": "fp8", "activation_scheme": "static"}, "weight_block_size=None is not implemented: only blocks"),
         (
@@ -252,3 +289,26 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         config = compressed("int-quantized", 8, "int", "channel") | {"ignore": [EXPERTS]}
         with pytest.raises(ValueError, match=message):
             checkpoint.load(written(tmp_path / str(number), stored, config), make_mesh())
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"qzeros": np.full((2, 4), 0x77777776, np.int32)}, "has zero points \\(qzeros\\), and the config says sym=true"),
+        ({"g_idx": np.arange(32, dtype=np.int32)[::-1] // 16}, "are in the order of their activations \\(g_idx\\)"),
+        ({"scales": np.ones((2, 31), np.float16)}, "scales of .* is stored as F16 \\(2, 31\\); F16 \\(2, 32\\) is expected"),
+        ({"qzeros": None}, "is stored as g_idx, qweight, scales; qweight, qzeros, scales, g_idx are needed"),
+        ({"weight_scale": np.ones((32, 1), np.float32)}, "is stored as .*weight_scale; qweight, qzeros, scales, g_idx are needed"),
+    ],
+)
+def test_words_that_do_not_fit_are_named(broken, message):
+    words = formats.scheme_of({"quantization_config": CONFIGS["gptq-sym"]})
+    tensors, meant = quantised_by("gptq-sym", np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32))
+    np.testing.assert_array_equal(formats.plain(formats.matrix("x.weight", (32, 32), tensors, words)), meant)
+    tensors = {part: value for part, value in (tensors | broken).items() if value is not None}
+    kinds = {part: ({"int32": "I32", "float16": "F16"}.get(value.dtype.name, "F32"), value.shape) for part, value in tensors.items()}
+    if (found := formats.problem("x.weight", (32, 32), kinds, words)) is None:
+        with pytest.raises(ValueError, match=message):
+            formats.matrix("x.weight", (32, 32), tensors, words)
+    else:
+        assert re.search(message, found)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, Sharding
+from jax.sharding import AbstractMesh, Mesh, Sharding
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -29,6 +29,7 @@ from diffulex_jax.models.base import Model, Param, Params, leaves
 from diffulex_jax.models.hf_config import readable
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import check_split, sharding
+from diffulex_jax.parallel.mesh import parts as parts_over
 from diffulex_jax.weights import formats, placed, quantise
 from diffulex_jax.weights.folder import SMALL, check_pointer, open_tensors, read_float8, read_json, tensors_in, tokenizer_end_ids
 from diffulex_jax.weights.quantise import form_of, keep, store
@@ -39,7 +40,7 @@ from pallas_kernels.quantised import Form, dtype_of
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a model on the hub that are fetched
 EMBEDDED = pathlib.Path(__file__).parent.parent / "embedded"
 HOST_BYTES = 256 * 2**20
-"""A leaf is put together on the host in pieces of about so many bytes, at least one layer each."""
+"""A leaf is put together on the host in pieces of about so many bytes: layers, or experts of a layer, at least one."""
 SHARD_BYTES = 2 * 2**30
 """Most bytes of a file that :func:`save` writes."""
 
@@ -141,8 +142,9 @@ def load(
 ) -> tuple[Model, Params]:
     """Reads a model directory and places its parameters on ``mesh``.
 
-    The host holds one piece of one leaf at a time, :data:`HOST_BYTES` or a layer where that is more, and as much of the mapped files. It
-    reads no part of a tensor that only other hosts' devices hold.
+    The host holds a piece or two of one leaf at a time, and as much of the mapped files. A piece has :data:`HOST_BYTES`, or one expert
+    where that is more, or a layer where there are none or devices share them. It reads no part of a tensor that only other hosts' devices
+    hold.
 
     Args:
       path: the directory; one that :mod:`placed` wrote too.
@@ -286,30 +288,25 @@ def _stored(param: Param, parts: list[tuple[names.Tensor, names.Part]], source: 
 
 
 def _built(param: Param, parts: list[tuple[names.Tensor, names.Part]], kept: _Kept, mesh: Mesh, *, step: Callable[[int], Any]) -> Any:
-    """A leaf on ``mesh``, put together piece by piece: runs of layers that the host has room for."""
+    """A leaf on ``mesh``, put together piece by piece: runs of layers, or of a layer's experts, that the host has room for."""
     where = sharding(mesh, param.axes)
-    stacked = param.axes[0] == "layer"
-    count = param.shape[0] if stacked else 1
-    layer_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in kept.planes) // count
-    at_once = min(count, max(1, HOST_BYTES // max(1, layer_bytes)))
+    sizes = _piece_sizes(param, parts, sum(math.prod(shape) * dtype.itemsize for shape, dtype in kept.planes), mesh)
     here = _held_here(where, param.shape)
-    of_layer: dict[int, list[tuple[names.Tensor, names.Part]]] = collections.defaultdict(list)
+    of_piece: dict[tuple[int, ...], list[tuple[names.Tensor, names.Part]]] = collections.defaultdict(list)
     for tensor, part in parts:
-        layer = part.at[0] if stacked else 0
-        assert isinstance(layer, int)
-        of_layer[layer].append((tensor, part))
+        of_piece[tuple(cast(int, at) // size * size for at, size in zip(part.at, sizes, strict=False))].append((tensor, part))
 
-    def piece(first: int) -> list[jax.Array]:
-        layers = range(first, min(first + at_once, count))
+    def piece(first: tuple[int, ...]) -> list[jax.Array]:
+        room = [min(size, n - at) for size, n, at in zip(sizes, param.shape, first, strict=False)]
         # Memory where something is put.
-        host = [np.empty((len(layers), *shape[1:]) if stacked else shape, dtype) for shape, dtype in kept.planes]
-        for layer in layers:
-            for tensor, whole in of_layer[layer]:
-                step(1)
-                if (found := names.within(whole, here, leaf=param.shape, tensor=tensor.shape)) is not None:
-                    part, region = found
-                    for plane, read in zip(host, kept.read(tensor.name, region), strict=True):
-                        names.put(plane[layer - first] if stacked else plane, part._replace(at=part.at[stacked:]), read)
+        host = [np.empty((*room, *shape[len(room) :]), dtype) for shape, dtype in kept.planes]
+        for tensor, whole in of_piece[first]:
+            step(1)
+            if (found := names.within(whole, here, leaf=param.shape, tensor=tensor.shape)) is not None:
+                part, region = found
+                inside = tuple(cast(int, at) - begin for at, begin in zip(part.at, first, strict=False))
+                for plane, read in zip(host, kept.read(tensor.name, region), strict=True):
+                    names.put(plane, part._replace(at=(*inside, *part.at[len(first) :])), read)
         return [on_mesh(plane) for plane in host]
 
     def on_mesh(host: np.ndarray) -> jax.Array:
@@ -318,19 +315,36 @@ def _built(param: Param, parts: list[tuple[names.Tensor, names.Part]], kept: _Ke
     def keep(*planes: jax.Array) -> Any:
         return planes[0] if kept.keep is None else kept.keep(*planes)
 
-    if at_once == count and kept.keep is None:
-        return piece(0)[0]
+    if len(of_piece) == 1 and kept.keep is None:
+        return piece(*of_piece)[0]
     whole = jax.eval_shape(keep, *(jax.ShapeDtypeStruct(*plane) for plane in kept.planes))
 
-    def put(leaf: Any, at: jax.Array, *planes: jax.Array) -> Any:
-        return jax.tree.map(lambda a, new: lax.dynamic_update_slice_in_dim(a, new, at, 0), leaf, keep(*planes))
+    def put(leaf: Any, first: tuple[jax.Array, ...], *planes: jax.Array) -> Any:
+        def into(a: jax.Array, new: jax.Array) -> jax.Array:
+            return lax.dynamic_update_slice(a, new, [*map(jnp.int32, first), *[jnp.int32(0)] * (a.ndim - len(first))])
+
+        return jax.tree.map(into, leaf, keep(*planes))
 
     with jax.set_mesh(mesh):
         leaf = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), whole), out_shardings=where)()
         jitted = jax.jit(put, donate_argnums=0, out_shardings=where)
-        for first in range(0, count, at_once):
+        for first in sorted(of_piece):
             leaf = jitted(leaf, first, *piece(first))
     return leaf
+
+
+def _piece_sizes(param: Param, parts: list[tuple[names.Tensor, names.Part]], size: int, mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
+    """What a piece of a leaf of ``size`` bytes has along its first axes: layers, or one layer and some of its experts, :data:`HOST_BYTES`
+    together where that is possible. () for a leaf that is no stack."""
+    if param.axes[0] != "layer":
+        return ()
+    layers, experts = param.shape[0], param.shape[1] if param.axes[1] == "expert" else 1
+    one_by_one = all(len(part.at) > 1 and isinstance(part.at[1], int) for _, part in parts)
+    # Experts that devices share lie in as many pieces already, and a piece must be on all of them.
+    if size // layers <= HOST_BYTES or experts == 1 or not one_by_one or parts_over(mesh, ("expert",)) > 1:
+        return (min(layers, max(1, HOST_BYTES * layers // max(1, size))),)
+    most = max(1, HOST_BYTES * layers * experts // size)
+    return 1, next(n for n in range(min(most, experts), 0, -1) if experts % n == 0)
 
 
 def _held_here(where: Sharding, shape: tuple[int, ...]) -> list[names.Region]:
@@ -367,7 +381,9 @@ def _reader(path: pathlib.Path, model: Model) -> _Source:
 
     def matrix(name: str) -> formats.Matrix:
         assert scheme is not None
-        return formats.matrix(expected[name], {part: read_file(at, ()) for part, at in parts[name].items() if part not in _UNREAD}, scheme)
+        return formats.matrix(
+            name, expected[name], {part: read_file(at, ()) for part, at in parts[name].items() if part not in _UNREAD}, scheme
+        )
 
     def read(name: str, region: names.Region) -> np.ndarray:
         return formats.plain(matrix(name))[region] if name in parts else read_file(name, region)
@@ -375,9 +391,8 @@ def _reader(path: pathlib.Path, model: Model) -> _Source:
     def groups(name: str, form: Form) -> int | None:
         if name not in parts or scheme is None:
             return None
-        rows, columns = formats.block_of(expected[name], (kinds[name].get("weight_scale") or kinds[name]["weight_scale_inv"])[1], scheme)
-        same = formats.form_of(expected[name], kinds[name]) == form
-        return expected[name][1] // columns if rows == 1 and same else None
+        same = formats.form_of(expected[name], kinds[name], scheme) == form
+        return formats.groups_of(expected[name], kinds[name], scheme) if same else None
 
     files = {name: file for name, file in files.items() if name not in inside}
     expected_plain = {name: shape for name, shape in expected.items() if name not in parts}

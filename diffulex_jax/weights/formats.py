@@ -1,6 +1,6 @@
 """Checkpoints whose matrices are quantised already: what ``quantization_config`` says of them, and what their tensors mean.
 
-Two public layouts are read. A matrix ``X.weight [N, K]`` is stored as
+Public layouts are read, those of GPTQ and AWQ as ``gptq`` has them. A matrix ``X.weight [N, K]`` is stored as
 
 * compressed-tensors (https://github.com/vllm-project/compressed-tensors): ``X.weight`` in int8 or float8_e4m3fn and
   ``X.weight_scale [N, 1]``, ``[1]``, ``[N, K / g]`` or one for each block; or ``X.weight_packed`` int32 ``[N, K b / 32]``, numbers of b = 4
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffulex_jax.models.hf_config import readable, shown
+from diffulex_jax.weights import gptq
 from pallas_kernels.quantised import Form
 
 
@@ -35,8 +36,8 @@ _FORMS: dict[tuple[Any, Any, Any], Form] = {
     ("float", 8, "channel"): "fp8",
 }
 _FORMATS = ("int-quantized", "float-quantized", "pack-quantized", "naive-quantized")
-_REMEDY = "take a checkpoint in bfloat16, block-wise fp8 or compressed-tensors"
-_BESIDE = ("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "input_scale")
+_REMEDY = "take a checkpoint in bfloat16, block-wise fp8, compressed-tensors, GPTQ or AWQ"
+_BESIDE = ("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "input_scale", *gptq.TENSORS)
 
 
 class Scheme(NamedTuple):
@@ -46,12 +47,14 @@ class Scheme(NamedTuple):
       form: the form of ``pallas_kernels.quantised`` that holds them as they are; None where they are made plain.
       block: rows and columns that share a scale, where a scale is one for a block.
       targets, ignore: names of modules: whole, or as regular expressions behind ``re:``; ``"Linear"`` is every one.
+      words: how GPTQ or AWQ store them; None where it is neither.
     """
 
     form: Form | None
     block: tuple[int, int] | None
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
+    words: gptq.Words | None = None
 
     def covers(self, module: str) -> bool:
         """Whether the matrix of ``module`` is quantised."""
@@ -59,7 +62,7 @@ class Scheme(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A quantised matrix: ``values [N, K]`` int8 or float8, and ``scales`` ``[N / n, K / k]``, one for each block of them."""
+    """A quantised matrix: ``values [N, K]`` int8, int16 or float8, and ``scales`` ``[N / n, K / k]``, one for each block of them."""
 
     values: np.ndarray
     scales: np.ndarray
@@ -82,6 +85,8 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
             raise _refused("weight_block_size", block, "only blocks, as in [128, 128], are")
         ignored = said.get("modules_to_not_convert") or said.get("ignored_layers") or []
         return Scheme(None, tuple(block), ("Linear",), _texts(ignored, "modules_to_not_convert"))
+    if method in ("gptq", "awq"):
+        return _words(said, method)
     if method != "compressed-tensors":
         raise _refused("quant_method", method, _REMEDY)
     return _compressed(said)
@@ -91,13 +96,15 @@ def matrix_names(name: str, there: Iterable[str] | Mapping[str, Any]) -> dict[st
     """The tensors that stand for the weight ``name`` among those that are ``there``, by what follows the module; {} where it is plain."""
     module = name.removesuffix(".weight")
     found = {suffix: f"{module}.{suffix}" for suffix in ("weight", *_BESIDE) if f"{module}.{suffix}" in there}
-    return found if found.keys() & {"weight_scale", "weight_scale_inv", "weight_packed"} else {}
+    return found if found.keys() & {"weight_scale", "weight_scale_inv", "weight_packed", "qweight"} else {}
 
 
 def problem(name: str, shape: tuple[int, ...], found: Mapping[str, tuple[str, tuple[int, ...]]], scheme: Scheme) -> str | None:
     """What is wrong with the tensors of a weight, by dtype and shape of each; None where nothing is."""
+    if scheme.words is not None:
+        return gptq.problem(name, shape, found, scheme.words)
     scale = found.get("weight_scale") or found.get("weight_scale_inv")
-    if scale is None or ("weight_packed" in found) == ("weight" in found):
+    if scale is None or ("weight_packed" in found) == ("weight" in found) or found.keys() & set(gptq.TENSORS):
         return f"{name} is stored as {', '.join(sorted(found))}; a scale and either weight or weight_packed are needed"
     if scale[0] not in ("F32", "F16", "BF16"):
         return f"the scale of {name} is stored as {scale[0]}; only F32, F16 and BF16 are read"
@@ -116,16 +123,33 @@ def problem(name: str, shape: tuple[int, ...], found: Mapping[str, tuple[str, tu
     return None
 
 
-def matrix(shape: tuple[int, ...], tensors: Mapping[str, np.ndarray], scheme: Scheme) -> Matrix:
-    """The matrix of ``shape [N, K]`` that :func:`problem` found nothing wrong with."""
+def matrix(name: str, shape: tuple[int, ...], tensors: Mapping[str, np.ndarray], scheme: Scheme) -> Matrix:
+    """The matrix ``name`` of ``shape [N, K]`` that :func:`problem` found nothing wrong with.
+
+    Raises:
+      ValueError: for numbers that mean something else than the config says, naming it.
+    """
+    if scheme.words is not None:
+        values, scales = gptq.matrix(name, tensors, scheme.words)
+        return Matrix(values, scales, (1, shape[1] // scales.shape[1]))
     scales = np.asarray(tensors["weight_scale"] if "weight_scale" in tensors else tensors["weight_scale_inv"])
     block = block_of(shape, scales.shape, scheme)
     values = _unpacked(tensors["weight_packed"], shape[1]) if "weight_packed" in tensors else tensors["weight"]
     return Matrix(values, scales.reshape(-(-shape[0] // block[0]), -(-shape[1] // block[1])), block)
 
 
-def form_of(shape: tuple[int, ...], found: Mapping[str, tuple[str, tuple[int, ...]]]) -> Form:
+def groups_of(shape: tuple[int, ...], found: Mapping[str, tuple[str, tuple[int, ...]]], scheme: Scheme) -> int | None:
+    """In how many groups the scales of each row of a matrix ``[N, K]`` are; None where they are not of rows."""
+    if scheme.words is not None:
+        return found["scales"][1][0]
+    rows, columns = block_of(shape, (found.get("weight_scale") or found["weight_scale_inv"])[1], scheme)
+    return shape[1] // columns if rows == 1 else None
+
+
+def form_of(shape: tuple[int, ...], found: Mapping[str, tuple[str, tuple[int, ...]]], scheme: Scheme) -> Form | None:
     """The form of the values of a matrix of ``shape [N, K]`` that :func:`problem` found nothing wrong with."""
+    if scheme.words is not None:
+        return scheme.form
     if "weight_packed" in found:
         return "int4" if _bits(found["weight_packed"][1][1], shape[1]) == 4 else "int8"
     return "int8" if found["weight"][0] == "I8" else "fp8"
@@ -154,6 +178,29 @@ def config_of(form: Form, group: int, targets: tuple[str, ...]) -> dict[str, Any
     groups = {"group_0": {"targets": list(targets), "weights": weights, "input_activations": None, "output_activations": None}}
     said = {"quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed"}
     return said | {"config_groups": groups, "ignore": [], "kv_cache_scheme": None}
+
+
+def _words(said: dict[str, Any], method: str) -> Scheme:
+    """Of GPTQ or AWQ. Its linear layers are quantised, but for the output layer."""
+    awq = method == "awq"
+    bits: Any = said.get("bits")
+    group: Any = said.get("group_size")
+    if bits not in ((4,) if awq else (4, 8)) or isinstance(bits, bool):
+        raise _refused("bits", bits, f"only {'4 is' if awq else '4 and 8 are'}")
+    if not isinstance(group, int) or isinstance(group, bool) or (group < 1 and group != -1):
+        raise _refused("group_size", group, "a number of rows, or -1 for all, is needed")
+    layout = said.get("version", "gemm") if awq else said.get("checkpoint_format", "gptq")
+    if layout not in (("gemm",) if awq else ("gptq", "gptq_v2")):
+        raise _refused("version" if awq else "checkpoint_format", layout, f"only {'gemm is' if awq else 'gptq and gptq_v2 are'}")
+    for key in ("dynamic", "desc_act"):
+        if said.get(key):
+            raise _refused(key, said[key], "leave it out")
+    symmetric = not awq and said.get("sym") is True
+    forms: dict[tuple[Any, bool], Form] = {(4, True): "int4", (4, False): "int4", (8, True): "int8"}
+    form = forms.get((bits, group == -1)) if symmetric else None
+    words = gptq.Words(awq, bits, None if group == -1 else group, int(layout == "gptq"), symmetric)
+    ignored = _texts(said.get("modules_to_not_convert") or [], "modules_to_not_convert")
+    return Scheme(form, None, ("Linear",), ignored, words)
 
 
 def _compressed(said: dict[str, Any]) -> Scheme:
