@@ -133,3 +133,18 @@ def test_colab_16gb(executed):
     assert float(loaded.split(" GiB")[0]) < 0.1
     assert "the answer is 57." in answer
     assert [re.search(r"the answer is (\d+)\.", line)[1] for line in answers.splitlines()[1::2]] == ["33", "69", "153", "156"]
+
+
+def test_rl_rollout(executed):
+    install, before, trained, plot, after = executed("05_rl_rollout.ipynb")
+    first, last = map(float, re.findall(r"\d\.\d\d", text(trained)))
+    assert not text(install) and last > first + 0.3
+
+    def quick(outputs):
+        lines = text(outputs).splitlines()[1:]
+        assert len(lines) == 4 and all(float(line.split()[0]) < 0 for line in lines)
+        return sum("quickly" in line for line in lines)
+
+    assert quick(before) < quick(after)
+    (picture,) = pictures(plot)
+    assert len(picture) > 5000
