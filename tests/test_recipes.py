@@ -1,5 +1,6 @@
 """Recipes and the trainer: a run that was ended goes on to the same bits, adapters, data of a file, and what is refused."""
 
+import functools
 import json
 
 import jax
@@ -14,11 +15,13 @@ from diffulex_jax import cli
 from diffulex_jax.cli.train import RECIPE_NAMES
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models.base import init, leaves
+from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.training import data, objective, recipe, run, trainer
 from diffulex_jax.training.arithmetic import tokenizer
 from diffulex_jax.training.arithmetic.export import plain
 from diffulex_jax.training.data import Examples
+from diffulex_jax.training.layout import Batch
 from diffulex_jax.training.recipe import About, Recipe, Term, changed, find
 from diffulex_jax.weights import adapters, checkpoint
 from diffulex_jax.weights.adapters import Lora
@@ -33,6 +36,8 @@ def six(about):
     return data.shuffled(EXAMPLES, rows=about.rows, seed=about.seed)
 
 
+SDAR = {"model_type": "sdar", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+SDAR |= {"num_key_value_heads": 2, "intermediate_size": 16, "eos_token_id": 62, "mask_token_id": 63}
 SHORT = Recipe(model=TINY, data=six, objectives=MASKED, steps=6, rows=2, warmup=1, learning_rate=1e-2)
 
 
@@ -104,36 +109,56 @@ def test_a_dataset_that_is_asked_by_index_gives_batches():
     assert [data.random_access(rows)(step).tokens[0, 0] for step in (2, 0)] == [2, 0]
 
 
+@pytest.mark.parametrize("experts", [0, 4, 40])
+def test_models_of_the_qwen3_family_can_be_trained(experts):
+    """Dense ones, and mixtures of few and of many experts: the gradient has the shape of the parameters. Nothing is compiled."""
+    more = {"model_type": "sdar_moe", "num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 8} if experts else {}
+    model = model_of(SDAR | more)
+    params = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+    batch = Batch(jnp.zeros((2, 16), jnp.int32), jnp.ones(2, jnp.int32), jnp.full(2, 9))
+    for term in (objective.masked, objective.uniform, objective.on_policy, objective.multi_block):
+        gradient = jax.grad(lambda params, term=term: term(params, model, batch, jax.random.key(0), balance=0.1)[0])
+        assert jax.tree.map(lambda a: a.shape, jax.eval_shape(gradient, params)) == jax.tree.map(lambda a: a.shape, params)
+
+
 # Adapters.
 
 
-def test_adapters_add_their_products_to_the_tensors_of_the_checkpoint(folder, tmp_path):
-    model, params = checkpoint.load(folder, make_mesh())
-    lora = Lora(rank=3, alpha=6, targets=("qkv", "moe.out", "shared_gate_up", "experts_down"))
+@pytest.mark.parametrize(
+    ("model", "targets", "modules"),
+    [
+        (
+            TINY,
+            {"qkv": 1, "moe.out": 1, "shared_gate_up": 2, "experts_down": 4},
+            ["dense", "down_proj", "gate_proj", "query_key_value", "up_proj"],
+        ),
+        (model_of(SDAR), {"qkv": 6, "mlp_down": 2}, ["down_proj", "k_proj", "q_proj", "v_proj"]),
+    ],
+    ids=["llada2", "sdar"],
+)
+def test_adapters_add_their_products_to_the_tensors_of_the_checkpoint(tmp_path, model, targets, modules):
+    params, lora = init(model, jax.random.key(1), scale=0.2), Lora(rank=3, alpha=6, targets=tuple(targets))
     fresh = adapters.init(model, lora, jax.random.key(0))
     assert same(adapters.merge(model, lora, params, fresh), params)  # B is zero
 
     trained = jax.tree.map(lambda a: jnp.asarray(np.random.default_rng(a.size).normal(size=a.shape), jnp.float32), fresh)
     adapters.save(tmp_path, model, lora, trained, base="somewhere")
-    tensors, stored = load_file(folder / "model.safetensors"), load_file(tmp_path / adapters.WEIGHTS)
+    checkpoint.save(tmp_path / "base", model, params, dtype="float32")
+    tensors, stored = load_file(tmp_path / "base" / "model.safetensors"), load_file(tmp_path / adapters.WEIGHTS)
     for name in [name.removesuffix(".lora_A.weight") for name in stored if ".lora_A." in name]:
         product = stored[f"{name}.lora_B.weight"] @ stored[f"{name}.lora_A.weight"]
         tensors[f"{name.removeprefix('base_model.model.')}.weight"] += 6 / 3 * product
-    assert len(stored) == 2 * (1 + 1 + 2 + 4)
-    (tmp_path / "merged").mkdir()
-    save_file(tensors, tmp_path / "merged" / "model.safetensors")
-    (tmp_path / "merged" / "config.json").write_text((folder / "config.json").read_text())
-    want = leaves(checkpoint.load(tmp_path / "merged", make_mesh())[1])
+    assert len(stored) == 2 * sum(targets.values())
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    want = leaves(checkpoint.load(tmp_path / "base", make_mesh())[1])
     for path, leaf in leaves(adapters.merge(model, lora, params, trained)).items():
         np.testing.assert_allclose(leaf, want[path], rtol=1e-4, atol=1e-5)
 
     again, read = adapters.load(tmp_path, model)
-    merged = adapters.merge(model, again, params, read)
     assert (again.rank, again.alpha) == (3, 6)
-    assert same(merged, adapters.merge(model, lora, params, trained))
+    assert same(adapters.merge(model, again, params, read), adapters.merge(model, lora, params, trained))
     config = json.loads((tmp_path / adapters.CONFIG).read_text())
-    assert config["peft_type"] == "LORA"
-    assert config["target_modules"] == ["dense", "down_proj", "gate_proj", "query_key_value", "up_proj"]
+    assert (config["peft_type"], config["target_modules"]) == ("LORA", modules)
 
 
 @pytest.mark.parametrize(
