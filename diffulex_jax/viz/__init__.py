@@ -33,4 +33,6 @@ def __getattr__(name: str) -> Any:
     try:
         return _find(name)
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
         raise ImportError('diffulex_jax.viz needs matplotlib: pip install "diffulex-jax[viz]"') from error
