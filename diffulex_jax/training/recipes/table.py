@@ -105,10 +105,11 @@ def main() -> None:
     def resized(recipe: Recipe, steps: int, seed: int) -> Recipe:
         return changed(recipe, steps=steps, warmup=min(recipe.warmup, steps // 4), rows=args.rows, seed=seed)
 
+    engines: dict[str, Engine] = {}
     for seed in args.seeds:
         pretrained = resized(PRETRAINED, args.steps, seed)
         variants = {name: resized(recipe, args.more, seed + 1000) for name, recipe in VARIANTS.items()}
-        for sheet in fill(pretrained, variants, examples=args.examples, problems=args.problems):
+        for sheet in fill(pretrained, variants, engines, examples=args.examples, problems=args.problems):
             (args.out / f"seed-{seed}.json").write_text(json.dumps(sheet, indent=1) + "\n")
     table = gather([json.loads(file.read_text()) for file in sorted(args.out.glob("seed-*.json"))])
     (args.out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -117,8 +118,10 @@ def main() -> None:
     print(text(table))
 
 
-def fill(pretrained: Recipe, variants: dict[str, Recipe], *, examples: int, problems: int) -> Iterator[dict[str, Any]]:
-    """Trains and decodes the models of a seed.
+def fill(
+    pretrained: Recipe, variants: dict[str, Recipe], engines: dict[str, Engine], *, examples: int, problems: int
+) -> Iterator[dict[str, Any]]:
+    """Trains and decodes the models of a seed; ``engines`` keeps what decodes them, for the next.
 
     Yields:
       After every variant, plain data: what was trained, on which device and for how long, and for each variant so far and each decoder the
@@ -141,19 +144,22 @@ def fill(pretrained: Recipe, variants: dict[str, Recipe], *, examples: int, prob
                 checkpoint.save(folder, result.model, result.params, dtype="float32")
                 continue
             at = time.perf_counter()
-            sheet["cells"][name] = decode(result, asked)
+            sheet["cells"][name] = decode(result, asked, engines)
             seconds[f"{name}, decoding"] = round(time.perf_counter() - at, 1)
             yield sheet
 
 
-def decode(trained: Trained, problems: Sequence[tasks.Problem]) -> dict[str, dict[str, dict[str, float]]]:
-    """The figures of every decoder and setting."""
+def decode(trained: Trained, problems: Sequence[tasks.Problem], engines: dict[str, Engine]) -> dict[str, dict[str, dict[str, float]]]:
+    """The figures of every decoder and setting. An engine that was made for other parameters takes these: nothing is compiled again."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, decoder in (bar := tqdm(DECODERS.items(), unit="decoder", disable=None)):
         bar.set_description(name)
-        sizes: dict[str, Any] = {"buffer_size": decoder.window, "max_slots": SLOTS, "max_model_len": data.CANVAS, "warm_up": False}
-        engine = Engine(trained.model, trained.params, strategy=decoder.strategy, model_id=name, **sizes)
-        found[name] = {setting: measure(engine, problems, params) for setting, params in decoder.settings.items()}
+        if name in engines:
+            engines[name].update_params(trained.params)
+        else:
+            sizes: dict[str, Any] = {"buffer_size": decoder.window, "max_slots": SLOTS, "max_model_len": data.CANVAS, "warm_up": False}
+            engines[name] = Engine(trained.model, trained.params, strategy=decoder.strategy, **sizes)
+        found[name] = {setting: measure(engines[name], problems, params) for setting, params in decoder.settings.items()}
     return found
 
 
