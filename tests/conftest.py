@@ -107,6 +107,7 @@ SLOW = (
 #   least: a third, and ten. For what compiles much and runs little.
 COMPILED: dict[str, tuple[str, ...]] = {
     "quick": (
+        "test_adapters.py",
         "test_bench_step.py",
         "test_bench_quality.py",
         "test_cli.py",

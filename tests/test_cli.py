@@ -109,7 +109,7 @@ def test_every_engine_setting_is_an_option(asked):
     settings = {"strategy": "llada2", "mesh": None} | {f.name: f.default for f in dataclasses.fields(EngineConfig) if f.name not in chosen}
     elsewhere = {name: settings.pop(name) for name in ("cache", "sub_block_cache")}  # of other models, and refused for this one
     names = {"strategy": "dmax", "dtype": "bfloat16", "kernels": "reference", "attention": "prefix_full", "mesh": "tensor=1"}
-    names |= {"weights": "int8", "kv": "fp8"}
+    names |= {"weights": "int8", "kv": "fp8", "adapter": "folder"}
     wanted = {name: 5 for name, default in settings.items() if type(default) in (int, type(None))} | names
     arguments = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     wanted |= {name: not default for name, default in settings.items() if type(default) is bool}

@@ -236,7 +236,7 @@ def quantize(
 
 
 @app.command(cls=PlainCommand)
-@settings_as_options(EngineConfig)
+@settings_as_options(EngineConfig, leave_out=("adapter",))
 def doctor(
     *,
     model: Annotated[str | None, typer.Option(help="Say which kernels it will run with: a directory, a hub id, or 'embedded'.")] = None,

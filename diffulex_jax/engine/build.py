@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -27,7 +29,7 @@ from diffulex_jax.parallel.mesh import mesh_of
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import Dims
 from diffulex_jax.strategies import STRATEGIES, AnyStrategy, Strategy, for_model, resolve
-from diffulex_jax.weights import checkpoint, quantise
+from diffulex_jax.weights import adapters, checkpoint, quantise
 from diffulex_jax.weights.quantise import form_of, quantised
 from pallas_kernels import REFERENCE, Kernels, choose
 from pallas_kernels.block_attention import KV, vector_bytes
@@ -102,9 +104,20 @@ def load(
     for strategy in found:
         plan(spec, strategy, settings)  # a setting that will not do should not cost a load either
     kernels, weights = _kernels(mesh, settings), _form(settings)
+    adapter = None if settings.adapter is None else adapters.load(settings.adapter, checkpoint.load_model(path))
     of = {"dtype": settings.jax_dtype, "weights": weights, "kernels": kernels}
     network, params = checkpoint.load(path, mesh, **of, progress=not is_told())
-    return Network(network, params, tokenizer, eos_ids, str(model), mesh), found
+    name = str(model)
+    if adapter is not None:
+        params, name = _adapted(network, params, *adapter, mesh=mesh), f"{model} + {settings.adapter}"
+    return Network(network, params, tokenizer, eos_ids, name, mesh), found
+
+
+def _adapted(model: Model, params: Params, lora: adapters.Lora, trained: adapters.Adapters, *, mesh: Mesh) -> Params:
+    """The parameters with an adapter merged, each where it was: the old ones are donated."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, params)
+    with jax.set_mesh(mesh):
+        return jax.jit(functools.partial(adapters.merge, model, lora), donate_argnums=0, out_shardings=where)(params, trained)
 
 
 def limits_of(model: str, strategy: AnyStrategy | None, settings: EngineConfig) -> tuple[Limits, Strategy]:

@@ -26,6 +26,8 @@ class EngineConfig:
       dtype: of parameters and activations, and of the KV pool but for ``kv``: ``"float32"`` or ``"bfloat16"``.
       weights: ``"int8"``, ``"int4"`` or ``"fp8"`` (e4m3) holds the experts of a mixture quantised: a half, or with int4 a quarter, of
         bfloat16's bytes. All else is of ``dtype``. Default: all of it is.
+      adapter: directory of a LoRA adapter in PEFT's files, which is merged into the parameters while a model is loaded, in ``dtype``. It
+        may adapt no matrix that is held quantised.
       kv: of the KV pool: ``"bfloat16"``, or in 8 bits ``"fp8"`` (e4m3, clipped at 448) or ``"int8"`` (with a scale for each vector of a
         head, which is nearer to what was there). A block attends to itself and to the window as it is; what is written is rounded. Not for
         models that see their whole canvas. Default: ``dtype``.
@@ -63,6 +65,7 @@ class EngineConfig:
 
     dtype: str = "float32"
     weights: str | None = None
+    adapter: str | None = None
     kv: str | None = None
     block_size: int | None = None
     force_block_size: bool = False
@@ -88,6 +91,8 @@ class EngineConfig:
                     raise SettingError(field.name, f"{field.name}={value!r} must be a positive integer")
             elif field.type == "bool" and not isinstance(value, bool):
                 raise SettingError(field.name, f"{field.name}={value!r} must be True or False")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise SettingError("adapter", f"adapter={self.adapter!r} must be the path of a directory, as text")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise SettingError(name, f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, choices))}")

@@ -23,6 +23,7 @@ from diffulex_jax.engine.results import Output, Progress
 from diffulex_jax.engine.scoring import BlockConditional, Estimator
 from diffulex_jax.engine.snapshot import Snapshot
 from diffulex_jax.engine.tokenizer import Tokenizer
+from diffulex_jax.errors import SettingError
 from diffulex_jax.models.base import Model, Params
 from diffulex_jax.parallel import hosts
 from diffulex_jax.parallel.mesh import mesh_of
@@ -74,6 +75,8 @@ class Engine:
         self.strategy, self._defaults = chosen.name, chosen.defaults
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh_of(mesh)
         network = Network(model, params, tokenizer, ends, model_id, self.mesh)
+        if settings.get("adapter") is not None and not model_id:
+            raise SettingError("adapter", "adapter is merged while a model is loaded: use Engine.from_pretrained, or merge it into params")
         parts = build(network, chosen, EngineConfig(**settings), memory_share=memory_share)
         self.settings, self.dims, self._limits, self._device, self._scheduler, self._fingerprint = parts
         self._desk = Desk(self._scheduler, tokenizer)

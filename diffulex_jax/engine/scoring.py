@@ -49,10 +49,10 @@ class BlockConditional:
 class StepMap:
     """Along recorded step maps: each token in the forward that last wrote it, given what stood there before.
 
-    That is what the decoder computed for strategies which fill masks and never revise them, at temperature 1, for outputs that end with a
-    block; where an output ends within one, or before ``max_tokens`` of a canvas that is seen whole, what stood behind it is not recorded,
-    and masks are there. A revised token counts as masked until it was last written, and soft tokens as masks. Pinned tokens (steps
-    ``(0, 0)``) were given: their log probability is 0. One forward for each step.
+    That is what the decoder computed for strategies which fill masks and never revise them, without an approximate cache or a penalty, for
+    outputs that end with a block. Where an output ends within one, or before ``max_tokens`` of a canvas that is seen whole, what stood
+    behind it is not recorded, and masks are there. A revised token counts as masked until it was last written, and soft tokens as masks.
+    Pinned tokens (steps ``(0, 0)``) were given: their log probability is 0. One forward for each step.
 
     Attributes:
       maps: ``Output.step_map`` of each completion.
