@@ -1,53 +1,71 @@
 """The table of training against decoding: what is trained from what, how cells of seeds come together, and that every decoder is one."""
 
+import itertools
 import json
 
 import jax
 import pytest
-from test_training import TINY
 
 from diffulex_jax import Output, SamplingParams
 from diffulex_jax.models.base import init
 from diffulex_jax.strategies import for_model
-from diffulex_jax.training.arithmetic import data, tasks, tokenizer
-from diffulex_jax.training.recipe import Trained
+from diffulex_jax.training import reversal
+from diffulex_jax.training.arithmetic import tasks, tokenizer
+from diffulex_jax.training.recipe import About, Trained
 from diffulex_jax.training.recipes import table
+from diffulex_jax.training.reversal import MODEL
 
 
-def output(text, forwards):
-    ids = tokenizer.build().encode(text).ids
-    return Output(text, ids, "stop", forwards, 0, 0, [], 1.0, 0.0, 0.1, 0)
+def output(ids, forwards):
+    return Output("", ids, "stop", forwards, 0, 0, [], 1.0, 0.0, 0.1, 0)
 
 
 def test_a_cell_counts_right_answers_tokens_and_forwards():
-    problems = [tasks.Problem("What is 12 + 30?", "", 42, "add 12 30")] * 2
-
     class Engine:
         def generate(self, prompts, params):
             self.asked = list(zip(prompts, params, strict=True))
-            return [output("So the answer is 42.", 3), output("So the answer is 41.", 4)]
+            return [output([7, 8], 3), output([7], 4)]
 
-    engine = Engine()
-    figures = table.measure(engine, problems, SamplingParams(accept_threshold=0.5))
-    assert figures == {"exact": 1, "tokens": 2 * len(tokenizer.build().encode("So the answer is 42.").ids), "forwards": 7}
+    engine, questions = Engine(), [table.Question([1, 2, 3], [7, 8].__eq__)] * 2
+    figures = table.measure(engine, questions, params=SamplingParams(accept_threshold=0.5), canvas=10)
+    assert figures == {"exact": 1, "tokens": 3, "forwards": 7}
     prompt, params = engine.asked[0]
-    assert (len(prompt) + params.max_tokens, params.accept_threshold) == (data.CANVAS, 0.5)
+    assert (prompt, params.max_tokens, params.accept_threshold) == ([1, 2, 3], 7, 0.5)
+
+
+def test_an_answer_of_arithmetic_ends_in_the_right_number():
+    coder = tokenizer.build()
+    problem = tasks.generate("test", 1, seed=table.TEST_SEED, unique=True)[0]
+    ((prompt, right),) = table.TASKS["arithmetic"].questions(1)
+    assert coder.decode(prompt) == problem.question
+    assert right(coder.encode(problem.answer).ids) and not right(coder.encode("So the answer is 1000.").ids)
+
+
+def test_an_answer_of_reversal_is_the_digits_backwards_between_words():
+    trained, asked = reversal.examples(50, seed=0), table.TASKS["reversal"].questions(50)
+    assert not {tuple(prompt) for prompt, _ in asked} & {tuple(row[: reversal.DIGITS].tolist()) for row in trained.tokens}
+    for row, start, end in zip(*trained, strict=True):
+        prompt, answer = row[:start].tolist(), row[start:end].tolist()
+        assert reversal.is_correct(prompt, answer)
+        assert not reversal.is_correct(prompt, answer[:-1]) and not reversal.is_correct(prompt, [answer[1], *answer[1:]])
+        assert (row[end:] == reversal.END).all()
+    assert reversal.is_correct([1, 2], [10, 2, 11, 1]) and not reversal.is_correct([1, 2], [10, 1, 11, 2])
 
 
 def test_variants_begin_with_what_was_pre_trained_and_every_one_is_told_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD", 64)
     begun = []
 
     def train(recipe):
         begun.append((recipe.model if isinstance(recipe.model, str) else "random", recipe.seed))
-        return Trained(recipe, TINY, None, init(TINY, jax.random.key(0)), [{"step": recipe.steps}], "cpu", 1.0)
+        assert recipe.data(About(MODEL, None, recipe.rows, recipe.seed))(0).tokens.shape == (4, reversal.CANVAS)
+        return Trained(recipe, MODEL, None, init(MODEL, jax.random.key(0)), [{"step": recipe.steps}], "cpu", 1.0)
 
     exact = iter((1, 2, 4, 4))
     monkeypatch.setattr(table, "train", train)
     monkeypatch.setattr(table, "decode", lambda *_: {"dmax": {"0.5": {"exact": next(exact), "tokens": 30, "forwards": 10}}})
     monkeypatch.setattr(table, "VARIANTS", dict(list(table.VARIANTS.items())[:2]))
     for seed in ("0", "5"):
-        options = f"--out {tmp_path} --seeds {seed} --steps 8 --more 4 --rows 4 --examples 8 --problems 4"
+        options = f"--out {tmp_path} --task reversal --seeds {seed} --steps 8 --more 4 --rows 4 --examples 8 --problems 4"
         monkeypatch.setattr("sys.argv", ["table", *options.split()])
         table.main()
     models, seeds = zip(*begun, strict=True)
@@ -68,6 +86,6 @@ def test_sheets_must_be_of_the_same_problems():
 
 
 def test_decoders_are_for_models_of_blocks():
-    for decoder in table.DECODERS.values():
-        assert for_model(table.MODEL.spec, decoder.strategy).canvas == "block_causal"
+    for decoder, task in itertools.product(table.DECODERS.values(), table.TASKS.values()):
+        assert for_model(task.pretrained.model.spec, decoder.strategy).canvas == "block_causal"
     assert {decoder.window for decoder in table.DECODERS.values()} == {1, 2, 4}

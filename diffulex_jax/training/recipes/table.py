@@ -1,12 +1,13 @@
 """The papers' claims in miniature: how a model is trained against how it is decoded.
 
-    python -m diffulex_jax.training.recipes.table --out DIR [--seeds 0 1 2]
+    python -m diffulex_jax.training.recipes.table --out DIR [--task reversal] [--seeds 0 1 2]
 
 trains four small models for every seed, which share their pre-training, and decodes held-out problems with each in every way of
 :data:`DECODERS`. Writes ``table.json`` (accuracy and tokens per forward of every cell and seed), ``table.md`` and ``table.png`` from all
-seeds that are in the directory, so that seeds may run side by side.
+seeds that are in the directory, so that seeds may run side by side. Every model has the same number of steps: those of pre-training, then
+those of one of :data:`VARIANTS`.
 
-Every model has the same number of steps: :data:`PRETRAINED`, then one of :data:`VARIANTS`.
+The task ``arithmetic`` is the embedded model's, with a smaller network, and wants a GPU; ``reversal`` takes minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -27,42 +28,119 @@ from diffulex_jax import Engine, SamplingParams
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.rules import chain, remask, soft_parallel
 from diffulex_jax.strategies import AnyStrategy, Strategy
-from diffulex_jax.training import objective
+from diffulex_jax.training import objective, reversal
 from diffulex_jax.training.arithmetic import data, tasks, tokenizer
-from diffulex_jax.training.data import Examples, shuffled
-from diffulex_jax.training.recipe import Recipe, Term, Trained, changed, described
+from diffulex_jax.training.data import Batches, Examples, shuffled
+from diffulex_jax.training.recipe import About, Recipe, Term, changed, described
 from diffulex_jax.training.recipes import embedded
 from diffulex_jax.training.trainer import train
 from diffulex_jax.weights import checkpoint
 
 
-MODEL = model_of(
-    embedded.MODEL.config.to_hf() | {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
-)
-EXAMPLES = 400_000
-PROBLEMS, SLOTS = 256, 64
 TEST_SEED = 1
 
-PRETRAINED = Recipe(
-    model=MODEL,
-    data=functools.partial(data.generated, count=EXAMPLES, workers=8),
-    objectives=(Term("masked", objective.masked),),
-    steps=3000,
-    rows=256,
-    learning_rate=2e-3,
-    warmup=200,
-    balance=0.01,
-)
 
-_MORE = functools.partial(changed, PRETRAINED, steps=1000, learning_rate=5e-4, warmup=50)
-_GROUPS = functools.partial(objective.multi_block, most=4)
-VARIANTS: dict[str, Recipe] = {
-    "pre-trained": _MORE(),
-    "+ uniform": _MORE(objectives=(Term("masked", objective.masked, 0.5), Term("uniform", objective.uniform, 0.5))),
-    "+ on-policy": _MORE(objectives=(Term("masked", objective.masked, 0.5), Term("on_policy", objective.on_policy, 0.5))),
-    "+ MultiTF": _MORE(objectives=(Term("masked", _GROUPS, 0.5), Term("on_policy", functools.partial(_GROUPS, drafts=True), 0.5))),
+class Question(NamedTuple):
+    """A held-out problem: its prompt's token ids, and what says whether an answer's are right."""
+
+    prompt: list[int]
+    right: Callable[[list[int]], bool]
+
+
+class Task(NamedTuple):
+    """What models learn here.
+
+    Attributes:
+      pretrained: the recipe that all begin with, but for its data.
+      more: what of it is changed to go on from there.
+      examples: ``examples(count, seed)``, to train on.
+      size: how many.
+      questions: ``questions(count)``, others than those.
+      canvas: tokens of a prompt and its answer.
+      slots: requests decoded together.
+    """
+
+    pretrained: Recipe
+    more: dict[str, Any]
+    examples: Callable[[int, int], Examples]
+    size: int
+    questions: Callable[[int], list[Question]]
+    canvas: int
+    slots: int
+
+
+def _arithmetic_questions(count: int) -> list[Question]:
+    coder = tokenizer.build()
+
+    def right(problem: tasks.Problem, answer: list[int]) -> bool:
+        return tasks.is_correct(problem, coder.decode(answer))
+
+    problems = tasks.generate("test", count, seed=TEST_SEED, unique=True)
+    return [Question(coder.encode(problem.question).ids, functools.partial(right, problem)) for problem in problems]
+
+
+def _arithmetic_examples(count: int, seed: int) -> Examples:
+    return data.training_set(count, seed=seed, workers=8 if count > data.SHARD else 1)
+
+
+def _reversal_questions(count: int) -> list[Question]:
+    prompts = reversal.examples(count, 10_000 + TEST_SEED).tokens[:, : reversal.DIGITS].tolist()
+    return [Question(prompt, functools.partial(reversal.is_correct, prompt)) for prompt in prompts]
+
+
+def _no_data(about: About) -> Batches:
+    raise NotImplementedError("the table gives its recipes the examples of a seed")
+
+
+_MASKED = (Term("masked", objective.masked),)
+_SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
+TASKS = {
+    "arithmetic": Task(
+        pretrained=Recipe(
+            model=model_of(embedded.MODEL.config.to_hf() | _SMALL),
+            data=_no_data,
+            objectives=_MASKED,
+            steps=3000,
+            rows=256,
+            learning_rate=2e-3,
+            warmup=200,
+            balance=0.01,
+        ),
+        more={"steps": 1000, "learning_rate": 5e-4, "warmup": 50},
+        examples=_arithmetic_examples,
+        size=400_000,
+        questions=_arithmetic_questions,
+        canvas=data.CANVAS,
+        slots=64,
+    ),
+    "reversal": Task(
+        pretrained=Recipe(
+            model=reversal.MODEL,
+            data=_no_data,
+            objectives=_MASKED,
+            steps=1000,
+            rows=32,
+            learning_rate=4e-3,
+            warmup=100,
+            dtype="float32",
+        ),
+        more={"steps": 500, "learning_rate": 2e-3, "warmup": 50},
+        examples=reversal.examples,
+        size=50_000,
+        questions=_reversal_questions,
+        canvas=reversal.CANVAS,
+        slots=32,
+    ),
 }
-"""How training goes on behind :data:`PRETRAINED`. MultiTF is on-policy too, in groups of up to four blocks."""
+
+_GROUPS = functools.partial(objective.multi_block, most=4)
+VARIANTS: dict[str, tuple[Term, ...]] = {
+    "pre-trained": _MASKED,
+    "+ uniform": (Term("masked", objective.masked, 0.5), Term("uniform", objective.uniform, 0.5)),
+    "+ on-policy": (Term("masked", objective.masked, 0.5), Term("on_policy", objective.on_policy, 0.5)),
+    "+ MultiTF": (Term("masked", _GROUPS, 0.5), Term("on_policy", functools.partial(_GROUPS, drafts=True), 0.5)),
+}
+"""Objectives of the steps behind pre-training. MultiTF is on-policy too, in groups of up to four blocks."""
 
 
 class Decoder(NamedTuple):
@@ -93,23 +171,22 @@ DECODERS: dict[str, Decoder] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, type=pathlib.Path, help="directory of the results")
+    parser.add_argument("--task", choices=TASKS, default="arithmetic")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of models; none: draw what is there")
-    parser.add_argument("--steps", type=int, default=PRETRAINED.steps, help="of pre-training")
-    parser.add_argument("--more", type=int, default=VARIANTS["pre-trained"].steps, help="steps behind it")
-    parser.add_argument("--rows", type=int, default=PRETRAINED.rows, help="examples in a step")
-    parser.add_argument("--examples", type=int, default=EXAMPLES, help="size of the training set")
-    parser.add_argument("--problems", type=int, default=PROBLEMS, help="held-out problems of a cell")
+    parser.add_argument("--steps", type=int, help="of pre-training; default: the task's, as what follows")
+    parser.add_argument("--more", type=int, help="steps behind it")
+    parser.add_argument("--rows", type=int, help="examples in a step")
+    parser.add_argument("--examples", type=int, help="size of the training set")
+    parser.add_argument("--problems", type=int, default=256, help="held-out problems of a cell")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-
-    def resized(recipe: Recipe, steps: int, seed: int) -> Recipe:
-        return changed(recipe, steps=steps, warmup=min(recipe.warmup, steps // 4), rows=args.rows, seed=seed)
-
+    task = TASKS[args.task]
+    first = _resized(task.pretrained, args.steps or task.pretrained.steps, args.rows or task.pretrained.rows)
+    more = _resized(changed(task.pretrained, **task.more), args.more or task.more["steps"], first.rows)
+    task = task._replace(pretrained=first, size=args.examples or task.size)
     engines: dict[str, Engine] = {}
     for seed in args.seeds:
-        pretrained = resized(PRETRAINED, args.steps, seed)
-        variants = {name: resized(recipe, args.more, seed + 1000) for name, recipe in VARIANTS.items()}
-        for sheet in fill(pretrained, variants, engines, examples=args.examples, problems=args.problems):
+        for sheet in fill(task, more, engines, seed=seed, problems=args.problems):
             (args.out / f"seed-{seed}.json").write_text(json.dumps(sheet, indent=1) + "\n")
     table = gather([json.loads(file.read_text()) for file in sorted(args.out.glob("seed-*.json"))])
     (args.out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -118,9 +195,7 @@ def main() -> None:
     print(text(table))
 
 
-def fill(
-    pretrained: Recipe, variants: dict[str, Recipe], engines: dict[str, Engine], *, examples: int, problems: int
-) -> Iterator[dict[str, Any]]:
+def fill(task: Task, more: Recipe, engines: dict[str, Engine], *, seed: int, problems: int) -> Iterator[dict[str, Any]]:
     """Trains and decodes the models of a seed; ``engines`` keeps what decodes them, for the next.
 
     Yields:
@@ -128,50 +203,50 @@ def fill(
       figures of :func:`measure` by the name of the settings.
     """
     began = time.perf_counter()
-    made = data.training_set(examples, seed=pretrained.seed, workers=8 if examples > data.SHARD else 1)
+    made = task.examples(task.size, seed)
+    recipes = {"pre-training": changed(task.pretrained, seed=seed)}
+    recipes |= {name: changed(more, objectives=terms, seed=seed + 1000) for name, terms in VARIANTS.items()}
     seconds = {"examples": round(time.perf_counter() - began, 1)}
-    recipes = {"pre-training": pretrained, **variants}
-    sheet: dict[str, Any] = {"seed": pretrained.seed, "problems": problems, "seconds": seconds, "ends": {}, "cells": {}}
+    sheet: dict[str, Any] = {"seed": seed, "problems": problems, "seconds": seconds, "ends": {}, "cells": {}}
     sheet |= {"recipes": {name: described(recipe) for name, recipe in recipes.items()}}
-    asked = tasks.generate("test", problems, seed=TEST_SEED, unique=True)
+    questions = task.questions(problems)
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in recipes.items():
-            begin = recipe.model if recipe is pretrained else folder
+            begin = folder if name in VARIANTS else recipe.model
             result = train(changed(recipe, model=begin, data=functools.partial(_shuffled, made)))
             seconds[name] = round(result.seconds, 1)
             sheet["device"], sheet["ends"][name] = result.device, result.history[-1]
-            if recipe is pretrained:
+            if name not in VARIANTS:
                 checkpoint.save(folder, result.model, result.params, dtype="float32")
                 continue
             at = time.perf_counter()
-            sheet["cells"][name] = decode(result, asked, engines)
+            sheet["cells"][name] = decode(task, result.params, questions, engines)
             seconds[f"{name}, decoding"] = round(time.perf_counter() - at, 1)
             yield sheet
 
 
-def decode(trained: Trained, problems: Sequence[tasks.Problem], engines: dict[str, Engine]) -> dict[str, dict[str, dict[str, float]]]:
+def decode(task: Task, params: Any, questions: Sequence[Question], engines: dict[str, Engine]) -> dict[str, dict[str, dict[str, float]]]:
     """The figures of every decoder and setting. An engine that was made for other parameters takes these: nothing is compiled again."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, decoder in (bar := tqdm(DECODERS.items(), unit="decoder", disable=None)):
         bar.set_description(name)
         if name in engines:
-            engines[name].update_params(trained.params)
+            engines[name].update_params(params)
         else:
-            sizes: dict[str, Any] = {"buffer_size": decoder.window, "max_slots": SLOTS, "max_model_len": data.CANVAS, "warm_up": False}
-            engines[name] = Engine(trained.model, trained.params, strategy=decoder.strategy, **sizes)
-        found[name] = {setting: measure(engines[name], problems, params) for setting, params in decoder.settings.items()}
+            sizes: dict[str, Any] = {"buffer_size": decoder.window, "max_slots": task.slots, "max_model_len": task.canvas}
+            model: Any = task.pretrained.model  # a network, not a directory
+            engines[name] = Engine(model, params, strategy=decoder.strategy, warm_up=False, **sizes)
+        of = functools.partial(measure, engines[name], questions, canvas=task.canvas)
+        found[name] = {setting: of(params=settings) for setting, settings in decoder.settings.items()}
     return found
 
 
-def measure(engine: Engine, problems: Sequence[tasks.Problem], params: SamplingParams) -> dict[str, float]:
-    """``exact``: how many answers end in the right number. ``tokens`` before the end of sequence, and ``forwards``, prefill not counted, of
-    all."""
-    coder = tokenizer.build()
-    ids = [encoding.ids for encoding in coder.encode_batch([problem.question for problem in problems])]
-    outputs = engine.generate(ids, [dataclasses.replace(params, max_tokens=data.CANVAS - len(prompt)) for prompt in ids])
-    answers = [coder.decode(list(output.token_ids)) for output in outputs]
+def measure(engine: Engine, questions: Sequence[Question], *, params: SamplingParams, canvas: int) -> dict[str, float]:
+    """``exact``: how many answers are right. ``tokens`` before the end of sequence, and ``forwards``, prefill not counted, of all."""
+    prompts = [question.prompt for question in questions]
+    outputs = engine.generate(prompts, [dataclasses.replace(params, max_tokens=canvas - len(prompt)) for prompt in prompts])
     return {
-        "exact": sum(map(tasks.is_correct, problems, answers)),
+        "exact": sum(question.right(list(output.token_ids)) for question, output in zip(questions, outputs, strict=True)),
         "tokens": sum(len(output.token_ids) for output in outputs),
         "forwards": sum(output.nfe for output in outputs),
     }
@@ -248,7 +323,11 @@ def draw(path: pathlib.Path, table: dict[str, Any]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _shuffled(examples: Examples, about: Any) -> Any:
+def _resized(recipe: Recipe, steps: int, rows: int) -> Recipe:
+    return changed(recipe, steps=steps, warmup=min(recipe.warmup, steps // 4), rows=rows)
+
+
+def _shuffled(examples: Examples, about: About) -> Batches:
     return shuffled(examples, rows=about.rows, seed=about.seed)
 
 
