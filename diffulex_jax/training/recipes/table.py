@@ -13,6 +13,7 @@ The task ``arithmetic`` is the embedded model's, with a smaller network, and wan
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -226,19 +227,27 @@ def fill(task: Task, more: Recipe, engines: dict[str, Engine], *, seed: int, pro
 
 
 def decode(task: Task, params: Any, questions: Sequence[Question], engines: dict[str, Engine]) -> dict[str, dict[str, dict[str, float]]]:
-    """The figures of every decoder and setting. An engine that was made for other parameters takes these: nothing is compiled again."""
+    """The figures of every decoder and setting. Engines that were made for other parameters take these: nothing is compiled again."""
+    if not engines:
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # the compiler works beside itself
+            made = pool.map(functools.partial(_engine, task, params, questions), DECODERS.values())
+            engines.update(zip(DECODERS, made, strict=True))
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, decoder in (bar := tqdm(DECODERS.items(), unit="decoder", disable=None)):
         bar.set_description(name)
-        if name in engines:
-            engines[name].update_params(params)
-        else:
-            sizes: dict[str, Any] = {"buffer_size": decoder.window, "max_slots": task.slots, "max_model_len": task.canvas}
-            model: Any = task.pretrained.model  # a network, not a directory
-            engines[name] = Engine(model, params, strategy=decoder.strategy, warm_up=False, **sizes)
+        engines[name].update_params(params)
         of = functools.partial(measure, engines[name], questions, canvas=task.canvas)
         found[name] = {setting: of(params=settings) for setting, settings in decoder.settings.items()}
     return found
+
+
+def _engine(task: Task, params: Any, questions: Sequence[Question], decoder: Decoder) -> Engine:
+    """An engine that has compiled what the questions need."""
+    model: Any = task.pretrained.model  # a network, not a directory
+    sizes: dict[str, Any] = {"buffer_size": decoder.window, "max_slots": task.slots, "max_model_len": task.canvas}
+    engine = Engine(model, params, strategy=decoder.strategy, warm_up=False, **sizes)
+    engine.warm_up([question.prompt for question in questions], SamplingParams(max_tokens=8))
+    return engine
 
 
 def measure(engine: Engine, questions: Sequence[Question], *, params: SamplingParams, canvas: int) -> dict[str, float]:
