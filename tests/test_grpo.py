@@ -24,7 +24,7 @@ def engine() -> Engine:
     return Engine(MODEL, init(MODEL, jax.random.key(0), scale=0.5), strategy="llada2", max_slots=8, max_model_len=16, warm_up=False)
 
 
-RECIPE = grpo.Recipe(steps=40, prompts=2, group=16, canvas=16, learning_rate=0.03)
+RECIPE = grpo.Recipe(steps=40, prompts=2, group=16, canvas=16, learning_rate=0.03, temperature=1.0)
 
 
 def test_reward_rises(engine):
@@ -58,7 +58,7 @@ def test_what_is_learnt_from_is_what_was_drawn_and_its_probability_is_the_policy
         assert output.nfe == len({i // 4 for i in range(len(output.prompt_token_ids), len(ids))})  # a forward a block
     scores = engine.score([o.prompt_token_ids for o in flat], completions, BlockConditional())
     want = -sum(a * s.sum() for a, s in zip(samples.advantage, scores, strict=True)) / sum(map(len, completions))
-    assert float(grpo.loss(engine.params, MODEL, samples)) == pytest.approx(want, abs=1e-4)
+    assert float(grpo.loss(engine.params, MODEL, samples, 1.0)) == pytest.approx(want, abs=1e-4)
 
 
 def test_word_problems_are_worth_1_where_they_are_right():

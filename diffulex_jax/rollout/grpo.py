@@ -1,13 +1,13 @@
 """Group-relative policy optimisation (GRPO, arXiv 2402.03300) of a block-diffusion model, with the engine as its rollout.
 
-The policy fills a block in one forward: every token of it is drawn at temperature 1, by itself, given the prompt and the finished
-blocks. Its log probabilities are therefore known exactly (the sum that ``Engine.score`` gives with ``BlockConditional``), in one forward
+The policy fills a block in one forward: every token of it is drawn by itself, given the prompt and the finished blocks. Its log
+probabilities are therefore known exactly (at temperature 1 they are what ``Engine.score`` gives with ``BlockConditional``), in one forward
 that has gradients. Each batch of samples is used for one step, so the ratio of new to old probabilities is 1, and there is nothing to clip.
 
     python -m diffulex_jax.rollout.grpo
 
-teaches the embedded model to solve its word problems that way; drawn so, its answers are often muddled at first, since tokens of a block
-do not know of each other.
+teaches the embedded model to solve its word problems that way at a temperature at which its answers are muddled at first, since the tokens
+of a block do not know of each other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from diffulex_jax.training.arithmetic import data, tasks, tokenizer
 from diffulex_jax.training.layout import predict
 
 
-DRAWN = SamplingParams(temperature=1.0, accept_threshold=0.0)
+KEPT = SamplingParams(accept_threshold=0.0)
 """For strategy ``llada2``: whatever is drawn is kept."""
 
 
@@ -43,6 +43,7 @@ class Recipe:
     Attributes:
       steps: of the optimiser, each on samples of its own.
       prompts, group: different prompts of a step, and samples of each.
+      temperature: of the policy, above 0: tokens are drawn from softmax(logits / temperature).
       canvas: tokens of a prompt and its completion.
       learning_rate: of Adam.
       clip: largest norm of a gradient.
@@ -52,6 +53,7 @@ class Recipe:
     steps: int = 100
     prompts: int = 16
     group: int = 16
+    temperature: float = 2.5
     canvas: int = data.CANVAS
     learning_rate: float = 1e-4
     clip: float = 1.0
@@ -111,7 +113,9 @@ def train(
 def sample(engine: Engine, prompts: Sequence[Sequence[int]], recipe: Recipe, *, seed: int) -> list[list[Output]]:
     """A group of samples for each prompt."""
     each = [
-        dataclasses.replace(DRAWN, max_tokens=recipe.canvas - len(prompt), n=recipe.group, seed=1000 * seed + i)
+        dataclasses.replace(
+            KEPT, temperature=recipe.temperature, max_tokens=recipe.canvas - len(prompt), n=recipe.group, seed=1000 * seed + i
+        )
         for i, prompt in enumerate(prompts)
     ]
     outputs = engine.generate(prompts, each)
@@ -134,18 +138,18 @@ def pack(model: Model, outputs: Sequence[Sequence[Output]], rewards: np.ndarray,
 @functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnums=(0, 1))
 def update(params: Params, state: Any, samples: Samples, *, model: Model, recipe: Recipe) -> tuple[Params, Any]:
     """One step of the optimiser: samples better than their group become more probable, others less."""
-    gradient = jax.grad(loss)(params, model, samples)
+    gradient = jax.grad(loss)(params, model, samples, recipe.temperature)
     updates, state = _optimiser(recipe).update(gradient, state, params)
     return optax.apply_updates(params, updates), state
 
 
-def loss(params: Params, model: Model, samples: Samples) -> jax.Array:
+def loss(params: Params, model: Model, samples: Samples, temperature: float) -> jax.Array:
     """``-sum(advantage * log p) / tokens``, whose gradient is the policy's."""
     at = jnp.arange(samples.tokens.shape[1])
     hidden = at >= samples.start[:, None]
     scored = hidden & (at < samples.end[:, None])
     z = predict(params, model, jnp.where(hidden, model.spec.mask_id, samples.tokens), samples.tokens)
-    log_p = -optax.softmax_cross_entropy_with_integer_labels(z, samples.tokens)
+    log_p = -optax.softmax_cross_entropy_with_integer_labels(z / temperature, samples.tokens)
     return -jnp.sum(samples.advantage[:, None] * log_p, where=scored) / scored.sum()
 
 
@@ -169,7 +173,7 @@ def accuracy(engine: Engine, problems: Sequence[tasks.Problem], recipe: Recipe, 
     """Share of held-out problems that one sample each solves, a forward a block."""
     prompts = [encoding.ids for encoding in tokenizer.build().encode_batch([problem.question for problem in problems])]
     params = [
-        dataclasses.replace(DRAWN, temperature=temperature, max_tokens=recipe.canvas - len(prompt), seed=i)
+        dataclasses.replace(KEPT, temperature=temperature, max_tokens=recipe.canvas - len(prompt), seed=i)
         for i, prompt in enumerate(prompts)
     ]
     outputs = engine.generate(prompts, params)
@@ -182,7 +186,7 @@ def run(model: str, recipe: Recipe, *, problems: int, slots: int) -> dict[str, A
     held_out = tasks.generate("test", problems, seed=1, unique=True)
 
     def measured() -> dict[str, float]:
-        return {name: accuracy(engine, held_out, recipe, temperature=t) for name, t in (("greedy", 0.0), ("drawn", 1.0))}
+        return {name: accuracy(engine, held_out, recipe, temperature=t) for name, t in (("greedy", 0.0), ("drawn", recipe.temperature))}
 
     before, began = measured(), time.perf_counter()
     _, history = train(engine, engine.params, recipe, word_problems(recipe))
@@ -200,9 +204,10 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32, help="requests decoded together")
     for name in ("steps", "prompts", "group"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Recipe(), name))
-    parser.add_argument("--learning-rate", type=float, default=Recipe().learning_rate)
+    for name in ("temperature", "learning_rate"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(Recipe(), name))
     args = parser.parse_args()
-    sizes: dict[str, Any] = {name: getattr(args, name) for name in ("steps", "prompts", "group", "learning_rate")}
+    sizes: dict[str, Any] = {name: getattr(args, name) for name in ("steps", "prompts", "group", "temperature", "learning_rate")}
     for seed in args.seeds:
         print(json.dumps(run(args.model, Recipe(**sizes, seed=seed), problems=args.problems, slots=args.slots)), flush=True)
 
