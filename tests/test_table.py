@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pathlib
 
 import jax
 import pytest
@@ -14,6 +15,9 @@ from diffulex_jax.training.arithmetic import tasks, tokenizer
 from diffulex_jax.training.recipe import About, Trained
 from diffulex_jax.training.recipes import table
 from diffulex_jax.training.reversal import MODEL
+
+
+TRAINING = pathlib.Path(table.__file__).parent.parent
 
 
 def output(ids, forwards):
@@ -83,6 +87,15 @@ def test_variants_begin_with_what_was_pre_trained_and_every_one_is_told_at_once(
 def test_sheets_must_be_of_the_same_problems():
     with pytest.raises(ValueError, match="all of the same number of problems"):
         table.gather([{"problems": 4}, {"problems": 5}])
+
+
+@pytest.mark.parametrize("file", sorted((TRAINING / "results").glob("*.json")), ids=lambda file: file.stem)
+def test_the_readme_has_the_table_that_was_measured(file):
+    measured = json.loads(file.read_text())
+    assert table.text(measured) in (TRAINING / "README.md").read_text()
+    assert len(measured["seed"]) == 3 and list(measured["cells"]) == list(table.VARIANTS)
+    for decoders in measured["cells"].values():
+        assert {name: list(of) for name, of in decoders.items()} == {name: list(of.settings) for name, of in table.DECODERS.items()}
 
 
 def test_decoders_are_for_models_of_blocks():
