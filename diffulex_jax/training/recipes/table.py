@@ -7,7 +7,8 @@ trains four small models for every seed, which share their pre-training, and dec
 seeds that are in the directory, so that seeds may run side by side. Every model has the same number of steps: those of pre-training, then
 those of one of :data:`VARIANTS`.
 
-The task ``arithmetic`` is the embedded model's, with a smaller network, and wants a GPU; ``reversal`` takes minutes on a CPU.
+``training/README.md`` has the table that three seeds gave, and what it says of the papers' claims. The task ``arithmetic`` is the embedded
+model's, with a smaller network, and wants a GPU; ``reversal`` takes minutes on a CPU.
 """
 
 from __future__ import annotations
