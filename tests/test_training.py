@@ -134,7 +134,7 @@ def test_dense_experts_agree_with_the_kernel_and_balance_changes_only_gradients(
     rng = np.random.default_rng(2)
     x, matrix, gate_up, down = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((6, 32), (32, 4), (1, 4, 32, 32), (1, 4, 16, 32)))
     router = expert_choice.Router(top_k=2, groups=2, kept=1, scale=2.5)
-    ids, weights, _ = expert_choice.choose(x, matrix / 10, jnp.zeros(4), router)
+    ids, weights = expert_choice.choose(x, matrix / 10, jnp.zeros(4), router)
     stack = (gate_up / 10, down / 10)
     layer = [a[0] for a in stack]
     reference = grouped_matmul.expert_mlp(x, ids, weights, *stack, layer=0, backend="dense")

@@ -76,7 +76,8 @@ def rotated_heads(qkv: jax.Array, q_norm: jax.Array, k_norm: jax.Array, table: t
 
     All heads go through both together, which makes two kernels of it on a GPU; the values then are taken as they came.
     """
-    scale = jnp.concatenate([jnp.broadcast_to(q_norm, (qkv.shape[-2] - 2, qkv.shape[-1])), jnp.stack([k_norm] * 2)])
+    queries = (jnp.arange(qkv.shape[-2]) < qkv.shape[-2] - 2)[:, None]
+    scale = jnp.where(queries, q_norm, k_norm)  # selected, not concatenated: no kernel of its own
     return _rotated(rms_norm(qkv, scale, eps), qkv, table)
 
 

@@ -89,13 +89,13 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
         choose = functools.partial(expert_choice.choose, router=router, backend=kernels.expert_choice)
 
         def choose_rows(x: jax.Array, valid: jax.Array | None) -> Any:
-            ids, weights, _ = choose(flat(x), matrix, bias, valid=None if valid is None else valid.reshape(-1))
+            ids, weights = choose(flat(x), matrix, bias, valid=None if valid is None else valid.reshape(-1))
             return ids.reshape(*x.shape[:2], -1), weights.reshape(*x.shape[:2], -1)
 
         if kernels.rows_apart:
-            (ids, weights), counted = map(flat, apart(choose_rows, x, valid)), None
+            ids, weights = map(flat, apart(choose_rows, x, valid))
         else:
-            ids, weights, counted = choose(flat(x), matrix, bias, valid=kept)
+            ids, weights = choose(flat(x), matrix, bias, valid=kept)
         # A device that has a part of the shared expert has other widths of it than of a routed one, and it is never quantised.
         alone = kernels.rows_apart or bool(shared_by("mlp")) or grouped_matmul.is_quantised(stacks["experts_down"])
         shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None
@@ -109,7 +109,6 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
             valid=kept,
             first_expert=first_index("expert", stacks["experts_down"].shape[1]) if shared_by("expert") else None,
             shared=None if alone else shared,
-            counted=counted,
             backend=kernels.grouped_matmul,
         ).reshape(x.shape)
         return y + mlp(x, shared, layer) if shared is not None and alone else y

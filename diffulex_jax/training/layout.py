@@ -116,7 +116,7 @@ def differentiable_ops(mask: jax.Array, *, balance: float = 0.0) -> Ops:
     def experts(x: jax.Array, stacks: Params, layer: jax.Array, router: expert_choice.Router) -> jax.Array:
         flat = x.reshape(-1, x.shape[-1])
         bias = stacks["router_bias"][layer] if "router_bias" in stacks else None
-        ids, weights, _ = expert_choice.choose(flat, stacks["router"][layer], bias, router, backend="sorted")
+        ids, weights = expert_choice.choose(flat, stacks["router"][layer], bias, router, backend="sorted")
         gate_up, down = (grouped_matmul.plain(stacks[name][layer], x.dtype) for name in ("experts_gate_up", "experts_down"))
         compute = dense_experts if len(gate_up) <= DENSE else sorted_experts
         y = compute(flat, ids, weights, gate_up, down, balance=balance)

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.grouped_matmul import Counted
-
 
 class Router(NamedTuple):
     """How a network's tokens choose their experts: static.
@@ -43,12 +41,10 @@ class Choice(NamedTuple):
     Attributes:
       ids: ``[N, k]`` int32, best first.
       weights: ``[N, k]`` float32.
-      counted: what ``grouped_matmul.expert_mlp`` on a GPU would have to count, where it was counted on the way.
     """
 
     ids: jax.Array
     weights: jax.Array
-    counted: Counted | None = None
 
 
 def choose(x: jax.Array, matrix: jax.Array, bias: jax.Array | None, router: Router, *, valid: jax.Array | None = None) -> Choice:

@@ -19,7 +19,7 @@ from pallas_kernels.grouped_matmul.xla import ragged
 from pallas_kernels.target import Target, is_hopper, pick
 
 
-__all__ = ["Backend", "Counted", "Stack", "arranged", "choose_backend", "dense", "expert_mlp", "is_quantised", "plain", "stored"]
+__all__ = ["Backend", "Stack", "arranged", "choose_backend", "dense", "expert_mlp", "is_quantised", "plain", "stored"]
 
 Backend = Literal["dense", "ragged", "cpu", "gpu", "tpu"]
 
@@ -34,10 +34,6 @@ def _tiled(*args: Any, **kwargs: Any) -> jax.Array:
     from pallas_kernels.grouped_matmul.tpu import tiled  # Pallas for TPUs likewise
 
     return tiled(*args, **kwargs)
-
-
-Counted = tuple[jax.Array, jax.Array]
-"""``[T, k]`` int32, how many earlier tokens have the expert of a pair; and ``[E]`` int32, how many have an expert. Valid ones count."""
 
 
 _BACKENDS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "ragged": ragged, "cpu": streamed, "gpu": _hopper, "tpu": _tiled}
@@ -62,7 +58,6 @@ def expert_mlp(
     valid: jax.Array | None = None,
     first_expert: ArrayLike | None = None,
     shared: tuple[jax.Array, jax.Array] | None = None,
-    counted: Counted | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """The experts of one layer: the routed ones, and with ``shared`` the one that every token goes through.
@@ -84,7 +79,6 @@ def expert_mlp(
         that share the experts add theirs up. By ``"gpu"`` or ``"tpu"``, else ``"ragged"``.
       shared: ``(gate_up [D, 2, S], down [S, D])`` of an expert that is added, unweighted, for every token; with ``layer`` both
         have a leading L.
-      counted: what ``expert_choice.choose`` counted, with the same ``valid``, if it did. For backend ``"gpu"``, which counts otherwise.
       backend: ``"dense"`` (every expert for every token), ``"ragged"`` (``lax.ragged_dot``; these two can be differentiated), ``"cpu"``,
         ``"gpu"`` (Hopper) or ``"tpu"`` (TPU7x); None chooses by the current mesh's devices, else the default one.
 
@@ -98,7 +92,7 @@ def expert_mlp(
     _check_shapes(x, expert_ids, weights, (gate_up, down), layer=layer, valid=valid)
     with jax.named_scope("expert_mlp"):
         if compute is _hopper:
-            hints = {"first_expert": first_expert, "shared": shared, "counted": counted}
+            hints = {"first_expert": first_expert, "shared": shared}
             return compute(x, expert_ids, weights, gate_up, down, layer=layer, valid=valid, **hints)
         if first_expert is not None:
             shares = compute if compute is _tiled else ragged

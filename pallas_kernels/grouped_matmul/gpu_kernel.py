@@ -15,7 +15,7 @@ from pallas_kernels.grouped_matmul.gpu_weights import UNIT, At, staged, tiles, w
 from pallas_kernels.quantised.words import Packed
 
 
-_ALIGN = 8
+ALIGN = 8
 """Tiles start at multiples of this many rows; what belongs to a neighbouring group there is computed and not stored."""
 
 _SHARED_MEMORY = 224 * 1024
@@ -36,22 +36,13 @@ class Groups(NamedTuple):
     """Which rows belong to which group; a group's rows follow each other.
 
     Attributes:
-      start, size: ``[G]`` int32, the rows of a group are ``[start, start + size)``. Longer arrays are not read any further: a slice
-        would be a kernel.
+      start, size: ``[G]`` int32, the rows of a group are ``[start, start + size)``.
       upto: ``[G]`` int32, how many tiles of rows this group and those before it have.
     """
 
     start: jax.Array
     size: jax.Array
     upto: jax.Array
-
-    @classmethod
-    def of(cls, start: jax.Array, size: jax.Array, count: int, tile_rows: int) -> Groups:
-        """``upto`` of the first ``count`` groups, for tiles of ``tile_rows``, a power of two."""
-        tiles = (start[:count] % _ALIGN + size[:count] + tile_rows - 1) >> (tile_rows.bit_length() - 1)
-        tiles = lax.optimization_barrier(jnp.where(size[:count] > 0, tiles, 0))  # else computed again for each pair of groups
-        index = jnp.arange(count)
-        return cls(start, size, jnp.sum(jnp.where(index <= index[:, None], tiles, 0), 1, dtype=jnp.int32))
 
 
 def fits(*matrices: tuple[int, ...]) -> bool:
@@ -68,23 +59,32 @@ def num_multiprocessors() -> int:
 
 @functools.partial(jax.jit, static_argnames=("swiglu", "tile"))  # traced once for all its uses
 def matmul(
-    x: jax.Array, weights: jax.Array | Packed, extra: jax.Array | None, layer: jax.Array, groups: Groups, *, swiglu: bool, tile: Tile
+    x: jax.Array,
+    weights: jax.Array | Packed,
+    extra: jax.Array | None,
+    layer: jax.Array,
+    groups: Groups | None,
+    *,
+    swiglu: bool,
+    tile: Tile,
 ) -> jax.Array:
-    """Each group's rows times its weights, in bfloat16 with float32 sums.
+    """Each group's rows times its weights, in bfloat16 with float32 sums; or all rows, a part of their depth with each group's weights.
 
     Args:
-      x: ``[M, K]``, M a multiple of 8.
+      x: ``[M, K]``, M a multiple of 8; ``[M, G * K]`` where the groups are parts of the depth.
       weights: ``[L, G, K, N]``, bfloat16 or quantised.
       extra: ``[L, K, N]``, weights of one more group behind the G; or None, and always None where they are quantised.
       layer: int32 scalar, which of the L.
-      groups: of G groups, or G + 1 with ``extra``.
+      groups: of G groups, or G + 1 with ``extra``; None where they are parts of the depth.
       swiglu: gate columns come first, then as many up columns; the result is ``silu(gate) * up``.
       tile: columns are cut down to what divides the result's width.
 
     Returns:
-      ``[M, N]``, or ``[M, N / 2]`` with ``swiglu``. Rows of no group are not written.
+      ``[M, N]``, or ``[M, N / 2]`` with ``swiglu``, where rows of no group are not written; ``[G * M, N]`` of parts of the depth, to be
+      added up.
     """
-    depth, num_groups, parts = x.shape[1], len(groups.upto), 2 if swiglu else 1
+    size, parts = x.shape[0], 2 if swiglu else 1
+    num_groups, depth = (weights.shape[1], x.shape[1] // weights.shape[1]) if groups is None else (len(groups.upto), x.shape[1])
     width = weights.shape[-1] // parts
     rows, columns = tile.rows, next(c for c in (256, 128, 64) if c <= tile.columns and width % c == 0)
     if isinstance(weights, Packed):
@@ -96,34 +96,45 @@ def matmul(
     blocks = num_multiprocessors()
     search = [1 << bit for bit in reversed(range((num_groups - 1).bit_length()))]
 
-    def body(x_g: Any, layer_g: Any, start_g: Any, size_g: Any, upto_g: Any, *refs: Any, **scratch: Any) -> None:
-        *arrays_g, out_g = refs
+    def body(x_g: Any, layer_g: Any, *refs: Any, **scratch: Any) -> None:
+        groups_g, arrays_g, out_g = refs[: len(groups or ())], refs[len(groups or ()) : -1], refs[-1]
         x_s, out_s, full, free = (scratch.pop(name) for name in ("x_s", "out_s", "full", "free"))
         worker, block, layer = lax.axis_index("worker"), lax.axis_index("block"), layer_g[0]
-        tiles = lax.div(upto_g[num_groups - 1] * across - block + blocks - 1, blocks)
+        of_rows = num_groups * -(-size // rows) if groups is None else groups_g[2][num_groups - 1]
+        tiles = lax.div(of_rows * across - block + blocks - 1, blocks)
 
         def locate(i: jax.Array) -> tuple[jax.Array, ...]:
             """Tile i of this block: its group, first column, first row, and which of its rows are the group's."""
             at = block + i * blocks
             nth, column = lax.div(at, across), lax.rem(at, across) * columns
+            if groups is None:
+                group, of_group = lax.div(nth, -(-size // rows)), lax.rem(nth, -(-size // rows)) * rows
+                first = pl.multiple_of(group * size + of_group, ALIGN)
+                begin = lax.rem(at, 1)  # 0; JAX 0.11 does not lower a slice that begins at a constant of this kind
+                return group, column, first, begin, jnp.minimum(rows, size - of_group)
+            start_g, size_g, upto_g = groups_g
             group = jnp.int32(0)
             for stride in search:
                 probe = group + stride
                 group = jnp.where(upto_g[jnp.minimum(probe, num_groups) - 1] <= nth, probe, group)
-            start, size = start_g[group], size_g[group]
-            aligned = lax.div(start, _ALIGN) * _ALIGN
-            own = lax.div(start + size - aligned + rows - 1, rows)
+            start, count = start_g[group], size_g[group]
+            aligned = lax.div(start, ALIGN) * ALIGN
+            own = lax.div(start + count - aligned + rows - 1, rows)
             first = aligned + (nth - upto_g[group] + own) * rows
-            begin, end = jnp.maximum(first, start), jnp.minimum(first + rows, start + size)
-            return group, column, pl.multiple_of(first, _ALIGN), begin - first, end - begin
+            begin, end = jnp.maximum(first, start), jnp.minimum(first + rows, start + count)
+            return group, column, pl.multiple_of(first, ALIGN), begin - first, end - begin
 
         @pl.when(worker == workers)
         def copy() -> None:
             def one_tile(i: jax.Array, step: jax.Array) -> jax.Array:
-                group, column, first, begin, size = locate(i)
+                group, column, first, begin, wanted = locate(i)
 
                 def one_step(k: jax.Array, step: jax.Array) -> jax.Array:
-                    slot, depths = lax.rem(step, stages), pl.ds(k * stream.step, stream.step)
+                    slot = lax.rem(step, stages)
+                    from_row, depths = first, pl.ds(k * stream.step, stream.step)
+                    if groups is None:
+                        from_row = pl.multiple_of(first - group * size, ALIGN)
+                        depths = pl.ds(group * depth + k * stream.step, stream.step)
                     pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                     stream.copy(arrays_g, scratch, At(layer, group, column, k), slot, full)
 
@@ -131,11 +142,11 @@ def matmul(
                         """Copies as few rows as hold all of the group's."""
 
                         def now() -> None:
-                            plgpu.copy_gmem_to_smem(x_g.at[pl.ds(first, count), depths], x_s.at[slot, pl.ds(0, count)], full.at[slot])
+                            plgpu.copy_gmem_to_smem(x_g.at[pl.ds(from_row, count), depths], x_s.at[slot, pl.ds(0, count)], full.at[slot])
 
-                        now() if count == rows else lax.cond(begin + size <= count, now, lambda: copy_rows(2 * count))
+                        now() if count == rows else lax.cond(begin + wanted <= count, now, lambda: copy_rows(2 * count))
 
-                    copy_rows(_ALIGN)
+                    copy_rows(ALIGN)
                     return step + 1
 
                 return lax.fori_loop(0, steps, one_step, step)
@@ -150,7 +161,7 @@ def matmul(
         @pl.when(worker < workers)
         def multiply() -> None:
             def one_tile(i: jax.Array, step: jax.Array) -> jax.Array:
-                group, column, first, begin, size = locate(i)
+                group, column, first, begin, wanted = locate(i)
 
                 def product(*sums: Any) -> list[jax.Array]:
                     def one_step(k: jax.Array, step: jax.Array) -> jax.Array:
@@ -178,12 +189,12 @@ def matmul(
                 count, at = 1 << (min(rows, x.shape[0]).bit_length() - 1), begin
                 while count:
 
-                    @pl.when((size & count) != 0)
+                    @pl.when((wanted & count) != 0)
                     def store(count: int = count, at: jax.Array = at) -> None:
                         to = out_g.at[pl.ds(first + at, count), pl.ds(column + worker * UNIT, UNIT)]
                         plgpu.copy_smem_to_gmem(out_s.at[worker, pl.ds(at, count)], to, commit_group=False)
 
-                    at += size & count
+                    at += wanted & count
                     count //= 2
                 plgpu.commit_smem_to_gmem_group()
                 return step + steps
@@ -193,7 +204,7 @@ def matmul(
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
+        out_type=jax.ShapeDtypeStruct((size if groups else num_groups * size, width), x.dtype),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=workers + 1,
@@ -208,4 +219,4 @@ def matmul(
         },
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    return kernel(x, layer.reshape(1), *groups, *stream.arrays)
+    return kernel(x, layer.reshape(1), *(groups or ()), *stream.arrays)

@@ -157,13 +157,13 @@ def test_many_tokens_are_routed_by_a_kernel_and_computed(key, relative_error, to
 
     @jax.jit
     def routed(x, valid):
-        ids, weights, counted = choose(x, matrix, bias, router, valid=valid, backend="gpu")
-        options = {"layer": jnp.int32(1), "valid": valid, "counted": counted, "backend": "gpu"}
+        ids, weights = choose(x, matrix, bias, router, valid=valid, backend="gpu")
+        options = {"layer": jnp.int32(1), "valid": valid, "backend": "gpu"}
         return ids, weights, expert_mlp(x, ids, weights, gate_up, down, **options)
 
     ids, weights, got = routed(x, valid)
     with jax.default_matmul_precision("highest"):
-        want_ids, want_weights, _ = choose(x, matrix, bias, router, backend="sorted")
+        want_ids, want_weights = choose(x, matrix, bias, router, backend="sorted")
         wide = [a[1].astype(jnp.float32) for a in (gate_up, down)]
         want = jax.jit(expert_mlp, static_argnames="backend")(x.astype(jnp.float32), ids, weights, *wide, valid=valid, backend="dense")
     same = np.sort(ids, 1) == np.sort(want_ids, 1)

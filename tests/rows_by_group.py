@@ -1,0 +1,27 @@
+"""What ``pallas_kernels.grouped_matmul.gpu_dispatch.sort_rows`` is to compute, in plain code."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul.gpu_kernel import ALIGN, Groups
+
+
+def sort_rows(x, ids, valid, *, groups, shared, tile_rows):
+    """Rows that are not written are NaN."""
+    tokens, valid = len(x), jnp.ones(len(x), bool) if valid is None else valid
+    there = valid[:, None] & (ids >= 0) & (ids < groups)
+    of = jnp.where(there, ids, groups).reshape(-1)
+    place = jnp.argsort(jnp.argsort(of, stable=True)).reshape(ids.shape)
+    size = jnp.bincount(of, length=groups)
+    start = jnp.cumsum(size) - size
+    if shared:  # the row of every token, valid or not, behind all others
+        begin = size.sum()
+        start, size = jnp.append(start, begin), jnp.append(size, tokens)
+        place = jnp.concatenate([place, begin + jnp.arange(tokens)[:, None]], 1)
+        there = jnp.concatenate([there, valid[:, None]], 1)
+    room = -(-place.size // ALIGN) * ALIGN
+    rows = jnp.full((room, x.shape[1]), jnp.nan, x.dtype).at[jnp.where(there, place, room)].set(x[:, None], mode="drop")
+    tiles = jnp.where(size > 0, -(-(start % ALIGN + size) // tile_rows), 0)
+    counted = [a.astype(jnp.int32) for a in (start, size, jnp.cumsum(tiles))]
+    return rows, jnp.where(there, place, 0).astype(jnp.int32), Groups(*counted)
