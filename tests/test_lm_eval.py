@@ -36,10 +36,11 @@ def test_answers_end_where_the_task_says(model, engine):
     assert first == whole.text.split(" So")[0] and second == whole.text.split("the")[0]
 
 
-def test_a_context_that_is_too_long_keeps_its_end(model, engine):
+def test_a_context_that_is_too_long_keeps_its_end_and_is_told(model, engine, caplog):
     (answer,) = model.generate_until(requests(("7" * 200 + QUESTION, {"max_gen_toks": 40})), disable_tqdm=True)
     ids = engine.tokenizer.encode("7" * 200 + QUESTION)[-88:]
     assert answer == engine.generate([ids], SamplingParams(max_tokens=40, accept_threshold=0.5))[0].text
+    assert "1 of 1 contexts lost their beginning: max_model_len=128" in caplog.text
 
 
 def test_likelihoods_are_the_engines_scores(model, engine):

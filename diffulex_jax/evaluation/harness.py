@@ -15,6 +15,7 @@ given the clean past: quick and without chance, and no bound. ``estimator=monte_
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from diffulex_jax.engine.scoring import BlockConditional, Estimator, MonteCarlo
 from diffulex_jax.sampling_params import SamplingParams
 
 
+_logger = logging.getLogger(__name__)
 _ESTIMATORS = ("block", "monte_carlo")
 _OF_GENERATION = ("until", "max_gen_toks", "do_sample")  # lm-eval's names, beside those of SamplingParams
 _USUAL_TOKENS = 256  # lm-eval's own default
@@ -91,13 +93,19 @@ class DiffusionModel:
         Raises:
           ValueError: for a setting of generation that is unknown here, naming it.
         """
-        prompts, params = [], []
+        prompts, params, cut = [], [], 0
         for context, asked in (request.args for request in requests):
             one, prompt = self._params(asked), self.tokenizer.encode(context)
             if "max_gen_toks" not in asked and "max_tokens" not in asked:
                 one = dataclasses.replace(one, max_tokens=max(1, min(one.max_tokens, self.most - len(prompt))))
-            prompts.append(prompt[-max(1, self.most - one.max_tokens) :])  # lm-eval's way with long few-shot prompts: the end of it counts
+            room = max(1, self.most - one.max_tokens)
+            cut += len(prompt) > room
+            prompts.append(prompt[-room:])  # lm-eval's way with long few-shot prompts: the end of it counts
             params.append(one)
+        if cut:
+            _logger.warning(
+                "%d of %d contexts lost their beginning: max_model_len=%d, less what is generated", cut, len(prompts), self.most
+            )
         return [output.text or "" for output in self.engine.generate(prompts, params, progress=not disable_tqdm)]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
