@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import pytest
 from typer.testing import CliRunner
@@ -33,6 +34,18 @@ def test_it_measures_from_the_prompt_to_the_last_token():
         assert figures["tokens_per_second"] == pytest.approx(3 * 32 / figures["seconds"])
 
 
+def test_a_model_is_measured_behind_what_all_prompts_share():
+    folder = str(pathlib.Path(__file__).parent / "golden" / "tiny-llada2")
+    asked = ["--tokens-per-forward", "8", "--first-token", "31", "--shared-prefix", "64", "--dtype", "float32"]
+    result = run("--model", folder, *SMALL[2:], *asked)
+    assert result.exit_code == 0, result.stderr
+    head, first, prompts, outputs = result.stdout.strip().splitlines()
+    assert head.startswith(f"{folder}, float32, cpu: cpu")
+    assert first.startswith("first token: 31 tokens ")
+    assert prompts.startswith("prompts: 2 of ")
+    assert outputs.startswith("8 a forward: 3 answers in ") and outputs.endswith(" ms a step")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -42,6 +55,11 @@ def test_it_measures_from_the_prompt_to_the_last_token():
         (["--shape", "tiny", "--prompt", "600-400"], "prompt=600-400 must begin with the lesser number"),
         (["--shape", "tiny", "--prompt", "many"], "--prompt must be integers"),
         (["--shape", "tiny", "--strategy", "nope"], "unknown strategy 'nope'"),
+        (["--shape", "tiny", "--shared-prefix", "-1"], "shared_prefix=-1 must not be negative"),
+        (["--shape", "tiny", "--first-token", "31,0"], "first_token_prompts=0 must be positive"),
+        (["--shape", "tiny", "--model", "embedded"], "shape='tiny' is of random weights; there is a model too"),
+        (["--url", "http://127.0.0.1:9"], "model must be given: the model's name at http://127.0.0.1:9"),
+        (["--url", "http://127.0.0.1:9", "--model", "m"], "no server answers at http://127.0.0.1:9"),
     ],
 )
 def test_what_will_not_do_is_one_line(args, message):

@@ -11,43 +11,55 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffulex_jax.bench.decode import random_prompts
+from diffulex_jax.bench.answering import Answering, InProcess, OverHTTP
 from diffulex_jax.bench.shapes import random_params, shape_model
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.engine import Engine
 from diffulex_jax.parallel.mesh import make_mesh
-from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.strategies import for_model
 
 
 FIRST_TOKEN_PROMPTS = (31, 100, 500, 2000, 4000)
+_ALL = 2**15
+"""Masks that a step fills where it is to fill all there are."""
 
 
 def run(
     *,
-    shape: str,
+    shape: str | None = None,
+    model: str | None = None,
+    url: str | None = None,
     slots: int = 32,
     requests: int = 64,
     prompt: tuple[int, int] = (400, 600),
+    shared_prefix: int = 0,
     output: int = 256,
-    tokens_per_forward: Sequence[int] = (1, 4, 8),
+    tokens_per_forward: Sequence[int | None] = (1, 4, 8),
+    first_token_prompts: Sequence[int] = FIRST_TOKEN_PROMPTS,
     strategy: str | None = None,
     dtype: str = "bfloat16",
+    vocabulary: int = 10_000,
+    api_key: str = "",
     repeats: int = 5,
     progress: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Builds an engine over random weights, and measures it. No two prompts begin alike.
+    """Measures an engine that it builds, or a server. No two prompts begin alike, but for what they share.
 
     Args:
-      shape: a name in ``SHAPES``.
-      slots: requests decoded together.
-      requests: how many are given to the engine at once.
+      shape: a name in ``SHAPES``: an engine over random weights.
+      model: a model's directory: an engine over its weights; with ``url`` the model's name there.
+      url: of a server that speaks OpenAI's completions, without a path.
+      slots: requests decoded together; of a server, requests at once where their rate is measured by the prompt.
+      requests: how many are given at once.
       prompt: least and most tokens of a prompt.
+      shared_prefix: so many first tokens, in addition, are the same in all prompts of ``outputs``.
       output: tokens of each answer.
-      tokens_per_forward: how many masks every step fills, one measurement each.
+      tokens_per_forward: how many masks every step fills, one measurement each; None: as the model or the server likes best.
+      first_token_prompts: tokens of the prompts whose first token is timed; those that an engine has no room for are left out.
       strategy: the name of one that reads ``num_to_transfer``; None for the one that the model's authors decode it with.
       dtype, **settings: of the engine.
+      vocabulary, api_key: of the server: prompts are made of ids below the one, and the other is sent with every request.
       repeats: measurements of a first token, of which the median is taken.
       progress: is given the report line by line as it comes.
 
@@ -56,107 +68,110 @@ def run(
       :func:`first_token` and :func:`prompt_rate`; ``outputs``, for each number of tokens a forward what :func:`output_rate` gives.
 
     Raises:
-      ValueError: for a name that does not exist or a number that will not do.
+      ValueError: for a name that does not exist, a number that will not do, or what a server says against a request.
+      OSError: when there is no server.
     """
-    model = shape_model(shape)
-    sizes = {"slots": slots, "requests": requests, "prompt": prompt[0], "output": output, "repeats": repeats}
-    if bad := [f"{name}={n}" for name, n in [*sizes.items(), *(("tokens_per_forward", n) for n in tokens_per_forward)] if n < 1]:
+    sizes = {"slots": slots, "requests": requests, "prompt": prompt[0], "output": output, "repeats": repeats, "vocabulary": vocabulary}
+    counted = [("tokens_per_forward", n) for n in tokens_per_forward if n is not None]
+    counted += [("first_token_prompts", n) for n in first_token_prompts]
+    if bad := [f"{name}={n}" for name, n in [*sizes.items(), *counted] if n < 1]:
         raise ValueError(f"{bad[0]} must be positive")
+    if shared_prefix < 0:
+        raise ValueError(f"shared_prefix={shared_prefix} must not be negative")
     if prompt[0] > prompt[1]:
         raise ValueError(f"prompt={prompt[0]}-{prompt[1]} must begin with the lesser number")
-    longest = min(model.spec.max_positions, max(prompt[1] + output, FIRST_TOKEN_PROMPTS[-1] + 1))
-    chosen = for_model(model.spec, strategy)  # an unknown one should not cost the weights
-    asked: dict[str, Any] = {"dtype": dtype, "max_slots": slots, "max_model_len": longest} | settings
-    with jax.set_mesh(make_mesh()):
-        params = jax.block_until_ready(random_params(model, EngineConfig(**asked).jax_dtype))
-    began = time.perf_counter()
-    engine = Engine(model, params, strategy=chosen, **asked)
-    device = jax.devices()[0]
-    report: dict[str, Any] = {
-        "device": f"{device.platform}: {device.device_kind}",
-        "jax": jax.__version__,
-        "shape": shape,
-        "strategy": engine.strategy,
-        "dtype": dtype,
-        **settings,
-        **sizes,
-        "prompt": list(prompt),
-        "ready_seconds": time.perf_counter() - began,
-    }
-    progress(f"{shape}, {dtype}, {report['device']}, jax {report['jax']}; {slots} slots; ready after {report['ready_seconds']:.1f} s")
+    if shape is not None and (model, url) != (None, None):
+        raise ValueError(f"shape={shape!r} is of random weights; there is a {'model' if model else 'url'} too")
+    report: dict[str, Any] = {**sizes, "prompt": list(prompt), "shared_prefix": shared_prefix}
+    answering: Answering
+    if url is not None:
+        if model is None:
+            raise ValueError(f"model must be given: the model's name at {url}")
+        answering, lengths, long = OverHTTP(url, model, vocabulary, api_key), list(first_token_prompts), prompt[1]
+        report |= {"url": url, "model": model}
+        progress(f"{model} at {url}")
+    else:
+        most = max(shared_prefix + prompt[1] + output, max(first_token_prompts) + 1)
+        asked: dict[str, Any] = {"dtype": dtype, "max_slots": slots} | settings
+        engine, seconds = _engine(shape, model, strategy, most, asked)
+        answering, long = InProcess(engine), min(2000, engine.settings.max_model_len - 1)
+        lengths = [n for n in first_token_prompts if n < engine.settings.max_model_len]
+        device = jax.devices()[0]
+        report |= {"device": f"{device.platform}: {device.device_kind}", "jax": jax.__version__, "shape": shape, "model": model}
+        report |= {"strategy": engine.strategy, "dtype": dtype, **settings, "ready_seconds": seconds}
+        where = f"{report['device']}, jax {report['jax']}"
+        progress(f"{shape or model}, {dtype}, {where}; {slots} slots; ready after {seconds:.1f} s")
     seeds = itertools.count()
-    lengths = [n for n in FIRST_TOKEN_PROMPTS if n < longest]
-    report["first_token"] = {n: first_token(engine, seeds, length=n, repeats=repeats) for n in lengths}
+    filling = {"tokens_per_forward": None if None in tokens_per_forward else _ALL}
+    report["first_token"] = {n: first_token(answering, seeds, length=n, repeats=repeats, **filling) for n in lengths}
     progress("first token: " + ", ".join(f"{n} tokens {1e3 * seconds:.1f} ms" for n, seconds in report["first_token"].items()))
-    report["prompts"] = prompt_rate(engine, seeds, count=slots, length=min(2000, longest - 1))
+    report["prompts"] = prompt_rate(answering, seeds, count=slots, length=long, **filling)
     progress("prompts: {count} of {length} tokens in {seconds:.2f} s, {tokens_per_second:.0f} tokens/s".format(**report["prompts"]))
     report["outputs"] = []
     for n in tokens_per_forward:
-        figures = output_rate(engine, seeds, count=requests, prompt=prompt, output=output, tokens_per_forward=n)
+        prompts = _prompts(answering, seeds, np.random.default_rng(0).integers(prompt[0], prompt[1] + 1, requests).tolist())
+        (shared,) = _prompts(answering, seeds, [shared_prefix])
+        prompts = [shared + rest for rest in prompts]
+        figures = output_rate(answering, prompts, slots=slots, output=output, tokens_per_forward=n)
         report["outputs"].append(figures)
-        line = "{tokens_per_forward} a forward: {requests} answers in {seconds:.2f} s, {ms_per_step:.2f} ms a step"
-        progress((line + ", {tokens_per_second:.0f} tokens/s").format(**figures))
+        line = "{tokens_per_forward} a forward: " if n else ""
+        line += "{requests} answers in {seconds:.2f} s, {tokens_per_second:.0f} tokens/s, first tokens after {first_block_seconds:.3f} s"
+        step = ", {ms_per_step:.2f} ms a step" if figures["ms_per_step"] else ""
+        progress((line + step).format(**figures))
     return report
 
 
-def first_token(engine: Engine, seeds: Iterator[int], *, length: int, repeats: int) -> float:
-    """Seconds from a prompt of ``length`` tokens to one token, with nothing else to do; the median. One step fills what there is."""
-    seconds = []
-    for _ in range(repeats + 1):
-        given = _prompts(engine, seeds, [length])
-        began = time.perf_counter()
-        engine.generate(given, _params(1, engine.dims.block))
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+def first_token(answering: Answering, seeds: Iterator[int], *, length: int, repeats: int, tokens_per_forward: int | None = _ALL) -> float:
+    """Seconds from a prompt of ``length`` tokens to one token, with nothing else to do; the median of all but the first. Of itself one step
+    fills what there is."""
+    given = [_prompts(answering, seeds, [length]) for _ in range(repeats + 1)]
+    found = [answering.answer(prompts, output=1, tokens_per_forward=tokens_per_forward).seconds for prompts in given]
+    return statistics.median(found[1:])
 
 
-def prompt_rate(engine: Engine, seeds: Iterator[int], *, count: int, length: int) -> dict[str, float]:
+def prompt_rate(
+    answering: Answering, seeds: Iterator[int], *, count: int, length: int, tokens_per_forward: int | None = _ALL
+) -> dict[str, float]:
     """``count`` prompts of ``length`` tokens at once, one token each: ``seconds``, and ``tokens_per_second`` of the prompts."""
-    given = _prompts(engine, seeds, [length] * count)
-    began = time.perf_counter()
-    engine.generate(given, _params(1, engine.dims.block))
-    seconds = time.perf_counter() - began
+    seconds = answering.answer(_prompts(answering, seeds, [length] * count), output=1, tokens_per_forward=tokens_per_forward).seconds
     return {"count": count, "length": length, "seconds": seconds, "tokens_per_second": count * length / seconds}
 
 
 def output_rate(
-    engine: Engine, seeds: Iterator[int], *, count: int, prompt: tuple[int, int], output: int, tokens_per_forward: int
-) -> dict[str, float]:
-    """``count`` requests at once.
-
-    Args:
-      engine: what is measured.
-      seeds: of prompts, each of which is taken once.
-      count, prompt, output, tokens_per_forward: see :func:`run`.
+    answering: Answering, prompts: Sequence[list[int]], *, slots: int, output: int, tokens_per_forward: int | None
+) -> dict[str, Any]:
+    """All ``prompts`` at once; the rest as for :func:`run`.
 
     Returns:
-      ``seconds`` for all; ``ms_per_step``, these shared among the forwards of a slot, all in; ``tokens_per_second`` of the outputs;
-      ``nfe`` of a request; ``first_block_seconds`` after a request entered a slot, the median.
+      ``seconds`` for all; ``ms_per_step``, these shared among the forwards of a slot, all in, and ``nfe`` of a request, where somebody
+      counts them; ``tokens_per_second`` of the outputs; ``first_block_seconds``, the median, see :class:`Answers`.
     """
-    lengths = np.random.default_rng(0).integers(prompt[0], prompt[1] + 1, count)
-    given = _prompts(engine, seeds, lengths.tolist())
-    began = time.perf_counter()
-    outputs = engine.generate(given, _params(output, tokens_per_forward))
-    seconds = time.perf_counter() - began
-    nfe = sum(o.nfe for o in outputs)
+    found = answering.answer(prompts, output=output, tokens_per_forward=tokens_per_forward)
     return {
         "tokens_per_forward": tokens_per_forward,
-        "requests": count,
-        "seconds": seconds,
-        "ms_per_step": 1e3 * seconds * min(count, engine.settings.max_slots) / nfe,
-        "tokens_per_second": sum(len(o.token_ids) for o in outputs) / seconds,
-        "nfe": nfe / count,
-        "first_block_seconds": statistics.median(o.first_block_seconds or 0.0 for o in outputs),
+        "requests": len(prompts),
+        "seconds": found.seconds,
+        "ms_per_step": found.forwards and 1e3 * found.seconds * min(len(prompts), slots) / found.forwards,
+        "tokens_per_second": found.tokens / found.seconds,
+        "nfe": found.forwards and found.forwards / len(prompts),
+        "first_block_seconds": statistics.median(found.first),
     }
 
 
-def _prompts(engine: Engine, seeds: Iterator[int], lengths: Sequence[int]) -> list[list[int]]:
+def _engine(shape: str | None, model: str | None, strategy: str | None, most: int, asked: dict[str, Any]) -> tuple[Engine, float]:
+    """An engine with room for requests of ``most`` tokens, if the model goes so far, and the seconds it takes from parameters."""
+    if model is not None:
+        began = time.perf_counter()
+        return Engine.from_pretrained(model, strategy=strategy, max_model_len=most, **asked), time.perf_counter() - began
+    network = shape_model(shape or "llada2-mini")
+    chosen = for_model(network.spec, strategy)  # an unknown one should not cost the weights
+    asked = {"max_model_len": min(network.spec.max_positions, most)} | asked
+    with jax.set_mesh(make_mesh()):
+        params = jax.block_until_ready(random_params(network, EngineConfig(**asked).jax_dtype))
+    began = time.perf_counter()
+    return Engine(network, params, strategy=chosen, **asked), time.perf_counter() - began
+
+
+def _prompts(answering: Answering, seeds: Iterator[int], lengths: Sequence[int]) -> list[list[int]]:
     """Random prompts, none of which begins like another, or like an earlier one."""
-    return [random_prompts(engine.model.spec, count=1, tokens=n, seed=next(seeds))[0] for n in lengths]
-
-
-def _params(output: int, tokens_per_forward: int) -> SamplingParams:
-    """No prediction is above a threshold of 2: every step fills as many masks as it must."""
-    return SamplingParams(
-        max_tokens=output, num_to_transfer=tokens_per_forward, accept_threshold=2.0, ignore_eos=True, max_repetition_run=2**30
-    )
+    return [np.random.default_rng(next(seeds)).choice(answering.vocabulary, n).tolist() for n in lengths]

@@ -101,34 +101,49 @@ def bench_step(
 @bench.command("e2e", cls=PlainCommand)
 def bench_e2e(
     *,
-    shape: Annotated[str, typer.Option(help=f"One of {_SHAPES}; the weights are random.")] = "llada2-mini",
+    shape: Annotated[str | None, typer.Option(help=f"One of {_SHAPES}; the weights are random. Default: llada2-mini.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model's directory instead; with --url the model's name there.")] = None,
+    url: Annotated[str | None, typer.Option(help="A server that speaks OpenAI's completions, without a path, instead.")] = None,
     slots: Annotated[int, typer.Option(help="Requests decoded together.")] = 32,
-    requests: Annotated[int, typer.Option(help="Given to the engine at once.")] = 64,
+    requests: Annotated[int, typer.Option(help="Given at once.")] = 64,
     prompt: Annotated[str, typer.Option(help="Tokens of a prompt, or the least and the most of them: 400-600.")] = "400-600",
+    shared_prefix: Annotated[int, typer.Option(help="So many more tokens begin all of them.")] = 0,
     output: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
-    tokens_per_forward: Annotated[str, typer.Option(help="Masks that a step fills, one measurement each: 1,4,8.")] = "1,4,8",
+    tokens_per_forward: Annotated[
+        str, typer.Option(help="Masks that a step fills, one measurement each: 1,4,8. '': as the model likes best; for others' servers.")
+    ] = "1,4,8",
+    first_token: Annotated[str, typer.Option(help="Tokens of the prompts whose first token is timed.")] = "31,100,500,2000,4000",
     strategy: Annotated[str | None, typer.Option(help=f"One that reads num_to_transfer, of {_STRATEGIES}. {_USUAL}")] = None,
     dtype: Annotated[str, typer.Option(help="Of weights, activations and cache: bfloat16 or float32.")] = "bfloat16",
     max_batched_tokens: Annotated[int | None, typer.Option(help="Of prompts and windows in a step; default: by the device.")] = None,
+    vocabulary: Annotated[int, typer.Option(help="Of a server: random prompts are made of ids below this one.")] = 10_000,
+    api_key: Annotated[str, typer.Option(help="Sent to a server with every request.")] = "",
     repeats: Annotated[int, typer.Option(help="How often the time to a first token is measured.")] = 5,
     as_json: _AsJson = False,
 ) -> None:
-    """Time to the first token by prompt length, prompt tokens a second, milliseconds a step all in."""
+    """Time to the first token by prompt length, prompt tokens a second, milliseconds a step all in: of an engine, or of any server."""
     with one_line_errors():
         least, _, most = prompt.partition("-")
         lengths = numbers("--prompt", f"{least},{most or least}")
-        rates = numbers("--tokens-per-forward", tokens_per_forward)
+        rates = numbers("--tokens-per-forward", tokens_per_forward) if tokens_per_forward else [None]
+        timed = numbers("--first-token", first_token)
         from diffulex_jax.bench import e2e
 
         report = e2e.run(
             shape=shape,
+            model=model,
+            url=url,
             slots=slots,
             requests=requests,
             prompt=(lengths[0], lengths[1]),
+            shared_prefix=shared_prefix,
             output=output,
             tokens_per_forward=rates,
+            first_token_prompts=timed,
             strategy=strategy,
             dtype=dtype,
+            vocabulary=vocabulary,
+            api_key=api_key,
             repeats=repeats,
             progress=(lambda line: None) if as_json else typer.echo,
             max_batched_tokens=max_batched_tokens,

@@ -78,3 +78,37 @@ def test_spread():
         "p99": pytest.approx(2.98),
     }
     assert spread([]) is None
+
+
+@pytest.mark.parametrize("rates", [[4, 8], None])
+def test_a_server_is_measured_from_the_prompt_to_the_last_token(server, rates):
+    """With rates ours says what it took; without, nothing is asked that only ours knows."""
+    name = server.client.get("/v1/models").json()["data"][0]["id"]
+    asked = [
+        "--url",
+        server.url,
+        "--model",
+        name,
+        "--slots",
+        "2",
+        "--requests",
+        "3",
+        "--prompt",
+        "20-30",
+        "--output",
+        "32",
+        "--repeats",
+        "1",
+    ]
+    rate = ",".join(map(str, rates or []))
+    result = CliRunner().invoke(
+        cli.app, ["bench", "e2e", *asked, "--first-token", "31", "--vocabulary", "50", "--tokens-per-forward", rate, "--json"]
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["first_token"]["31"] > 0 and report["prompts"]["count"] == 2
+    assert [figures["tokens_per_forward"] for figures in report["outputs"]] == (rates or [None])
+    for figures in report["outputs"]:
+        assert figures["tokens_per_second"] == pytest.approx(3 * 32 / figures["seconds"])
+        assert 0 < figures["first_block_seconds"] < figures["seconds"]
+        assert (figures["nfe"] is None) == (figures["ms_per_step"] is None) == (rates is None)
