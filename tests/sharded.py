@@ -251,10 +251,10 @@ def read_by_one_host(axes):
     """What the first half of a mesh's devices has where they are all that a host has, and the bytes read for it and held by it."""
     mesh, read = make_mesh(**axes), []
     mine = set(mesh.devices.flat[: mesh.size // 2])
-    reader, written = checkpoint._reader, init(MODEL, jax.random.key(0), scale=0.3)
+    reader, written = checkpoint.open_source, init(MODEL, jax.random.key(0), scale=0.3)
 
-    def counted(path, model):
-        real = reader(path, model)
+    def counted(path, model, **options):
+        real = reader(path, model, **options)
 
         def of(name, region):
             tensor = real.read(name, region)
@@ -268,7 +268,7 @@ def read_by_one_host(axes):
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(folder, MODEL, written, dtype="float32")
-        with mock.patch.multiple(checkpoint, _reader=counted, _held_here=held_here):
+        with mock.patch.multiple(checkpoint, open_source=counted, _held_here=held_here):
             _, params = checkpoint.load(folder, mesh)
     same, held = True, 0
     for path, leaf in leaves(params).items():

@@ -264,16 +264,16 @@ def test_a_directory_goes_before_the_hub(monkeypatch, tiny):
 def test_a_host_reads_no_experts_but_those_of_its_devices(tiny, monkeypatch):
     read, mine, count = [], slice(2, 4), RAW["num_experts"]
 
-    def reader(path, model):
-        real = checkpoint_reader(path, model)
+    def reader(path, model, **options):
+        real = checkpoint_reader(path, model, **options)
         return real._replace(read=lambda name, region: read.append(name) or real.read(name, region))
 
     def held_here(where, shape):
         names = where.spec + (None,) * (len(shape) - len(where.spec))
         return [tuple(mine if name == ("expert", "tensor") and n == count else slice(None) for name, n in zip(names, shape, strict=True))]
 
-    checkpoint_reader, whole = checkpoint._reader, load(tiny)[1]
-    monkeypatch.setattr(checkpoint, "_reader", reader)
+    checkpoint_reader, whole = checkpoint.open_source, load(tiny)[1]
+    monkeypatch.setattr(checkpoint, "open_source", reader)
     monkeypatch.setattr(checkpoint, "_held_here", held_here)
     part = load(tiny)[1]
     experts = {int(name.split(".experts.")[1].split(".")[0]) for name in read if ".experts." in name}
