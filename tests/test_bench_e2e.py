@@ -59,6 +59,8 @@ def test_a_model_is_measured_behind_what_all_prompts_share():
         (["--shape", "tiny", "--first-token", "31,0"], "first_token_prompts=0 must be positive"),
         (["--shape", "tiny", "--model", "embedded"], "shape='tiny' is of random weights; there is a model too"),
         (["--url", "http://127.0.0.1:9"], "model must be given: the model's name at http://127.0.0.1:9"),
+        (["--url", "http://127.0.0.1:9", "--model", "m", "--strategy", "dmax"], "strategy='dmax' is of an engine of this process"),
+        (["--shape", "tiny", "--api-key", "x"], "api_key is of a server: give its url, or leave api_key out"),
         (["--url", "http://127.0.0.1:9", "--model", "m"], "no server answers at http://127.0.0.1:9"),
     ],
 )

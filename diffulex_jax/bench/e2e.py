@@ -37,9 +37,9 @@ def run(
     tokens_per_forward: Sequence[int | None] = (1, 4, 8),
     first_token_prompts: Sequence[int] = FIRST_TOKEN_PROMPTS,
     strategy: str | None = None,
-    dtype: str = "bfloat16",
-    vocabulary: int = 10_000,
-    api_key: str = "",
+    dtype: str | None = None,
+    vocabulary: int | None = None,
+    api_key: str | None = None,
     repeats: int = 5,
     progress: Callable[[str], None] = lambda line: None,
     **settings: Any,
@@ -47,7 +47,7 @@ def run(
     """Measures an engine that it builds, or a server. No two prompts begin alike, but for what they share.
 
     Args:
-      shape: a name in ``SHAPES``: an engine over random weights.
+      shape: a name in ``SHAPES``: an engine over random weights; LLaDA2-mini's where there is no ``model`` and no ``url``.
       model: a model's directory: an engine over its weights; with ``url`` the model's name there.
       url: of a server that speaks OpenAI's completions, without a path.
       slots: requests decoded together; of a server, requests at once where their rate is measured by the prompt.
@@ -58,8 +58,8 @@ def run(
       tokens_per_forward: how many masks every step fills, one measurement each; None: as the model or the server likes best.
       first_token_prompts: tokens of the prompts whose first token is timed; those that an engine has no room for are left out.
       strategy: the name of one that reads ``num_to_transfer``; None for the one that the model's authors decode it with.
-      dtype, **settings: of the engine.
-      vocabulary, api_key: of the server: prompts are made of ids below the one, and the other is sent with every request.
+      dtype, **settings: of the engine; by default ``"bfloat16"``. None of these, nor ``strategy``, is for a server.
+      vocabulary, api_key: only of a server: prompts are made of ids below the one (10 000), and the other is sent with every request.
       repeats: measurements of a first token, of which the median is taken.
       progress: is given the report line by line as it comes.
 
@@ -71,36 +71,28 @@ def run(
       ValueError: for a name that does not exist, a number that will not do, or what a server says against a request.
       OSError: when there is no server.
     """
-    sizes = {"slots": slots, "requests": requests, "prompt": prompt[0], "output": output, "repeats": repeats, "vocabulary": vocabulary}
-    counted = [("tokens_per_forward", n) for n in tokens_per_forward if n is not None]
-    counted += [("first_token_prompts", n) for n in first_token_prompts]
-    if bad := [f"{name}={n}" for name, n in [*sizes.items(), *counted] if n < 1]:
-        raise ValueError(f"{bad[0]} must be positive")
+    sizes = {"slots": slots, "requests": requests, "output": output, "repeats": repeats}
+    several = {"prompt": prompt, "tokens_per_forward": tokens_per_forward, "first_token_prompts": first_token_prompts}
+    _check_numbers({name: (n,) for name, n in sizes.items()} | several | {"vocabulary": (vocabulary,)})
     if shared_prefix < 0:
         raise ValueError(f"shared_prefix={shared_prefix} must not be negative")
     if prompt[0] > prompt[1]:
         raise ValueError(f"prompt={prompt[0]}-{prompt[1]} must begin with the lesser number")
-    if shape is not None and (model, url) != (None, None):
-        raise ValueError(f"shape={shape!r} is of random weights; there is a {'model' if model else 'url'} too")
-    report: dict[str, Any] = {**sizes, "prompt": list(prompt), "shared_prefix": shared_prefix}
-    answering: Answering
+    asked = {"strategy": strategy, "dtype": dtype, **settings}
     if url is not None:
-        if model is None:
-            raise ValueError(f"model must be given: the model's name at {url}")
-        answering, lengths, long = OverHTTP(url, model, vocabulary, api_key), list(first_token_prompts), prompt[1]
-        report |= {"url": url, "model": model}
+        answering, about = _server(url, model, vocabulary, api_key, {"shape": shape, **asked})
+        lengths, long = list(first_token_prompts), prompt[1]
         progress(f"{model} at {url}")
     else:
+        if unused := [name for name, value in {"vocabulary": vocabulary, "api_key": api_key}.items() if value is not None]:
+            raise ValueError(f"{unused[0]} is of a server: give its url, or leave {unused[0]} out")
         most = max(shared_prefix + prompt[1] + output, max(first_token_prompts) + 1)
-        asked: dict[str, Any] = {"dtype": dtype, "max_slots": slots} | settings
-        engine, seconds = _engine(shape, model, strategy, most, asked)
-        answering, long = InProcess(engine), min(2000, engine.settings.max_model_len - 1)
-        lengths = [n for n in first_token_prompts if n < engine.settings.max_model_len]
-        device = jax.devices()[0]
-        report |= {"device": f"{device.platform}: {device.device_kind}", "jax": jax.__version__, "shape": shape, "model": model}
-        report |= {"strategy": engine.strategy, "dtype": dtype, **settings, "ready_seconds": seconds}
-        where = f"{report['device']}, jax {report['jax']}"
-        progress(f"{shape or model}, {dtype}, {where}; {slots} slots; ready after {seconds:.1f} s")
+        engine, about = _engine(shape, model, most, {"max_slots": slots, **asked})
+        room = engine.settings.max_model_len
+        answering, lengths, long = InProcess(engine), [n for n in first_token_prompts if n < room], min(2000, room - 1)
+        line = "{what}, {dtype}, {device}, jax {jax}; {slots} slots; ready after {ready_seconds:.1f} s"
+        progress(line.format(what=about["shape"] or model, slots=slots, **about))
+    report: dict[str, Any] = {**about, **sizes, "prompt": list(prompt), "shared_prefix": shared_prefix}
     seeds = itertools.count()
     filling = {"tokens_per_forward": None if None in tokens_per_forward else _ALL}
     report["first_token"] = {n: first_token(answering, seeds, length=n, repeats=repeats, **filling) for n in lengths}
@@ -158,18 +150,45 @@ def output_rate(
     }
 
 
-def _engine(shape: str | None, model: str | None, strategy: str | None, most: int, asked: dict[str, Any]) -> tuple[Engine, float]:
-    """An engine with room for requests of ``most`` tokens, if the model goes so far, and the seconds it takes from parameters."""
+def _check_numbers(numbers: dict[str, Sequence[int | None]]) -> None:
+    """Raises ValueError for one that is given and not positive."""
+    if bad := [f"{name}={n}" for name, of in numbers.items() for n in of if n is not None and n < 1]:
+        raise ValueError(f"{bad[0]} must be positive")
+
+
+def _server(
+    url: str, model: str | None, vocabulary: int | None, api_key: str | None, unused: dict[str, Any]
+) -> tuple[Answering, dict[str, Any]]:
+    """What answers at ``url``, and what is known of it. Raises ValueError for what only an engine of this process can be told."""
+    if given := [name for name, value in unused.items() if value is not None]:
+        raise ValueError(f"{given[0]}={unused[given[0]]!r} is of an engine of this process; the server at {url} has its own")
+    if model is None:
+        raise ValueError(f"model must be given: the model's name at {url}")
+    return OverHTTP(url, model, vocabulary or 10_000, api_key or ""), {"url": url, "model": model}
+
+
+def _engine(shape: str | None, model: str | None, most: int, asked: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
+    """An engine with room for requests of ``most`` tokens, if the model goes so far, and what is known of it."""
+    if shape is not None and model is not None:
+        raise ValueError(f"shape={shape!r} is of random weights; there is a model too")
+    asked = asked | {"dtype": asked["dtype"] or "bfloat16"}
     if model is not None:
         began = time.perf_counter()
-        return Engine.from_pretrained(model, strategy=strategy, max_model_len=most, **asked), time.perf_counter() - began
-    network = shape_model(shape or "llada2-mini")
-    chosen = for_model(network.spec, strategy)  # an unknown one should not cost the weights
-    asked = {"max_model_len": min(network.spec.max_positions, most)} | asked
-    with jax.set_mesh(make_mesh()):
-        params = jax.block_until_ready(random_params(network, EngineConfig(**asked).jax_dtype))
-    began = time.perf_counter()
-    return Engine(network, params, strategy=chosen, **asked), time.perf_counter() - began
+        engine = Engine.from_pretrained(model, max_model_len=most, **asked)
+    else:
+        shape = shape or "llada2-mini"
+        network = shape_model(shape)
+        asked |= {"max_model_len": min(network.spec.max_positions, most)}
+        asked["strategy"] = for_model(network.spec, asked["strategy"])  # an unknown one should not cost the weights
+        dtype = EngineConfig(dtype=asked["dtype"]).jax_dtype
+        with jax.set_mesh(make_mesh()):
+            params = jax.block_until_ready(random_params(network, dtype))
+        began = time.perf_counter()
+        engine = Engine(network, params, **asked)
+    seconds, device = time.perf_counter() - began, jax.devices()[0]
+    about = {"device": f"{device.platform}: {device.device_kind}", "jax": jax.__version__, "shape": shape, "model": model}
+    settings = {name: value for name, value in asked.items() if name not in ("max_slots", "max_model_len")}
+    return engine, {**about, **settings, "strategy": engine.strategy, "ready_seconds": seconds}
 
 
 def _prompts(answering: Answering, seeds: Iterator[int], lengths: Sequence[int]) -> list[list[int]]:
