@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -68,3 +69,13 @@ def test_what_will_not_do_is_one_line(args, message):
     result = run(*args)
     assert result.exit_code == 2
     assert message in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", [["e2e", "--model", "m"], ["serve"]])
+def test_a_server_is_not_measured_without_a_client(command, monkeypatch):
+    for module in ("client", "serve"):
+        monkeypatch.delitem(sys.modules, f"diffulex_jax.bench.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    result = CliRunner().invoke(app, ["bench", *command, "--url", "http://127.0.0.1:9"])
+    assert result.exit_code == 2
+    assert 'measuring a server needs httpx: pip install "diffulex-jax[serve]"' in result.stderr

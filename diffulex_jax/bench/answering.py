@@ -14,9 +14,6 @@ from diffulex_jax.engine.engine import Engine
 from diffulex_jax.sampling_params import SamplingParams
 
 
-_CONNECT_SECONDS = 10.0
-
-
 class Answers(NamedTuple):
     """What came of prompts that were given at once.
 
@@ -94,20 +91,18 @@ class OverHTTP(NamedTuple):
         return asyncio.run(self._answer(prompts, output, tokens_per_forward))
 
     async def _answer(self, prompts: Sequence[list[int]], output: int, tokens_per_forward: int | None) -> Answers:
-        import httpx  # an extra
+        from diffulex_jax.bench.client import HTTPError, client  # needs an extra
 
         asked: dict[str, Any] = {"model": self.model, "max_tokens": output, "temperature": 0, "stream": True, "ignore_eos": True}
         asked["stream_options"] = {"include_usage": True}
         if tokens_per_forward:  # which nobody else's servers know, nor ours how to say what it took without being asked
             asked |= _settings(tokens_per_forward) | {"diffusion": {"usage": True}}
-        headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(None, connect=_CONNECT_SECONDS)
-        async with httpx.AsyncClient(base_url=self.url, headers=headers, limits=limits, timeout=timeout) as client:
+        async with client(self.url, self.api_key) as connection:
 
             async def one(prompt: list[int]) -> tuple[float, dict[str, Any]]:
                 sent, first = time.perf_counter(), 0.0
                 usage: dict[str, Any] = {}
-                async with client.stream("POST", "/v1/completions", json=asked | {"prompt": prompt}) as response:
+                async with connection.stream("POST", "/v1/completions", json=asked | {"prompt": prompt}) as response:
                     if response.status_code != 200:
                         raise ValueError(f"{self.url} says {response.status_code}: {(await response.aread()).decode()[:500]}")
                     async for line in response.aiter_lines():
@@ -122,7 +117,7 @@ class OverHTTP(NamedTuple):
             began = time.perf_counter()
             try:
                 answers = await asyncio.gather(*map(one, prompts))
-            except httpx.HTTPError as error:
+            except HTTPError as error:
                 raise OSError(f"no server answers at {self.url}: {error!r}") from error
             seconds = time.perf_counter() - began
         nfe = [usage.get("completion_tokens_details", {}).get("nfe") for _, usage in answers]

@@ -8,13 +8,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import httpx
 import numpy as np
 
+from diffulex_jax.bench.client import HTTPError, Response, client
 from diffulex_jax.bench.load import Load, Seen, arrivals, report
-
-
-_CONNECT_SECONDS = 10.0
 
 
 Prompts = Sequence[str] | int
@@ -40,14 +37,11 @@ def run(*, url: str, prompts: Prompts, settings: dict[str, Any], load: Load, api
 
 
 async def _run(url: str, prompts: Prompts, settings: dict[str, Any], load: Load, api_key: str) -> tuple[dict[str, Any], list[Seen]]:
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
     seen: list[Seen] = []
-    async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout) as client:
+    async with client(url, api_key) as connection:
         try:
-            info = (await client.get("/server_info")).raise_for_status().json()
-        except httpx.HTTPError as error:
+            info = (await connection.get("/server_info")).raise_for_status().json()
+        except HTTPError as error:
             raise OSError(f"no server of ours at {url}: {error}") from error
         texts = _random_prompts(info["engine"], load.requests, prompts) if isinstance(prompts, int) else prompts
         began = time.perf_counter()
@@ -57,11 +51,11 @@ async def _run(url: str, prompts: Prompts, settings: dict[str, Any], load: Load,
             seen.append(request)
             form = settings | {"prompt": texts[number % len(texts)], "stream": True, "stream_mode": "block_append"}
             try:
-                async with client.stream("POST", "/generate", json=form) as response:
+                async with connection.stream("POST", "/generate", json=form) as response:
                     request.status = response.status_code
                     async for event in _events(response):
                         _note(request, event, time.perf_counter() - began)
-            except httpx.HTTPError:
+            except HTTPError:
                 request.status = 0
             request.done = time.perf_counter() - began
 
@@ -89,7 +83,7 @@ def _random_prompts(engine: dict[str, Any], count: int, tokens: int) -> list[lis
     return np.random.default_rng(0).choice(ordinary, (count, tokens)).tolist()
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def _events(response: Response) -> AsyncIterator[dict[str, Any]]:
     async for line in response.aiter_lines():
         if line.startswith("data: {"):
             yield json.loads(line.removeprefix("data: "))
