@@ -42,7 +42,7 @@ def facts(checkpoint: str, target: Target, **settings):
             HOPPER,
             {"dtype": "bfloat16", "weights": "fp8"},
             "linear prediction",
-            "block_attention expert_choice grouped_matmul remask",
+            "block_attention expert_choice grouped_matmul remask",  # matrices that are no whole tiles
             marks=needs_11,
         ),
         pytest.param(

@@ -201,7 +201,8 @@ def _unpack(packed: jax.Array, scales: list[jax.Array], form: Form) -> jax.Array
     return unpack(packed, *scales)
 
 
-# Integers become bfloat16 by their bits: 0x4300 | m is 128 + m for m below 128, and 0x4380 is 256. Both differences are exact.
+# Integers become bfloat16 by their bits: 0x4300 | m is 128 + m for m below 128, and 0x4380 is 256. Both differences are exact. Float8
+# becomes float16, float32 and then bfloat16, each of which holds it.
 _PAIRS: dict[Form, tuple[str, ...]] = {
     # Bytes j and j + 2 of $1, each behind a byte 0x43. Without their signs they are 128 + m; the signs are 128, or 256 where they are set.
     "int8": tuple(
@@ -214,5 +215,12 @@ _PAIRS: dict[Form, tuple[str, ...]] = {
         f"{{ .reg .b32 both, zero; shr.b32 both, $1, {4 * j}; lop3.b32 both, both, 0x000f000f, 0x43004300, 0xea; "
         "mov.b32 zero, 0x43084308; sub.bf16x2 $0, both, zero; }"
         for j in range(4)
+    ),
+    # Bytes j and j + 2, side by side.
+    "fp8": tuple(
+        "{ .reg .b32 both, halves; .reg .b16 two, low, high; .reg .f32 first, second; "
+        f"prmt.b32 both, $1, 0, {selector}; cvt.u16.u32 two, both; cvt.rn.f16x2.e4m3x2 halves, two; mov.b32 {{low, high}}, halves; "
+        "cvt.f32.f16 first, low; cvt.f32.f16 second, high; cvt.rn.bf16x2.f32 $0, second, first; }"
+        for selector in ("0x4420", "0x4431")
     ),
 }

@@ -16,7 +16,7 @@ def stored(w: jax.Array, form: Form, *, backend: str, dtype: jax.typing.DTypeLik
     """Matrices ``w [..., K, N]`` quantised, in the order and the dtype that ``backend`` reads.
 
     A CPU holds all forms in int8: XLA would widen the whole stack of a program to that, or to float16, before its first layer. The tensor
-    cores of Hopper read integers as words of their own, where activations are bfloat16 and the matrices consist of whole tiles.
+    cores of Hopper read words of their own, where activations are bfloat16 and the matrices consist of whole tiles.
     """
     return arranged(quantise(w, form, dtype=jnp.int8 if form == "int4" else None), backend=backend, dtype=dtype)
 
@@ -24,7 +24,7 @@ def stored(w: jax.Array, form: Form, *, backend: str, dtype: jax.typing.DTypeLik
 def arranged(q: Quantised, *, backend: str, dtype: jax.typing.DTypeLike) -> Quantised | Packed:
     """Quantised matrices in the order and the dtype that ``backend`` reads; see :func:`stored`."""
     depth, groups = q.shape[-2], q.scales.shape[-2]
-    if backend == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and packs(q.shape, q.form) and (groups == 1 or groups * STEP % depth == 0):
+    if backend == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and packs(q.shape) and (groups == 1 or groups * STEP % depth == 0):
         return pack(q)
     return in_int8(q) if backend == "cpu" else Quantised(q.values.astype(dtype_of(q.form)), q.scales, q.form)
 

@@ -12,9 +12,10 @@ import functools
 import einops
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
-from pallas_kernels.quantised import Form, Quantised
+from pallas_kernels.quantised import Form, Quantised, dtype_of, in_int8
 
 
 STEP = 128
@@ -23,7 +24,7 @@ STEP = 128
 TILE = 64
 """Columns of a tile."""
 
-_BITS: dict[Form, int] = {"int8": 8, "int4": 4}  # of the forms that there are words of
+_BITS: dict[Form, int] = {"int8": 8, "int4": 4, "fp8": 8}
 _LAY = "(step k8 c b) (tile warp half r) -> step tile (warp r c) (k8 half) b"
 _SIZES = {"k8": STEP // 8, "c": 4, "b": 2, "warp": 4, "half": 2, "r": 8}
 
@@ -34,8 +35,8 @@ class Packed:
     """What ``Quantised`` is, in another order.
 
     Attributes:
-      words: ``[..., K / STEP, N / TILE * rows, 128]`` uint32, ``rows`` of a tile: 16 for int8, 8 for int4. The weights of two rows that
-        follow each other make a pair. Weight b of pair j of a word begins at bit ``bits * j + 16 * b``; int4 is offset by 8.
+      words: ``[..., K / STEP, N / TILE * rows, 128]`` uint32, ``rows`` of a tile: 16 for int8 and fp8, 8 for int4. The weights of two rows
+        that follow each other make a pair. Weight b of pair j of a word begins at bit ``bits * j + 16 * b``; int4 is offset by 8.
       scales, form: see ``Quantised``.
     """
 
@@ -57,9 +58,9 @@ class Packed:
         return Packed(self.words[at], self.scales[at], self.form)
 
 
-def packs(shape: tuple[int, ...], form: Form) -> bool:
-    """True for a form that there are words of, and the shape of matrices ``[..., K, N]`` that whole steps and tiles make up."""
-    return form in _BITS and shape[-2] % STEP == 0 and shape[-1] % TILE == 0
+def packs(shape: tuple[int, ...]) -> bool:
+    """True for the shape of matrices ``[..., K, N]`` that whole steps and tiles make up."""
+    return shape[-2] % STEP == 0 and shape[-1] % TILE == 0
 
 
 def tile_rows(form: Form) -> int:
@@ -68,9 +69,9 @@ def tile_rows(form: Form) -> int:
 
 
 def pack(q: Quantised) -> Packed:
-    """``q`` in the order of the tensor cores; its shape and form must be such that it :func:`packs`."""
+    """``q`` in the order of the tensor cores; its shape must be one that :func:`packs`."""
     bits = _BITS[q.form]
-    values = q.values.astype(jnp.int32) + (8 if q.form == "int4" else 0)
+    values = in_int8(q).values.astype(jnp.int32) + (8 if q.form == "int4" else 0)
     pairs = einops.rearrange(values & (2**bits - 1), f"... {_LAY}".replace("->", "-> ..."), **_SIZES).astype(jnp.uint32)
     pairs = pairs.reshape(*pairs.shape[:-2], -1, 16 // bits, 2)  # of a word
     words = sum(pairs[..., j, b] << (bits * j + 16 * b) for j in range(16 // bits) for b in range(2))
@@ -89,4 +90,6 @@ def unpack(p: Packed) -> Quantised:
     values = pairs - 8 if p.form == "int4" else (pairs ^ 128) - 128  # of two's complement
     source, target = _LAY.split(" -> ")
     values = einops.rearrange(values, f"... {target} -> ... {source}", tile=width // TILE, step=depth // STEP, **_SIZES)
+    if p.form == "fp8":
+        return Quantised(lax.bitcast_convert_type(values.astype(jnp.int8), dtype_of("fp8")), p.scales, p.form)
     return Quantised(values.astype(p.form), p.scales, p.form)

@@ -266,7 +266,7 @@ def _operand_in_shared_memory(weights, *, parts, columns):
 
 
 @simulated
-@pytest.mark.parametrize(("tokens", "form"), [(3, "int8"), (40, "int4")])
+@pytest.mark.parametrize(("tokens", "form"), [(3, "int8"), (40, "int4"), (3, "fp8")])
 def test_the_hopper_kernels_read_packed_words_in_the_simulator(tokens, form, monkeypatch):
     monkeypatch.setattr(gpu_kernel, "num_multiprocessors", lambda: 2)
     monkeypatch.setattr(gpu_kernel, "words", _operand_in_shared_memory)
