@@ -91,7 +91,7 @@ def count(ids: jax.Array, valid: jax.Array | None, *, groups: int, shared: bool)
                     token_valid = memref.load(valid[0], [_index(arith.divui(from_, _number(top_k)))])
                     there = arith.andi(there, _less(_number(0), arith.extui(i32, token_valid)))
                 loaded = vector.load(ir.VectorType.get((at_once,), i32), ids, [_index(from_)])
-                return first, [arith.select(there, vector.extract(loaded, [], [j]), _number(every)) for j in range(at_once)]
+                return first, [arith.select(there, vector.extract(loaded, [], [j]), _no_group()) for j in range(at_once)]
 
             @utils.fori(_number(-(-pairs // (chunk * together))), [_number(0), _number(0)])
             def counts(i: Any, carry: list[Any]) -> list[Any]:
@@ -226,6 +226,11 @@ def _less(a: Any, b: Any) -> Any:
 
 def _equal(a: Any, b: Any) -> Any:
     return arith.cmpi(arith.CmpIPredicate.eq, a, b)
+
+
+def _no_group() -> Any:
+    """No warp's number: what is found for pairs that are not there must hit nothing, also in warps behind the last group."""
+    return _number(0xFFFFFFFF)
 
 
 def _every_lane() -> Any:
