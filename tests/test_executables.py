@@ -81,6 +81,34 @@ def test_what_decides_a_program_decides_its_file(folder, monkeypatch):
     assert file() != first
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "decides"),
+    [
+        ("jax_disable_most_optimizations", "other", True),
+        ("jax_optimization_level", "O1", True),
+        ("jax_default_matmul_precision", "highest", True),
+        ("jax_threefry_partitionable", "other", True),
+        ("jax_compilation_cache_dir", "/elsewhere", False),
+        ("jax_persistent_cache_min_compile_time_secs", 7.0, False),
+    ],
+)
+def test_settings_of_jax_decide_a_program(folder, name, value, decides):
+    """Of those that say how it is compiled; a folder of programs may be moved."""
+    mesh, x = make_mesh(), np.zeros(3, np.float32)
+
+    def file():
+        with jax.set_mesh(mesh):
+            return executables._file_of(jax.jit(lambda x: x + 1).trace(x), x, mesh)
+
+    first, before = file(), jax.config.values[name]
+    try:
+        jax.config.update(name, not before if value == "other" else value)
+        assert (file() != first) == decides
+    finally:
+        jax.config.update(name, before)
+    assert file() == first
+
+
 def test_what_a_kernel_closes_over_has_no_value():
     """It may be an argument of what the kernel is in, whose trace spells it."""
     inner = jax.make_jaxpr(lambda x: x + jnp.arange(3))(1)

@@ -107,11 +107,18 @@ def _file_of(traced: Any, args: Any, mesh: Mesh) -> pathlib.Path | None:
     device = mesh.devices.flat[0]
     told = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     on = [repr(getattr(a, "sharding", None)) for a in jax.tree.leaves(args)]
-    text = repr((jax.__version__, jaxlib.__version__, device.client.platform_version, device.device_kind, told, on, mesh, mesh.devices))
+    made_by = (jax.__version__, jaxlib.__version__, device.client.platform_version, device.device_kind)
+    text = repr((*made_by, told, _settings(), on, mesh, mesh.devices))
     digest = hashlib.sha256((_sources() + text + _ADDRESS.sub("", str(traced.jaxpr))).encode())
     for constant in _constants(traced.jaxpr):
         digest.update(repr((constant.shape, constant.dtype)).encode() + constant.tobytes())
     return folder / f"{digest.hexdigest()}.program"
+
+
+def _settings() -> list[tuple[str, str]]:
+    """All of JAX's settings as they stand here, but for those of its own caches: many change what is lowered and how it is compiled, and
+    JAX has no list of them."""
+    return sorted((name, str(value)) for name, value in jax.config.values.items() if "cache" not in name)
 
 
 @functools.cache
