@@ -78,6 +78,9 @@ def test_variants_begin_with_what_was_pre_trained_and_every_one_is_told_at_once(
     found = json.loads((tmp_path / "table.json").read_text())
     assert found["seed"] == [0, 5] and found["problems"] == 4
     assert found["cells"]["pre-trained"]["dmax"]["0.5"] == {"exact": [0.25, 1.0], "tokens_per_forward": [3.0, 3.0]}
+    assert [found["recipes"]["+ uniform"][name] for name in ("steps", "warmup", "rows", "learning_rate")] == [4, 1, 4, 2e-3]
+    assert [found["recipes"]["pre-training"][name] for name in ("steps", "warmup", "rows", "learning_rate")] == [8, 2, 4, 4e-3]
+    assert found["recipes"]["pre-training"]["data"]["function"] == "diffulex_jax.training.recipes.table:_shuffled"
     assert found["recipes"]["+ uniform"]["objectives"][1]["function"] == "diffulex_jax.training.objective:uniform"
     text = (tmp_path / "table.md").read_text()
     assert text.splitlines()[2] == "| dmax | 0.5 | 62.5 ± 37.5 % at 3.00 ± 0.00 | 75.0 ± 25.0 % at 3.00 ± 0.00 |"
@@ -100,5 +103,5 @@ def test_the_readme_has_the_table_that_was_measured(file):
 
 def test_decoders_are_for_models_of_blocks():
     for decoder, task in itertools.product(table.DECODERS.values(), table.TASKS.values()):
-        assert for_model(task.pretrained.model.spec, decoder.strategy).canvas == "block_causal"
+        assert for_model(task.model.spec, decoder.strategy).canvas == "block_causal"
     assert {decoder.window for decoder in table.DECODERS.values()} == {1, 2, 4}

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from diffulex_jax import Engine, SamplingParams
+from diffulex_jax.models.base import Model
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.rules import chain, remask, soft_parallel
 from diffulex_jax.strategies import AnyStrategy, Strategy
@@ -53,8 +54,9 @@ class Task(NamedTuple):
     """What models learn here.
 
     Attributes:
-      pretrained: the recipe that all begin with, but for its data.
-      more: what of it is changed to go on from there.
+      model: the network.
+      pretraining: settings of the recipe that all begin with.
+      more: what of them is changed to go on from there.
       examples: ``examples(count, seed)``, to train on.
       size: how many.
       questions: ``questions(count)``, others than those.
@@ -62,7 +64,8 @@ class Task(NamedTuple):
       slots: requests decoded together.
     """
 
-    pretrained: Recipe
+    model: Model
+    pretraining: dict[str, Any]
     more: dict[str, Any]
     examples: Callable[[int, int], Examples]
     size: int
@@ -90,24 +93,12 @@ def _reversal_questions(count: int) -> list[Question]:
     return [Question(prompt, functools.partial(reversal.is_correct, prompt)) for prompt in prompts]
 
 
-def _no_data(about: About) -> Batches:
-    raise NotImplementedError("the table gives its recipes the examples of a seed")
-
-
 _MASKED = (Term("masked", objective.masked),)
 _SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
 TASKS = {
     "arithmetic": Task(
-        pretrained=Recipe(
-            model=model_of(embedded.MODEL.config.to_hf() | _SMALL),
-            data=_no_data,
-            objectives=_MASKED,
-            steps=3000,
-            rows=256,
-            learning_rate=2e-3,
-            warmup=200,
-            balance=0.01,
-        ),
+        model=model_of(embedded.MODEL.config.to_hf() | _SMALL),
+        pretraining={"steps": 3000, "rows": 256, "learning_rate": 2e-3, "warmup": 200, "balance": 0.01},
         more={"steps": 1000, "learning_rate": 5e-4, "warmup": 50},
         examples=_arithmetic_examples,
         size=400_000,
@@ -116,16 +107,8 @@ TASKS = {
         slots=64,
     ),
     "reversal": Task(
-        pretrained=Recipe(
-            model=reversal.MODEL,
-            data=_no_data,
-            objectives=_MASKED,
-            steps=1000,
-            rows=32,
-            learning_rate=4e-3,
-            warmup=100,
-            dtype="float32",
-        ),
+        model=reversal.MODEL,
+        pretraining={"steps": 1000, "rows": 32, "learning_rate": 4e-3, "warmup": 100, "dtype": "float32"},
         more={"steps": 500, "learning_rate": 2e-3, "warmup": 50},
         examples=reversal.examples,
         size=50_000,
@@ -183,12 +166,13 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     task = TASKS[args.task]
-    first = _resized(task.pretrained, args.steps or task.pretrained.steps, args.rows or task.pretrained.rows)
-    more = _resized(changed(task.pretrained, **task.more), args.more or task.more["steps"], first.rows)
-    task = task._replace(pretrained=first, size=args.examples or task.size)
+    first = task.pretraining | ({"rows": args.rows} if args.rows else {})
+    task = task._replace(
+        pretraining=_shortened(first, args.steps), more=_shortened(first | task.more, args.more), size=args.examples or task.size
+    )
     engines: dict[str, Engine] = {}
     for seed in args.seeds:
-        for sheet in fill(task, more, engines, seed=seed, problems=args.problems):
+        for sheet in fill(task, engines, seed=seed, problems=args.problems):
             (args.out / f"seed-{seed}.json").write_text(json.dumps(sheet, indent=1) + "\n")
     table = gather([json.loads(file.read_text()) for file in sorted(args.out.glob("seed-*.json"))])
     (args.out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -197,7 +181,7 @@ def main() -> None:
     print(text(table))
 
 
-def fill(task: Task, more: Recipe, engines: dict[str, Engine], *, seed: int, problems: int) -> Iterator[dict[str, Any]]:
+def fill(task: Task, engines: dict[str, Engine], *, seed: int, problems: int) -> Iterator[dict[str, Any]]:
     """Trains and decodes the models of a seed; ``engines`` keeps what decodes them, for the next.
 
     Yields:
@@ -206,8 +190,10 @@ def fill(task: Task, more: Recipe, engines: dict[str, Engine], *, seed: int, pro
     """
     began = time.perf_counter()
     made = task.examples(task.size, seed)
-    recipes = {"pre-training": changed(task.pretrained, seed=seed)}
-    recipes |= {name: changed(more, objectives=terms, seed=seed + 1000) for name, terms in VARIANTS.items()}
+    data = functools.partial(_shuffled, made)
+    first = Recipe(model=task.model, data=data, objectives=_MASKED, seed=seed, **task.pretraining)
+    recipes = {"pre-training": first}
+    recipes |= {name: changed(first, **task.more, objectives=terms, seed=seed + 1000) for name, terms in VARIANTS.items()}
     seconds = {"examples": round(time.perf_counter() - began, 1)}
     sheet: dict[str, Any] = {"seed": seed, "problems": problems, "seconds": seconds, "ends": {}, "cells": {}}
     sheet |= {"recipes": {name: described(recipe) for name, recipe in recipes.items()}}
@@ -215,7 +201,7 @@ def fill(task: Task, more: Recipe, engines: dict[str, Engine], *, seed: int, pro
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in recipes.items():
             begin = folder if name in VARIANTS else recipe.model
-            result = train(changed(recipe, model=begin, data=functools.partial(_shuffled, made)))
+            result = train(changed(recipe, model=begin))
             seconds[name] = round(result.seconds, 1)
             sheet["device"], sheet["ends"][name] = result.device, result.history[-1]
             if name not in VARIANTS:
@@ -244,9 +230,8 @@ def decode(task: Task, params: Any, questions: Sequence[Question], engines: dict
 
 def _engine(task: Task, params: Any, questions: Sequence[Question], decoder: Decoder) -> Engine:
     """An engine that has compiled what the questions need."""
-    model: Any = task.pretrained.model  # a network, not a directory
     sizes: dict[str, Any] = {"buffer_size": decoder.window, "max_slots": task.slots, "max_model_len": task.canvas}
-    engine = Engine(model, params, strategy=decoder.strategy, warm_up=False, **sizes)
+    engine = Engine(task.model, params, strategy=decoder.strategy, warm_up=False, **sizes)
     engine.warm_up([question.prompt for question in questions], SamplingParams(max_tokens=8))
     return engine
 
@@ -333,8 +318,9 @@ def draw(path: pathlib.Path, table: dict[str, Any]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _resized(recipe: Recipe, steps: int, rows: int) -> Recipe:
-    return changed(recipe, steps=steps, warmup=min(recipe.warmup, steps // 4), rows=rows)
+def _shortened(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    steps = steps or settings["steps"]
+    return settings | {"steps": steps, "warmup": min(settings["warmup"], steps // 4)}
 
 
 def _shuffled(examples: Examples, about: About) -> Batches:
