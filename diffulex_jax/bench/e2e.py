@@ -1,4 +1,4 @@
-"""From the prompt to the last token, as a user of the engine gets it: time to the first token, prompts and outputs a second."""
+"""From the prompt to the last token, as its user gets it: time to the first token and between blocks, prompts and outputs a second."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffulex_jax.bench.answering import Answering, InProcess, OverHTTP
+from diffulex_jax.bench.answering import ALL, Answering, Answers, Flood, InProcess, OverHTTP
+from diffulex_jax.bench.load import Load, arrivals, spread
 from diffulex_jax.bench.shapes import random_params, shape_model
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.engine import Engine
@@ -20,8 +21,6 @@ from diffulex_jax.strategies import for_model
 
 
 FIRST_TOKEN_PROMPTS = (31, 100, 500, 2000, 4000)
-_ALL = 2**15
-"""Masks that a step fills where it is to fill all there are."""
 
 
 def run(
@@ -31,6 +30,8 @@ def run(
     url: str | None = None,
     slots: int = 32,
     requests: int = 64,
+    rate: float | None = None,
+    flood: int | None = None,
     prompt: tuple[int, int] = (400, 600),
     shared_prefix: int = 0,
     output: int = 256,
@@ -51,7 +52,10 @@ def run(
       model: a model's directory: an engine over its weights; with ``url`` the model's name there.
       url: of a server that speaks OpenAI's completions, without a path.
       slots: requests decoded together; of a server, requests at once where their rate is measured by the prompt.
-      requests: how many are given at once.
+      requests: how many are given, at once where there is no ``rate``.
+      rate: so many are given a second, at random moments (Poisson's, always the same), whether answers come or not.
+      flood: they are given once more, and beside them prompts of so many tokens for one token each: in every slot that they leave, the
+        next as soon as one is answered.
       prompt: least and most tokens of a prompt.
       shared_prefix: so many first tokens, in addition, are the same in all prompts of ``outputs``.
       output: tokens of each answer.
@@ -71,13 +75,17 @@ def run(
       ValueError: for a name that does not exist, a number that will not do, or what a server says against a request.
       OSError: when there is no server.
     """
-    sizes = {"slots": slots, "requests": requests, "output": output, "repeats": repeats}
+    sizes: dict[str, Any] = {"slots": slots, "requests": requests, "output": output, "repeats": repeats, "flood": flood}
     several = {"prompt": prompt, "tokens_per_forward": tokens_per_forward, "first_token_prompts": first_token_prompts}
     _check_numbers({name: (n,) for name, n in sizes.items()} | several | {"vocabulary": (vocabulary,)})
     if shared_prefix < 0:
         raise ValueError(f"shared_prefix={shared_prefix} must not be negative")
     if prompt[0] > prompt[1]:
         raise ValueError(f"prompt={prompt[0]}-{prompt[1]} must begin with the lesser number")
+    if rate is not None and not 0 < rate < float("inf"):
+        raise ValueError(f"rate={rate} must be positive")
+    if flood is not None and requests >= slots:
+        raise ValueError(f"flood={flood} needs slots of its own: give fewer requests ({requests}) than slots ({slots})")
     asked = {"strategy": strategy, "dtype": dtype, **settings}
     if url is not None:
         answering, about = _server(url, model, vocabulary, api_key, {"shape": shape, **asked})
@@ -86,34 +94,43 @@ def run(
     else:
         if unused := [name for name, value in {"vocabulary": vocabulary, "api_key": api_key}.items() if value is not None]:
             raise ValueError(f"{unused[0]} is of a server: give its url, or leave {unused[0]} out")
-        most = max(shared_prefix + prompt[1] + output, max(first_token_prompts) + 1)
+        most = max(shared_prefix + prompt[1] + output, max(first_token_prompts) + 1, (flood or 0) + 1)
         engine, about = _engine(shape, model, most, {"max_slots": slots, **asked})
         room = engine.settings.max_model_len
+        if flood is not None and flood >= room:
+            raise ValueError(f"flood={flood} must be less than {room}, the most tokens of a prompt and its output")
         answering, lengths, long = InProcess(engine), [n for n in first_token_prompts if n < room], min(2000, room - 1)
         line = "{what}, {dtype}, {device}, jax {jax}; {slots} slots; ready after {ready_seconds:.1f} s"
         progress(line.format(what=about["shape"] or model, slots=slots, **about))
-    report: dict[str, Any] = {**about, **sizes, "prompt": list(prompt), "shared_prefix": shared_prefix}
+    report: dict[str, Any] = {**about, **sizes, "rate": rate, "prompt": list(prompt), "shared_prefix": shared_prefix}
     seeds = itertools.count()
-    filling = {"tokens_per_forward": None if None in tokens_per_forward else _ALL}
+    filling = {"tokens_per_forward": None if None in tokens_per_forward else ALL}
     report["first_token"] = {n: first_token(answering, seeds, length=n, repeats=repeats, **filling) for n in lengths}
     progress("first token: " + ", ".join(f"{n} tokens {1e3 * seconds:.1f} ms" for n, seconds in report["first_token"].items()))
     report["prompts"] = prompt_rate(answering, seeds, count=slots, length=long, **filling)
     progress("prompts: {count} of {length} tokens in {seconds:.2f} s, {tokens_per_second:.0f} tokens/s".format(**report["prompts"]))
     report["outputs"] = []
+    moments = list(itertools.islice(arrivals(Load(requests=requests, rate=rate)), requests)) if rate else []
+    tokens = [shared_prefix, *np.random.default_rng(0).integers(prompt[0], prompt[1] + 1, requests).tolist()]
     for n in tokens_per_forward:
-        prompts = _prompts(answering, seeds, np.random.default_rng(0).integers(prompt[0], prompt[1] + 1, requests).tolist())
-        (shared,) = _prompts(answering, seeds, [shared_prefix])
-        prompts = [shared + rest for rest in prompts]
-        figures = output_rate(answering, prompts, slots=slots, output=output, tokens_per_forward=n)
+
+        def answers(flood: Flood | None = None, n: int | None = n) -> Answers:
+            shared, *prompts = _prompts(answering, seeds, tokens)
+            given = [shared + rest for rest in prompts]
+            return answering.answer(given, output=output, tokens_per_forward=n, moments=moments, flood=flood)
+
+        found = answers()
+        figures = output_rate(found, tokens_per_forward=n, in_slots=None if rate else min(requests, slots))
         report["outputs"].append(figures)
-        line = "{tokens_per_forward} a forward: " if n else ""
-        line += "{requests} answers in {seconds:.2f} s, {tokens_per_second:.0f} tokens/s, first tokens after {first_block_seconds:.3f} s"
-        step = ", {ms_per_step:.2f} ms a step" if figures["ms_per_step"] else ""
-        progress((line + step).format(**figures))
+        progress(_rate_line(figures))
+        if flood is not None:
+            fresh = (prompt for _ in itertools.count() for prompt in _prompts(answering, seeds, [flood] * 64))
+            figures["flood"] = under_flood(found, answers(Flood(fresh, slots - requests)), at_once=slots - requests, length=flood)
+            progress(_flood_line(figures["flood"]))
     return report
 
 
-def first_token(answering: Answering, seeds: Iterator[int], *, length: int, repeats: int, tokens_per_forward: int | None = _ALL) -> float:
+def first_token(answering: Answering, seeds: Iterator[int], *, length: int, repeats: int, tokens_per_forward: int | None = ALL) -> float:
     """Seconds from a prompt of ``length`` tokens to one token, with nothing else to do; the median of all but the first. Of itself one step
     fills what there is."""
     given = [_prompts(answering, seeds, [length]) for _ in range(repeats + 1)]
@@ -122,32 +139,73 @@ def first_token(answering: Answering, seeds: Iterator[int], *, length: int, repe
 
 
 def prompt_rate(
-    answering: Answering, seeds: Iterator[int], *, count: int, length: int, tokens_per_forward: int | None = _ALL
+    answering: Answering, seeds: Iterator[int], *, count: int, length: int, tokens_per_forward: int | None = ALL
 ) -> dict[str, float]:
     """``count`` prompts of ``length`` tokens at once, one token each: ``seconds``, and ``tokens_per_second`` of the prompts."""
     seconds = answering.answer(_prompts(answering, seeds, [length] * count), output=1, tokens_per_forward=tokens_per_forward).seconds
     return {"count": count, "length": length, "seconds": seconds, "tokens_per_second": count * length / seconds}
 
 
-def output_rate(
-    answering: Answering, prompts: Sequence[list[int]], *, slots: int, output: int, tokens_per_forward: int | None
-) -> dict[str, Any]:
-    """All ``prompts`` at once; the rest as for :func:`run`.
+def output_rate(found: Answers, *, tokens_per_forward: int | None, in_slots: int | None) -> dict[str, Any]:
+    """Figures of answers. ``in_slots``: so many requests shared the time, from the first moment on; None where nobody can say.
 
     Returns:
       ``seconds`` for all; ``ms_per_step``, these shared among the forwards of a slot, all in, and ``nfe`` of a request, where somebody
-      counts them; ``tokens_per_second`` of the outputs; ``first_block_seconds``, the median, see :class:`Answers`.
+      counts them; ``tokens_per_second`` of the outputs; ``first_block`` and ``inter_block``, seconds until the first tokens of a request
+      and between those that came then, each by its mean and percentiles.
     """
-    found = answering.answer(prompts, output=output, tokens_per_forward=tokens_per_forward)
+    requests = len(found.came)
     return {
         "tokens_per_forward": tokens_per_forward,
-        "requests": len(prompts),
+        "requests": requests,
         "seconds": found.seconds,
-        "ms_per_step": found.forwards and 1e3 * found.seconds * min(len(prompts), slots) / found.forwards,
+        "ms_per_step": 1e3 * found.seconds * in_slots / found.forwards if found.forwards and in_slots else None,
         "tokens_per_second": found.tokens / found.seconds,
-        "nfe": found.forwards and found.forwards / len(prompts),
-        "first_block_seconds": statistics.median(found.first),
+        "nfe": found.forwards and found.forwards / requests,
+        "first_block": spread(found.first),
+        "inter_block": spread(found.gaps),
     }
+
+
+def under_flood(alone: Answers, beside: Answers, *, at_once: int, length: int) -> dict[str, Any]:
+    """Figures of answers beside ``at_once`` prompts of ``length`` tokens at any time, and of the same answers ``alone``.
+
+    Returns:
+      ``prompts_per_second`` of the flood, and ``answered``, seconds of each, None where none was; of the answers ``tokens_per_second``,
+      ``first_block`` and ``inter_block`` as in :func:`output_rate`, and ``p99_ratio`` of the latter to that of those alone, None where
+      every answer came at once.
+    """
+    usual, now = spread(alone.gaps), spread(beside.gaps)
+    return {
+        "at_once": at_once,
+        "length": length,
+        "prompts_per_second": len(beside.beside) / beside.seconds,
+        "answered": spread(beside.beside),
+        "tokens_per_second": beside.tokens / beside.seconds,
+        "first_block": spread(beside.first),
+        "inter_block": now,
+        "p99_ratio": now["p99"] / usual["p99"] if usual and now else None,
+    }
+
+
+def _rate_line(figures: dict[str, Any]) -> str:
+    line = "{tokens_per_forward} a forward: " if figures["tokens_per_forward"] else ""
+    line += "{requests} answers in {seconds:.2f} s, {tokens_per_second:.0f} tokens/s, " + _latencies(figures)
+    return (line + (", {ms_per_step:.2f} ms a step" if figures["ms_per_step"] else "")).format(**figures)
+
+
+def _flood_line(figures: dict[str, Any]) -> str:
+    line = "  beside {at_once} prompts of {length} tokens at a time, {prompts_per_second:.2f} a second: " + _latencies(figures)
+    return (line + (", at p99 {p99_ratio:.2f} x" if figures["p99_ratio"] else "")).format(**figures)
+
+
+def _latencies(figures: dict[str, Any]) -> str:
+    """How long users wait."""
+    told = []
+    for name, key in {"first block": "first_block", "between blocks": "inter_block"}.items():
+        if times := figures[key]:
+            told.append(f"{name} {1e3 * times['p50']:.0f} / {1e3 * times['p90']:.0f} / {1e3 * times['p99']:.0f}")
+    return ", ".join(told) + " ms (p50 / p90 / p99)"
 
 
 def _check_numbers(numbers: dict[str, Sequence[int | None]]) -> None:
@@ -193,4 +251,5 @@ def _engine(shape: str | None, model: str | None, most: int, asked: dict[str, An
 
 def _prompts(answering: Answering, seeds: Iterator[int], lengths: Sequence[int]) -> list[list[int]]:
     """Random prompts, none of which begins like another, or like an earlier one."""
-    return [np.random.default_rng(next(seeds)).choice(answering.vocabulary, n).tolist() for n in lengths]
+    ids = answering.vocabulary
+    return [np.random.default_rng(next(seeds)).choice(ids, n).tolist() for n in lengths]

@@ -105,7 +105,13 @@ def bench_e2e(
     model: Annotated[str | None, typer.Option(help="A model's directory instead; with --url the model's name there.")] = None,
     url: Annotated[str | None, typer.Option(help="A server that speaks OpenAI's completions, without a path, instead.")] = None,
     slots: Annotated[int, typer.Option(help="Requests decoded together.")] = 32,
-    requests: Annotated[int, typer.Option(help="Given at once.")] = 64,
+    requests: Annotated[int, typer.Option(help="How many are given, at once if there is no --rate.")] = 64,
+    rate: Annotated[
+        float | None, typer.Option(help="So many requests are given a second, at random moments, instead of all at once.")
+    ] = None,
+    flood: Annotated[
+        int | None, typer.Option(help="Again beside prompts of so many tokens, which never end, in the slots that the requests leave.")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="Tokens of a prompt, or the least and the most of them: 400-600.")] = "400-600",
     shared_prefix: Annotated[int, typer.Option(help="So many more tokens begin all of them.")] = 0,
     output: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
@@ -121,7 +127,7 @@ def bench_e2e(
     repeats: Annotated[int, typer.Option(help="How often the time to a first token is measured.")] = 5,
     as_json: _AsJson = False,
 ) -> None:
-    """Time to the first token by prompt length, prompt tokens a second, milliseconds a step all in: of an engine, or of any server."""
+    """Time to the first token, prompt tokens a second, milliseconds a step all in, between blocks: of an engine, or of any server."""
     with one_line_errors():
         least, _, most = prompt.partition("-")
         lengths = numbers("--prompt", f"{least},{most or least}")
@@ -135,6 +141,8 @@ def bench_e2e(
             url=url,
             slots=slots,
             requests=requests,
+            rate=rate,
+            flood=flood,
             prompt=(lengths[0], lengths[1]),
             shared_prefix=shared_prefix,
             output=output,
