@@ -1,27 +1,39 @@
 PYTHON ?= python3
 VENV ?= .venv
+PYTEST := $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 get off. How many people are on the bus?
 
-.PHONY: run test test-fast test-pods test-gpu test-soak notebooks browser clean
+# What `make test` leaves out: cases that are one of many like another, which `make test-all` runs, and pods.
+ONE_OF_EACH := -m "not sweep and not pods"
+
+.PHONY: run test test-all lint test-fast test-pods test-gpu test-soak notebooks browser clean
 
 # Answers a question with the model that comes with the package.
 run: $(VENV)/.installed
 	$(VENV)/bin/diffulex-jax generate --model embedded --strategy dmax --accept-threshold 0.5 --chat --prompt "$(QUESTION)"
 
-# Lint, format, types, tests.
-test: $(VENV)/.installed-dev browser
+# Lint, format, types, and of every kind of test one: nine minutes on two cores.
+test: lint
+	$(PYTEST) --compiled users $(ONE_OF_EACH)
+	$(PYTEST) --compiled quick $(ONE_OF_EACH)
+	$(PYTEST) --compiled least $(ONE_OF_EACH)
+
+# The same with every case of every test, which continuous integration runs: half an hour.
+test-all: lint
+	$(PYTEST) --compiled users
+	$(PYTEST) --compiled quick
+	$(PYTEST) --compiled least
+
+lint: $(VENV)/.installed-dev browser
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --compiled users
-	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --compiled quick
-	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --compiled least
 
 # The tests without those that take long, in a minute and a half: rules, scheduler, pages, configs, checkpoints, settings, small kernels.
 test-fast: $(VENV)/.installed-dev
-	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not pods"
+	$(PYTEST) -m "not slow and not sweep and not pods"
 
 # What is compiled for every generation of TPUs and every pod that diffulex_jax/planning/pods.md lists. Half an hour.
 test-pods: $(VENV)/.installed-dev

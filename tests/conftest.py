@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 import hypothesis
 import jax
 import pytest
+from sweep import left_out, mark_others
 
 from diffulex_jax import Engine
 from diffulex_jax.cli.surroundings import compile_sooner
@@ -156,6 +157,8 @@ FLAGS = {
 # a word when there are no more.
 MOST_MAPPINGS = 32_000
 
+MISSING = pytest.StashKey[list[str]]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     ways = ("users", *COMPILED)
@@ -191,11 +194,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[name.upper()] = str(value)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks slow tests, and puts them first."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks slow tests, and puts them first; marks what is one of many."""
     for item in items:
         if _place(item) < len(SLOW):
             item.add_marker("slow")
+    unknown = mark_others(items)
+    config.stash[MISSING] = [*unknown, *left_out(items)] if "not sweep" in config.getoption("markexpr") else []
     items.sort(key=_place)
 
 
@@ -213,6 +219,13 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         assert taken < MOST_MAPPINGS, (
             f"{item.path.name} holds {taken} mappings, of {MOST_MAPPINGS} at the most; let go of its engines sooner"
         )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_file_vanishes(pytestconfig):
+    """Fails every test of a run without sweeps where these are all that a file has, or where ``sweep_but`` names what is no case."""
+    missing = pytestconfig.stash[MISSING]
+    assert not missing, f"`make test` would run nothing of {', '.join(missing)}"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,14 +28,30 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each case, or for each checkpoint, of the file."""
+    """One test for each case, or for each checkpoint, of the file; those of engines that show nothing new are marked ``sweep``."""
     names = metafunc.module.CHECKPOINTS
     if "case" in metafunc.fixturenames:
         chosen = cases(metafunc.module, fp64_same=metafunc.function is not test_first_steps)
-        params = [pytest.param(name, case, id=f"{case.checkpoint}-{case.peer}-{case.id}") for name, case in chosen]
+        kept, params = covering(chosen), []
+        for name, case in chosen:
+            marks = () if (name, replay.engine_key(case)) in kept else pytest.mark.sweep
+            params.append(pytest.param(name, case, id=f"{case.checkpoint}-{case.peer}-{case.id}", marks=marks))
         metafunc.parametrize(("name", "case"), params)
     elif "name" in metafunc.fixturenames:
         metafunc.parametrize("name", names)
+
+
+def covering(chosen: list[tuple[str, replay.Case]]) -> list[tuple[str, replay.EngineKey]]:
+    """Engines that together have every checkpoint, peer, strategy, block size and other setting, the one that adds most first."""
+    shown: dict[tuple[str, replay.EngineKey], set] = {}
+    for name, case in chosen:
+        key = replay.engine_key(case)
+        shown.setdefault((name, key), set()).update({name, case.peer, key.strategy, key.block, *key.more})
+    kept, missing = [], set().union(*shown.values())
+    while missing:
+        kept.append(max(shown, key=lambda engine: len(shown[engine] & missing)))
+        missing -= shown[kept[-1]]
+    return kept
 
 
 def test_tokens(name, case):
@@ -49,6 +65,7 @@ def test_forwards_and_edits(name, case):
             assert pair[0] == pair[1], count.__name__
 
 
+@pytest.mark.sweep  # it needs every engine
 def test_forwards_and_edits_are_counted(request):
     def counted(count) -> int:
         return sum(count(case, decoded(name, case)) is not None for name, case in cases(request.module))

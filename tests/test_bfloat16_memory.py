@@ -24,6 +24,7 @@ from pallas_kernels import choose
 FAMILIES = pathlib.Path(__file__).parent / "golden" / "families"
 
 
+@pytest.mark.sweep_but("tiny-llada-moe")
 @pytest.mark.parametrize("name", ["tiny-sdar", "tiny-llada-moe"])
 def test_no_more_than_a_few_layers_are_wide_at_once(name):
     """Of 256 layers; nothing is allocated. Widened ahead of the loop over them, they would take as much as the layers in float32."""

@@ -78,6 +78,7 @@ REQUESTS = same_answer.requests(4, [0.0, 0.8], longest=40, most=24, vocab=60)
 OPTIONS = {"strategy": "sdar", "max_slots": 3, "max_model_len": 64, "force_block_size": True, "warm_up": False}
 
 
+@pytest.mark.sweep_but("4-pages0")
 @pytest.mark.parametrize(("block", "pages"), [(4, (4, 8, 16)), (16, (4, 8, 32))])
 def test_the_size_of_a_page_changes_no_answer(sdar, block, pages):
     """Alone, in a batch with a pool that is too small, and again from the prefix cache."""

@@ -95,6 +95,7 @@ def test_importing_the_package_imports_no_jax():
         _ = diffulex_jax.Engin
 
 
+@pytest.mark.sweep_but("2.5")
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5, 5.0, 8.0])
 def test_ctrl_c_ends_at_once_with_130_at_any_moment(seconds, tmp_path):
     """While importing, loading, compiling and decoding: nothing is cached here. Destroying XLA while its threads compile would crash."""
@@ -135,6 +136,7 @@ def test_what_takes_long_is_shown_on_a_terminal(tmp_path):
     assert shown.endswith("\r")  # the line is gone before the answer
 
 
+@pytest.mark.sweep_but("command0")
 @pytest.mark.parametrize(
     "command", [["doctor"], ["generate", "--model", MODEL, "--prompt-ids", "5"], ["bench", "decode", "--shape", "tiny"]]
 )

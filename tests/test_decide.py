@@ -22,6 +22,7 @@ FUSED = {True: decide(), False: decide(edit=False)}
 CHAINS = {True: chain(threshold(), edit(), remask()), False: chain(threshold(), remask())}
 
 
+@pytest.mark.sweep_but("1-True", "2-False")
 @pytest.mark.parametrize("edits", [True, False])
 @pytest.mark.parametrize("window", [1, 2])
 @settings(max_examples=40)

@@ -16,6 +16,7 @@ import pytest
 import same_answer
 from plain import attend_to, logits_of
 from scripted import block_of, play, script, shown, update
+from sweep import sweep
 
 from diffulex_jax import SamplingParams, SettingError
 from diffulex_jax.bench.shapes import shape_model
@@ -298,6 +299,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.sweep_but("block_length", "denoising_steps", "eps", "alg_temp", "top_k", "top_p", "accept_threshold", "num_to_transfer")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_changes_something(engine_of, name):
     strategy, base, value = SETTINGS[name]
@@ -342,7 +344,7 @@ SETUPS = {
 }
 
 
-@pytest.fixture(scope="module", params=SETUPS)
+@pytest.fixture(scope="module", params=sweep(SETUPS, but=["dream_origin"]))
 def setup(request, engine_of):
     engine = engine_of(**SETUPS[request.param])
     steps, lengths = itertools.cycle([0, 6, 12]), itertools.cycle([0, 12, 24, 1, 40])

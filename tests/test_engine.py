@@ -30,6 +30,7 @@ def engine(engine_of):
 # max_tokens, max_model_len, max_nfe
 
 
+@pytest.mark.sweep_but("llada2_edit", "dmax")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_max_tokens_is_the_number_of_real_tokens(engine, strategy):
     """Look-ahead and the rest of the last block do not count; a mask never comes out."""

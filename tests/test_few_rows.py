@@ -50,6 +50,7 @@ def test_a_request_that_runs_alone_takes_the_first_slot_there_is(engine):
     assert len(done[second].token_ids) == 40
 
 
+@pytest.mark.sweep
 def test_a_warm_engine_has_a_program_for_each_number_of_rows(engine):
     engine._device.warm_up()
     names = {name[-1] for name in engine._device._programs._found if name[0] == "denoise"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import types
 
 import pytest
+from sweep import left_out, mark_others, sweep
 
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -83,3 +85,39 @@ def test_no_device_is_compared_by_name_outside_the_kernels():
             if isinstance(node, ast.Compare):
                 names = {c.value for c in (node.left, *node.comparators) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
                 assert not names & {"gpu", "tpu", "cuda"}, f"{path}:{node.lineno} compares a device by name"
+
+
+# What `make test` leaves out: tests/conftest.py asks the same of every file when it does.
+
+
+class Item:
+    """What pytest knows of a test."""
+
+    def __init__(self, file: str, case: str, *marks):
+        self.nodeid, self.callspec, self.marks = f"{file}::test_it[{case}]", types.SimpleNamespace(id=case), [mark.mark for mark in marks]
+
+    def get_closest_marker(self, name):
+        return next((mark for mark in self.marks if mark.name == name), None)
+
+    def iter_markers(self):
+        return iter(self.marks)
+
+    def add_marker(self, name):
+        self.marks.append(getattr(pytest.mark, name).mark)
+
+
+def test_a_file_may_not_vanish_from_make_test():
+    swept, kept = Item("a.py", "1", pytest.mark.sweep), Item("a.py", "2")
+    pod = Item("b.py", "1", pytest.mark.pods)
+    assert left_out([swept, kept, pod]) == ["b.py"]
+    assert left_out([swept, pod]) == ["a.py", "b.py"]
+
+
+def test_cases_that_are_not_named_are_marked():
+    items = [Item("a.py", case, pytest.mark.sweep_but("1", "4")) for case in "123"] + [Item("b.py", "1")]
+    assert mark_others(items) == ["a.py::test_it[4]"]
+    assert [item.get_closest_marker("sweep") is not None for item in items] == [False, True, True, False]
+    one, two = sweep([1, 2], but=[1])
+    assert one == 1 and (two.values, [mark.name for mark in two.marks]) == ((2,), ["sweep"])
+    with pytest.raises(ValueError, match=r"but=\[3\] are not among the cases \[1, 2\]"):
+        sweep([1, 2], but=[3])

@@ -14,6 +14,7 @@ import pytest
 import same_answer
 from plain import attend_to, logits_of
 from scripted import block_of, play, script, shown, update
+from sweep import sweep
 
 from diffulex_jax import Engine, SamplingParams, SettingError, chain
 from diffulex_jax.bench.shapes import shape_model
@@ -364,7 +365,7 @@ SETUPS = {
 }
 
 
-@pytest.fixture(scope="module", params=SETUPS)
+@pytest.fixture(scope="module", params=sweep(SETUPS, but=["llada", "dual"]))
 def setup(request):
     engine = Engine.from_pretrained(**SETUPS[request.param])
     lengths = itertools.cycle([0, 8, 24, 1, 40])

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import tracemalloc
 
 import jax
@@ -198,15 +199,11 @@ def test_sdar_configs_that_are_refused(raw, message):
 # Bounded memory.
 
 
-def resident_of(folder: pathlib.Path) -> int:
-    """Bytes of the folder's files that this process has mapped and holds in memory; 0 where the system does not tell."""
-    maps, found, counts = pathlib.Path("/proc/self/smaps"), 0, False
-    for line in maps.read_text().splitlines() if maps.exists() else ():
-        if "-" in line.split(" ", 1)[0]:  # the first line of a mapping: its addresses, and the file
-            counts = str(folder) in line
-        elif counts and line.startswith("Rss:"):
-            found += int(line.split()[1]) * 1024
-    return found
+def resident_files() -> int:
+    """Bytes of files that this process has mapped and holds in memory; 0 where the system does not tell."""
+    status = pathlib.Path("/proc/self/status")
+    kilobytes = re.findall(r"^Rss(?:File|Shmem):\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else []
+    return 1024 * sum(map(int, kilobytes))
 
 
 def test_reading_and_writing_hold_a_part_of_the_model_at_a_time(tmp_path, monkeypatch):
@@ -240,10 +237,11 @@ def test_reading_and_writing_hold_a_part_of_the_model_at_a_time(tmp_path, monkey
     def watched(host, part, tensor):
         order.append(part.leaf)
         if part.at[0] in (slice(None), 0):  # of experts, the first of each layer
-            mapped.append(resident_of(tmp_path))
+            mapped.append(resident_files() - before)
         put(host, part, tensor)
 
     monkeypatch.setattr(checkpoint.names, "put", watched)
+    before = resident_files()
     checkpoint.load(tmp_path, make_mesh())
     stacked = [leaf[0] in ("dense", "moe") for leaf in order]
     assert True in stacked and stacked == sorted(stacked)  # what is held whole goes first, while there is little else

@@ -79,6 +79,7 @@ def test_quickstart(executed):
     assert forwards["dmax"] * 2 <= forwards["llada2"]
 
 
+@pytest.mark.sweep
 def test_decoding_rule(executed):
     """A rule that the notebook writes down is served over HTTP with what the notebook says alone."""
     install, rule, canvas, events, race, plot, comparison, served, ended = executed("02_decoding_rule.ipynb")
@@ -107,6 +108,7 @@ def test_plan_a_pod(executed):
         assert len(picture) > 5000
 
 
+@pytest.mark.sweep
 def test_on_policy_training(executed):
     install, task, trained, before, after, plot, *canvases = executed("03_on_policy_training.ipynb")
     assert not text(install) and text(task) and text(trained)
@@ -135,6 +137,7 @@ def test_colab_16gb(executed):
     assert [re.search(r"the answer is (\d+)\.", line)[1] for line in answers.splitlines()[1::2]] == ["33", "69", "153", "156"]
 
 
+@pytest.mark.sweep
 def test_rl_rollout(executed):
     install, before, trained, plot, after = executed("05_rl_rollout.ipynb")
     first, last = map(float, re.findall(r"\d\.\d\d", text(trained)))

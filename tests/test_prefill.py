@@ -86,6 +86,7 @@ def cuts(draw):
     return fractions, order, draw(lists(integers(1, 9), min_size=1, max_size=8))
 
 
+@pytest.mark.sweep_but("8 in 2 pages")
 @pytest.mark.parametrize("name", GEOMETRIES)
 @given(cuts())
 def test_a_block_is_the_same_however_prompts_are_cut_and_packed(name, drawn):

@@ -85,6 +85,7 @@ def test_numbers_lie_in_words_lowest_first():
     np.testing.assert_array_equal(found.values, row)
 
 
+@pytest.mark.sweep_but("int4")
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_written_is_what_would_be_loaded(form, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "FILE_BYTES", 40_000)  # several files

@@ -109,6 +109,7 @@ def test_a_dataset_that_is_asked_by_index_gives_batches():
     assert [data.random_access(rows)(step).tokens[0, 0] for step in (2, 0)] == [2, 0]
 
 
+@pytest.mark.sweep_but("0", "40")
 @pytest.mark.parametrize("experts", [0, 4, 40])
 def test_models_of_the_qwen3_family_can_be_trained(experts):
     """Dense ones, and mixtures of few and of many experts: the gradient has the shape of the parameters. Nothing is compiled."""
@@ -124,6 +125,7 @@ def test_models_of_the_qwen3_family_can_be_trained(experts):
 # Adapters.
 
 
+@pytest.mark.sweep_but("sdar")
 @pytest.mark.parametrize(
     ("model", "targets", "modules"),
     [

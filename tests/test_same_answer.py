@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 import same_answer
+from sweep import sweep
 
 from diffulex_jax import Engine, SamplingParams
 from diffulex_jax.engine.build import limits_of
@@ -55,7 +56,7 @@ def requests_of(name: str) -> list[same_answer.Request]:
     return same_answer.requests(8, [0.0, 0.7], vocab=500) if name.startswith(("sdar", "fast")) else REQUESTS
 
 
-@pytest.fixture(scope="module", params=SETUPS)
+@pytest.fixture(scope="module", params=sweep(SETUPS, but=["dmax", "sdar-4", "fast-cached"]))
 def setup(request):
     requests, build = requests_of(request.param), functools.partial(Engine.from_pretrained, **options_of(request.param))
     engine = build()
@@ -82,12 +83,14 @@ def test_with_no_prefix_cache(setup):
     assert engine.stats["preemptions"] > 0 and engine.stats["prefix_cache_hits"] == 0
 
 
+@pytest.mark.sweep_but("dmax-1", "sdar-4-1", "sdar-4-3", "fast-cached-1")
 @pytest.mark.parametrize("every", [1, 3])
 def test_preempted_at_every_step(setup, every):
     _, engine, requests, alone = setup
     assert same_answer.preempted(engine, requests[:3], every=every) == alone[:3]
 
 
+@pytest.mark.sweep_but("dmax")
 @pytest.mark.parametrize("name", ["dmax", "sdar-4", "sdar-32", "fast-8", "fast-cached"])
 def test_restored_in_another_process(tmp_path, request, name):
     options, some = options_of(name), requests_of(name)[:2]
@@ -117,8 +120,9 @@ def test_a_snapshot_of_another_engine_is_refused(tmp_path):
         engine.restore(taken)
 
 
-def test_a_second_turn_reuses_the_first_turns_generated_blocks():
-    engine = Engine.from_pretrained(**options_of("llada2_edit"))
+@pytest.mark.parametrize("name", sweep(["llada2_edit", "dmax"], but=["dmax"]))
+def test_a_second_turn_reuses_the_first_turns_generated_blocks(name):
+    engine = Engine.from_pretrained(**options_of(name))
     first = engine.generate([PROMPTS[0]], SamplingParams(max_tokens=100, ignore_eos=True, accept_threshold=0.6))[0]
     whole = PROMPTS[0] + first.token_ids
     before = engine.stats["prefix_cache_hits"]

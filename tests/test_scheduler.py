@@ -26,6 +26,7 @@ def episode(*, seed: int, **options) -> World:
     return world
 
 
+@pytest.mark.sweep_but("4.0-1", "1.2-2", "1.0-4")
 @pytest.mark.parametrize("blocks_of_a_page", [1, 2, 4])
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_thousand_episodes_read_nothing_stale(pool, blocks_of_a_page):
@@ -36,6 +37,7 @@ def test_a_thousand_episodes_read_nothing_stale(pool, blocks_of_a_page):
         assert sum(world.scheduler.preemptions for world in worlds) > 1000
 
 
+@pytest.mark.sweep_but("4.0-1-True", "1.2-2-False", "1.0-1-False", "1.0-2-True")
 @pytest.mark.parametrize("keeps_window", [False, True])
 @pytest.mark.parametrize("blocks_of_a_page", [1, 2])
 @pytest.mark.parametrize("pool", POOLS)
@@ -46,6 +48,7 @@ def test_the_last_block_of_a_prompt_may_be_left_to_the_first_step(pool, blocks_o
     assert sum(world.hits for world in worlds) > 300 / blocks_of_a_page**2
 
 
+@pytest.mark.sweep_but("4.0-2", "1.2-4", "1.0-2")
 @pytest.mark.parametrize("shards", [2, 4])
 @pytest.mark.parametrize("pool", POOLS)
 def test_slots_and_pages_of_several_shards(pool, shards):

@@ -85,6 +85,7 @@ def test_each_block_is_scored_given_the_clean_past(engines, name):
         np.testing.assert_allclose(scores, [want[i] for i in sorted(want)], atol=2e-5)
 
 
+@pytest.mark.sweep_but("block-settings1", "next-settings2", "whole-settings3")
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("block", {}), ("block", {"strategy": "multi_bd"}), ("next", {}), ("whole", {"strategy": "llada_threshold"})],
@@ -101,6 +102,7 @@ def test_along_the_steps_a_decoder_took_scores_are_what_it_recorded(engines, nam
         np.testing.assert_allclose(scores, output.logprobs, atol=2e-5)
 
 
+@pytest.mark.sweep_but("block")
 @pytest.mark.parametrize("name", MODELS)
 def test_samples_are_weighted_forwards_of_the_plain_network(engines, name):
     prompt, completion, estimator = PROMPTS[1], COMPLETIONS[0][:4], MonteCarlo(samples=5, seed=2)

@@ -241,6 +241,7 @@ def test_the_embedded_tokenizer_is_the_one_that_is_built():
     assert json.loads((checkpoint.EMBEDDED / "tokenizer.json").read_text()) == json.loads(tokenizer.build().to_str())
 
 
+@pytest.mark.sweep_but("chat")
 @pytest.mark.parametrize("form", ["raw", "chat"])
 def test_the_embedded_model_answers_held_out_problems(embedded, form):
     problems = [p for p in evaluate.held_out(60, seed=7) if len(tasks.equations(p.answer)) <= 2][:8]

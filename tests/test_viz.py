@@ -214,6 +214,7 @@ def test_missing_matplotlib_is_named(monkeypatch):
         _ = importlib.import_module("diffulex_jax.viz").canvas
 
 
+@pytest.mark.sweep_but("2")
 @pytest.mark.parametrize("buffer_size", [1, 2])
 def test_the_last_row_of_a_real_trace_is_the_answer(engine_of, buffer_size):
     engine = engine_of("tiny-llada2-trained", block_size=8, buffer_size=buffer_size, max_model_len=64, max_slots=1)

@@ -42,6 +42,7 @@ def compiled(every_program):
     return every_program
 
 
+@pytest.mark.sweep_but("prefix_full")
 @pytest.mark.parametrize("attention", ["block_causal", "prefix_full"])
 def test_an_engine_that_is_built_compiles_nothing_more(compiled, attention):
     """For prompts of any length, greedy and sampled, set aside, and taken to another engine."""
@@ -60,6 +61,7 @@ def test_an_engine_that_is_built_compiles_nothing_more(compiled, attention):
     assert not compiled
 
 
+@pytest.mark.sweep_but("block_causal")
 @pytest.mark.parametrize("attention", ["block_causal", "prefix_full"])
 def test_without_warm_up_what_is_needed_is_compiled_when_it_is(compiled, attention):
     engine = engine_of(attention=attention, warm_up=False)

@@ -37,6 +37,7 @@ def kernels(compiled):
 
 
 # The others compile it in the denoise loop.
+@pytest.mark.sweep_but("v5p:2x2x1-bfloat16")
 @pytest.mark.parametrize("topology, dtype", [("v5e:2x2", jnp.float32), ("v5p:2x2x1", jnp.bfloat16)])
 def test_prediction(topology, dtype):
     def predict(hidden, lm_head, current, key, temperature, top_p, cut, penalized, penalty, banned):
@@ -79,6 +80,7 @@ def test_attention_reads_the_pool_where_it_lies(topology):
     assert compiled.memory_analysis().temp_size_in_bytes < 8 << 20  # a pool has 320 MiB
 
 
+@pytest.mark.sweep_but("4-32-0-v5e:2x2", "8-32-1-tpu7x:2x2x1", "32-64-1-v5e:2x2", "32-16-1-tpu7x:2x2x1")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize(("block", "page", "written_by_kernels"), [(4, 32, 0), (8, 32, 1), (32, 64, 1), (32, 16, 1)])
 def test_pages_that_are_no_blocks(topology, block, page, written_by_kernels):
@@ -161,6 +163,7 @@ def test_quantised_experts_are_multiplied_as_they_are(topology, form, dtype, bac
     assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 20
 
 
+@pytest.mark.sweep_but("tpu7x:2x2x1-int4-tpu")
 @pytest.mark.parametrize(("topology", "form", "backend"), [("v5e:2x2", "int4", "ragged"), ("tpu7x:2x2x1", "int4", "tpu")])
 def test_no_layer_of_quantised_experts_is_made_plain(topology, form, backend):
     layers, experts, embed, width, tokens = 3, 128, 512, 512, 64

@@ -64,6 +64,7 @@ def test_a_small_chip(least_effort):
     assert 0 <= made.compiled.arguments - made.weights - made.pool < 4 << 20
 
 
+@pytest.mark.sweep
 def test_a_large_chip_reads_the_experts_where_they_lie(least_effort):
     # XLA's own grouped matmul takes them in other tiles than parameters lie in there, and copies 7.6 GiB.
     check(plan("llada2-mini", "tpu7x:2x2x1", slots=16, mesh="tensor=4"), kernels=MEGABLOX, temporaries=0.7)

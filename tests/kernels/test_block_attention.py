@@ -49,6 +49,7 @@ def live(keys):
     return np.repeat(np.asarray(keys.lanes), BLOCK, 1)
 
 
+@pytest.mark.sweep_but("plain-256-False", "simulated-8-True")
 @pytest.mark.parametrize("prefix_tokens, with_pending", [(8, True), (256, False)])
 def test_attention(interpret, prefix_tokens, with_pending):
     heads, keys, pending = make()
@@ -60,6 +61,7 @@ def test_attention(interpret, prefix_tokens, with_pending):
     np.testing.assert_array_equal(got[~live(keys)], 0)
 
 
+@pytest.mark.sweep_but("simulated-1-4-2")
 @pytest.mark.parametrize("kv, group, blocks", [(1, 4, 2)])
 def test_other_shapes_and_bfloat16(interpret, kv, group, blocks):
     heads, keys, pending = make(1, kv=kv, group=group, blocks=blocks, dtype=jnp.bfloat16)
@@ -116,6 +118,7 @@ def test_a_page_need_not_be_a_block(seed):
         np.testing.assert_array_equal(call(reference.block_attention, heads, in_pages(keys, page, seed), **options), want)
 
 
+@pytest.mark.sweep_but("plain-2", "simulated-8")
 @pytest.mark.parametrize("page", [BLOCK // 2, 2 * BLOCK])
 def test_the_kernel_reads_pages_that_are_no_blocks(interpret, page):
     heads, keys, pending = make(4)
@@ -125,6 +128,7 @@ def test_the_kernel_reads_pages_that_are_no_blocks(interpret, page):
     np.testing.assert_allclose(got[live(keys)], want[live(keys)], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sweep_but("plain")
 def test_a_prefix_may_end_within_a_block(interpret, monkeypatch):
     """The TPU's kernel takes it as it is; the GPU's knows whole blocks alone, and is not asked."""
     heads, keys, pending = make(6)

@@ -144,6 +144,9 @@ def chosen_by_blocks(logits, bias, valid, router):
     return np.array(ids), np.array(weights)
 
 
+@pytest.mark.sweep_but(
+    "32-48-8-256-sorted", "32-48-8-256-gpu", "8-8-2-16-compared", "8-2-2-16-gpu", "4-16-4-16-sorted", "1-5-3-100-compared"
+)
 @pytest.mark.parametrize("backend", ["sorted", "compared", "gpu"])
 @pytest.mark.parametrize(
     ("block", "capacity", "top_k", "experts"), [(32, 48, 8, 256), (8, 8, 2, 16), (8, 2, 2, 16), (4, 16, 4, 16), (1, 5, 3, 100)]
@@ -242,6 +245,7 @@ def test_a_router_that_does_not_fit_is_named(router, message):
 
 
 # JAX 0.10, the only one for Python 3.11, has no simulator for Hopper kernels.
+@pytest.mark.sweep_but("4")
 @pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)")
 @pytest.mark.parametrize("kept", [4, 8])
 def test_tokens_choose_in_the_simulator(kept):

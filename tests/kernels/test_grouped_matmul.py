@@ -136,6 +136,7 @@ def test_cpu_reads_a_stack_of_layers_in_place():
     assert compiled.memory_analysis().temp_size_in_bytes < gate_up.nbytes / 2
 
 
+@pytest.mark.sweep_but("bfloat16-0.02")
 @pytest.mark.parametrize("dtype, error", [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)])
 def test_the_tpu_kernel_on_its_share_of_the_experts_of_a_layer(dtype, error):
     """21 pairs are less than a tile of rows, 99 more than three, and in no tile does a group begin or end where the tile does."""
@@ -220,6 +221,7 @@ def _rows_times_groups(x, weights, extra, layer, groups, *, swiglu, tile):
     return jnp.where(mine.any(0)[:, None], out, jnp.nan).astype(x.dtype)
 
 
+@pytest.mark.sweep_but("70-False", "1-True")
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_devices_that_share_the_experts_of_a_gpu_add_up(tokens, shared, monkeypatch):

@@ -64,6 +64,7 @@ def assert_same(got, want, *, rtol=1e-5):
             np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.sweep_but("plain-4-False", "simulated-1-True")
 @pytest.mark.parametrize("top_k, filters", [(0, False), (1, True), (4, False)])
 def test_from_hidden_states(interpret, top_k, filters):
     *args, options = make(filters=filters)
@@ -72,6 +73,7 @@ def test_from_hidden_states(interpret, top_k, filters):
     assert_same(call(tpu.predict_from_hidden, *args, top_k=top_k, tile=TILE, interpret=interpret, **options), want)
 
 
+@pytest.mark.sweep_but("simulated-7")
 @pytest.mark.parametrize("top_k", [1, 7])
 def test_from_logits(interpret, top_k):
     hidden, lm_head, current, options = make(1)
@@ -114,6 +116,7 @@ def test_draws_are_those_of_the_reference_for_every_token():
     np.testing.assert_allclose(got.prob, 1 / 1999, rtol=1e-5)
 
 
+@pytest.mark.sweep_but("simulated")
 def test_ties_go_to_the_lowest_id(interpret):
     logits = jnp.zeros((3, VOCAB)).at[0, jnp.array([300, 131, 130])].set(5.0).at[1, 7].set(5.0)
     *_, current, options = make(5, temperature=(0.0,), rows=3)
@@ -238,6 +241,7 @@ def test_probabilities_and_entropy_are_those_of_the_distribution_asked_for(tempe
     np.testing.assert_array_equal(got.prob == plain.prob, (temperature == 0) | (not tempered))
 
 
+@pytest.mark.sweep_but("plain-False-1-True", "simulated-True-3-True")
 @pytest.mark.parametrize("tempered, top_k, filters", [(True, 0, False), (True, 3, True), (False, 1, True)])
 def test_tempered_probabilities_and_entropy_in_the_kernel(interpret, tempered, top_k, filters):
     *args, options = make(9, filters=filters)
@@ -247,6 +251,7 @@ def test_tempered_probabilities_and_entropy_in_the_kernel(interpret, tempered, t
     assert_same(call(tpu.predict_from_hidden, *args, tile=TILE, interpret=interpret, **options), want)
 
 
+@pytest.mark.sweep_but("simulated")
 def test_a_row_that_is_not_finite_has_no_entropy(interpret):
     hidden, lm_head, current, options = make(6)
     logits = (hidden @ lm_head.T).at[5, 200].set(jnp.nan)

@@ -52,6 +52,7 @@ def test_a_weight_moves_by_half_a_scale_at_most(seed, depth, form, exponent):
     same(quantise(dequantise(q), form), q)
 
 
+@pytest.mark.sweep_but("int4")
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_as_by_itself(form):
     """XLA may leave out a conversion to bfloat16 and back; half of the scales would be others."""
@@ -80,6 +81,7 @@ def test_a_cpu_reads_every_float8_by_its_bits():
         np.testing.assert_array_equal(dequantise(held)[0, 0], every.astype(jnp.float32))
 
 
+@pytest.mark.sweep_but("int4", "fp8")
 @pytest.mark.parametrize("form", FORMS)
 def test_words_of_the_tensor_cores_hold_the_same_numbers(form):
     q = quantise(normal(2, 2, 3, 256, 192), form)
@@ -116,6 +118,7 @@ def quantised(args, form, backend, dtype=jnp.float32):
     return *args[:3], *(stored(stack, form, backend=backend, dtype=dtype) for stack in args[3:])
 
 
+@pytest.mark.sweep_but("cpu-int4", "cpu-fp8", "ragged-int8")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["cpu", "ragged", "gpu", "dense"])
 def test_backends_agree_with_the_weights_that_are_meant(backend, form):
@@ -130,6 +133,7 @@ def test_backends_agree_with_the_weights_that_are_meant(backend, form):
     np.testing.assert_allclose(run(*one, backend=backend, valid=valid), want, rtol=2e-5, atol=5e-6)
 
 
+@pytest.mark.sweep_but("int4-1-101")
 @pytest.mark.parametrize(("form", "chunk_bytes", "tokens"), [("int4", 1, 101), ("fp8", 60_000, 5), ("int8", 40_000, 40)])
 def test_a_few_experts_at_a_time_are_made_plain(form, chunk_bytes, tokens, monkeypatch):
     """One, three or two of six; where one has more rows than a tile, in several; and those that a device holds alone."""
@@ -158,6 +162,7 @@ def test_int4_of_a_gpu_is_read_in_bytes(monkeypatch):
         np.testing.assert_array_equal(read.values, q.values.astype(jnp.int8))
 
 
+@pytest.mark.sweep_but("int4")
 @pytest.mark.parametrize("form", FORMS)
 def test_cpu_row_is_bitwise_the_same_in_any_company(form):
     x, ids, weights, *stacks = quantised(make(4, tokens=100), form, "cpu")
@@ -167,6 +172,7 @@ def test_cpu_row_is_bitwise_the_same_in_any_company(form):
         np.testing.assert_array_equal(alone[0], y[t])
 
 
+@pytest.mark.sweep_but("int8")
 @pytest.mark.parametrize("form", FORMS)
 def test_cpu_reads_quantised_stacks_in_place(form):
     """No layer is widened: where all of them are read in one program, nothing as large as a layer's integers is made."""

@@ -38,6 +38,11 @@ def run(function, spec, table, tokens, *rest, **options):
     )(table, tokens, *rest)
 
 
+@pytest.mark.sweep_but(
+    "plain-MergeSpec(mode='dmax_topk', top_k=3, renormalize=True, weight=1.0, commit_soft=False)",
+    "simulated-MergeSpec(mode='dmax_topk', top_k=2, renormalize=False, weight=1.0, commit_soft=False)",
+    "simulated-MergeSpec(mode='iter_smooth_topk', top_k=2, renormalize=True, weight=0.3, commit_soft=False)",
+)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_merge(interpret, spec):
     args = make(spec)
@@ -46,6 +51,7 @@ def test_merge(interpret, spec):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sweep_but("simulated-MergeSpec(mode='iter_smooth_topk', top_k=2, renormalize=True, weight=0.3, commit_soft=False)")
 @pytest.mark.parametrize("spec", SPECS[3:], ids=str)
 def test_merge_in_bfloat16(interpret, spec):
     args = make(spec, jnp.bfloat16)
@@ -60,6 +66,7 @@ def test_hard_positions_are_the_plain_lookup(interpret):
     np.testing.assert_array_equal(got, table[tokens])
 
 
+@pytest.mark.sweep_but("plain")
 def test_a_row_that_nobody_wants_changes_nothing(interpret):
     table, tokens, ids, probs, soft = make(SPECS[1])
     wanted = np.concatenate([np.where(soft, MASK, tokens).ravel(), np.where(soft[..., None], ids, MASK).ravel()])

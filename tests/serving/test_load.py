@@ -6,6 +6,7 @@ import endurance
 import equality
 import fuzz
 import pressure
+import pytest
 import storm
 import throughput
 
@@ -43,6 +44,7 @@ def test_a_while_of_mixed_work(server):
     assert seen["answers"] > 10 and seen["aborts"] > 0
 
 
+@pytest.mark.sweep
 def test_http_gives_the_same_tokens_at_about_the_same_speed(model, compiled):
     # How close is for a quiet machine to say; tests run beside others.
     settings = {"block_size": 8, "max_model_len": 128, "max_slots": 4}

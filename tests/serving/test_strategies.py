@@ -140,6 +140,7 @@ def hasty():
 """
 
 
+@pytest.mark.sweep_but("process")
 @pytest.mark.parametrize("isolation", ["process", "thread"])
 def test_rules_of_ones_own_are_served_by_import_path_beside_built_in_ones(model, compiled, tmp_path, alone, isolation):
     (tmp_path / "my_rules.py").write_text(MY_RULES)
