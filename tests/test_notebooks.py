@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import os
 import pathlib
 import re
+import tomllib
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
 
 
@@ -30,6 +33,24 @@ def test_stored_with_outputs(path):
         assert {output.output_type for output in cell.outputs} <= {"stream", "display_data", "execute_result"}
         assert not [output for output in cell.outputs if output.output_type == "stream" and output.name == "stderr"]
         assert not re.search(r"(^|[\s\"'])/(home|root|tmp|usr|work)/", text(cell.outputs))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "extra"), [("jax_cuda12_plugin", "cuda12"), ("jax_cuda13_plugin", "cuda"), ("libtpu", "tpu"), ("", "cpu")]
+)
+@pytest.mark.parametrize("name", ["01_quickstart", "02_colab_16gb", "02_decoding_rule", "03_on_policy_training", "05_rl_rollout"])
+def test_jax_is_installed_for_the_device_that_the_jax_there_is_for(name, plugin, extra, monkeypatch):
+    """A newer JAX does not use the plugins of an older one, and computes on the CPU."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: module == plugin or None)
+    monkeypatch.setitem(os.environ, "TQDM_DISABLE", "")  # the cell may set it
+    shell, asked = InteractiveShell(), []
+    monkeypatch.setattr(shell, "run_line_magic", lambda magic, line, **_: asked.append((magic, shell.var_expand(line))))
+    shell.run_cell(load(f"{name}.ipynb").cells[1].source).raise_error()
+    ((magic, line),) = asked
+    extras = re.fullmatch(r'install -q "diffulex-jax\[(.*)\]"', line)
+    assert magic == "pip" and extras is not None and extra in extras[1].split(",")
+    project = tomllib.loads((NOTEBOOKS.parent / "pyproject.toml").read_text())["project"]
+    assert set(extras[1].split(",")) <= set(project["optional-dependencies"])
 
 
 def test_each_is_run():
