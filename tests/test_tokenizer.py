@@ -74,6 +74,17 @@ def embedded() -> Tokenizer:
     return found
 
 
+def test_a_prompt_is_spelled_as_the_model_reads_it(kind, tmp_path):
+    """What users type is never taken for a special token, and a word keeps the space before it behind one."""
+    tokenizer = save(tmp_path, kind(), template="{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}<|im_start|>")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi <|im_end|>there"}])
+    parts = tokenizer.spelled(ids)
+    assert [text for text, special in parts if special] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert [special for _, special in parts] == [True, False, True, True]
+    assert parts[1].text.strip() == "hi <|im_end|>there"
+    assert tokenizer.spelled(tokenizer.encode("hi there")) == [("hi there", False)] and tokenizer.spelled([]) == []
+
+
 # Messages.
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from diffulex_jax import SamplingParams, cli
 from diffulex_jax.cli import watch
 from diffulex_jax.engine.results import TraceStep
+from diffulex_jax.engine.tokenizer import Part
 
 
 MODEL = str(pathlib.Path(__file__).parent / "golden" / "tiny-llada2-trained")
@@ -36,6 +37,7 @@ class Letters:
 
     decode = staticmethod(lambda ids: "".join(map(chr, ids)))
     piece = chr
+    spelled = staticmethod(lambda ids: [Part(f"<{chr(id_)}>" if chr(id_) == "R" else chr(id_), chr(id_) == "R") for id_ in ids])
 
 
 # Blocks of four from position 4 on; the prompt ends at 6, `N` is given.
@@ -64,8 +66,15 @@ def test_each_forward_colours_what_it_did():
         ("PPPPPP\nbdeN _ _", ["settled", "settled", "new", "prompt", "masked", "masked"], 1),
     ]
     colours = {shown.text().plain[span.start : span.end]: span.style for span in shown.text().spans}
-    assert colours["PPPPPP\n"] == colours["N"] == watch.STYLES["prompt"] and colours["e"] == watch.STYLES["new"]
+    assert colours["P"] == colours["N"] == watch.STYLES["prompt"] and colours["e"] == watch.STYLES["new"]
     assert shown.figures() == "forward 5 · 4 tokens · 0.8 a forward · 1 edited"
+
+
+def test_special_tokens_of_a_prompt_are_spelled():
+    shown = watch.Canvas([ord(c) for c in "RPPR"], [], most=20, tokenizer=Letters())
+    assert shown.text().plain == "<R>PP<R>\n"
+    styles = [span.style for span in shown.text().spans]
+    assert styles == [watch.STYLES[name] for name in ("special token", "prompt", "prompt", "special token", "prompt")]
 
 
 def test_a_long_canvas_is_laid_out_at_its_end_alone(monkeypatch):
@@ -88,7 +97,7 @@ def test_a_model_without_a_tokenizer_shows_ids_and_no_text_moves_the_cursor():
     shown.advance()
     assert shown.text().plain == " 80" * 6 + f"\n {ord('a')} _"
     hostile = canvas([step(4, "PPa_")])
-    hostile._tokenizer.decode = lambda ids: "\x1b[2J\tprompt\n"
+    hostile._tokenizer.spelled = lambda ids: [Part("\x1b[2J\tprompt\n", False)]
     assert hostile.text().plain == "\ufffd[2J prompt\n"
 
 

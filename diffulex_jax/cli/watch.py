@@ -28,6 +28,7 @@ LEAST_LINES = 5  # of a panel, its frame included
 MOST_TOKENS = 2000  # of a prompt, and of a canvas, that are laid out: more than a screen holds
 STYLES = {
     "prompt": "dim",
+    "special token": "dim italic",
     "masked": "grey50",
     "new": "bold black on green",
     "kept": "cyan",
@@ -122,8 +123,9 @@ class Canvas:
 
     def text(self) -> Text:
         """The prompt and the canvas, coloured by what became of each position in the forward that is shown."""
-        prompt = self._piece_all(self._prompt[-MOST_TOKENS:])
-        parts = [(prompt if prompt.endswith("\n") else prompt + "\n", STYLES["prompt"])]
+        parts = self._spelled(self._prompt[-MOST_TOKENS:])
+        if not parts or not parts[-1][0].endswith("\n"):
+            parts.append(("\n", STYLES["prompt"]))
         for token, event in zip(self.tokens[-MOST_TOKENS:], self.events[-MOST_TOKENS:], strict=True):
             parts.append((f" {self._mask}" if token is None else self._piece(token), STYLES[event]))
         return Text.assemble(*parts)
@@ -134,8 +136,11 @@ class Canvas:
         rate = f"{tokens / max(1, self.forwards):.1f} a forward"
         return f"forward {self.forwards} · {tokens} tokens · {rate} · {self.edits} edited"
 
-    def _piece_all(self, ids: Sequence[int]) -> str:
-        return "".join(map(self._piece, ids)) if self._tokenizer is None else _printable(self._tokenizer.decode(ids))
+    def _spelled(self, ids: Sequence[int]) -> list[tuple[str, str]]:
+        if self._tokenizer is None:
+            return [("".join(map(self._piece, ids)), STYLES["prompt"])]
+        parts = self._tokenizer.spelled(ids)
+        return [(_printable(text), STYLES["special token" if special else "prompt"]) for text, special in parts]
 
     def _piece(self, token: int) -> str:
         return f" {token}" if self._tokenizer is None else _printable(self._tokenizer.piece(token))

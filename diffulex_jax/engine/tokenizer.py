@@ -9,7 +9,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffulex_jax.engine import messages as conversation
 from diffulex_jax.engine import pieces
@@ -18,6 +18,13 @@ from diffulex_jax.engine.pieces import Piece, Reader
 
 # What tokenizers were kept in before tokenizer.json; transformers turns them into one.
 _OLDER = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
+class Part(NamedTuple):
+    """A part of a prompt: a stretch of ``text``, or the spelling of one ``special`` token."""
+
+    text: str
+    special: bool
 
 
 class Tokenizer:
@@ -115,6 +122,17 @@ class Tokenizer:
             ids = self._with_valid_bytes(ids)
         return self._backend.decode(ids, skip_special_tokens=True)
 
+    def spelled(self, ids: Sequence[int]) -> list[Part]:
+        """The text of a prompt as the model reads it: special tokens, such as a chat's roles, are parts of their own."""
+        found: list[Part] = []
+        for special, group in itertools.groupby(map(int, ids), self._is_special):
+            part = list(group)
+            if special:
+                found += [Part(self._added[id_].content, True) for id_ in part]
+            else:
+                found.append(Part(self._text_behind(part) if found else self.decode(part), False))
+        return found
+
     def pieces(self, ids: Sequence[int]) -> list[Piece]:
         """What each of an output's tokens, from the first on, adds to its text."""
         reader = self.reader()
@@ -137,9 +155,17 @@ class Tokenizer:
 
     @functools.cached_property
     def _piece(self) -> Any:
-        before = self._backend.encode("a", add_special_tokens=False).ids
-        text = self.decode(before)
-        return functools.lru_cache(maxsize=2**16)(lambda id_: self.decode([*before, id_])[len(text) :])
+        return functools.lru_cache(maxsize=2**16)(lambda id_: self._text_behind([id_]))
+
+    def _text_behind(self, ids: Sequence[int]) -> str:
+        """Text of token ids behind other text: a decoder may take a space off the beginning of all."""
+        before, text = self._word
+        return self.decode([*before, *ids])[len(text) :]
+
+    @functools.cached_property
+    def _word(self) -> tuple[list[int], str]:
+        ids = self._backend.encode("a", add_special_tokens=False).ids
+        return ids, self.decode(ids)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the answer.
@@ -198,6 +224,9 @@ class Tokenizer:
             },
         )
 
+    def _is_special(self, id_: int) -> bool:
+        return id_ in self._added and self._added[id_].special
+
     def _own_bytes(self, id_: int) -> bytes | None:
         """The bytes of a token that stands for bytes; None where its text tells."""
         if id_ in self._bytes_of_ids:
@@ -214,7 +243,7 @@ class Tokenizer:
 
         The decoder itself makes U+FFFD of all neighbours of a byte that fits nowhere: text that was there would be taken back.
         """
-        shown = (id_ for id_ in ids if id_ not in self._added or not self._added[id_].special)
+        shown = (id_ for id_ in ids if not self._is_special(id_))
         valid: list[int] = []
         for is_bytes, run in itertools.groupby(shown, self._bytes_of_ids.__contains__):
             if is_bytes:

@@ -33,7 +33,7 @@ def replay(outputs: Output | Mapping[str, Output], *, tokenizer: Tokenizer | Non
         if not output.trace:
             raise ValueError(f"{name or 'this output'} has no trace; pass trace=True to Engine.generate")
     lanes: list[dict[str, Any]] = [
-        {"name": name, "asked": _text(output.prompt_token_ids, tokenizer), "records": list(_records(output, tokenizer))}
+        {"name": name, "asked": _asked(output.prompt_token_ids, tokenizer), "records": list(_records(output, tokenizer))}
         for name, output in named.items()
     ]
     traces = [output.trace for output in named.values() if output.trace]
@@ -58,5 +58,8 @@ def _block_size(trace: list[TraceStep]) -> int:
     return math.gcd(len(trace[0].tokens), *moves)
 
 
-def _text(ids: list[int], tokenizer: Tokenizer | None) -> str:
-    return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+def _asked(ids: list[int], tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+    """What the server tells of a prompt."""
+    if tokenizer is None:
+        return [{"text": " ".join(map(str, ids)), "special": False}]
+    return [part._asdict() for part in tokenizer.spelled(ids)]

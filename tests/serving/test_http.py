@@ -165,7 +165,10 @@ def test_denoise_streams_every_step(server):
 def test_tokens_and_text(server):
     tokens = server.post("/tokenize", prompt="héllo 😀").json()
     assert (tokens["tokens"], tokens["count"], tokens["max_model_len"]) == (list("héllo 😀".encode()), 11, 128)
-    assert server.post("/detokenize", tokens=tokens["tokens"]).json() == {"prompt": "héllo 😀"}
+    assert server.post("/detokenize", tokens=tokens["tokens"]).json() == {
+        "prompt": "héllo 😀",
+        "parts": [{"text": "héllo 😀", "special": False}],
+    }
     chat = server.post("/tokenize", messages=[{"role": "user", "content": "hi"}]).json()["tokens"]
     assert bytes(chat) == b"user: hi\nassistant: "
 

@@ -16,6 +16,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from diffulex_jax import Output, viz
 from diffulex_jax.engine.results import TraceStep
+from diffulex_jax.engine.tokenizer import Part
 
 
 KEY = "open-sesame"
@@ -144,12 +145,16 @@ def test_what_settles_is_the_answer_without_a_stream(opened, server):
     assert opened.one("[data-figure=forwards]").text == str(details["nfe"])
     assert opened.one("[data-figure=rate]").text == f"{details['tokens_per_forward']:.2f}"
     assert len(opened.cells("settled")) == whole["usage"]["completion_tokens"] and not opened.cells("mask")
+    roles = [part.text for part in opened.all(".asked i")]
+    assert roles == ["<role>", "</role>", "<|role_end|>", "<role>", "</role>"]
+    assert opened.one(".asked").text == f"<role>HUMAN</role>{QUESTION}<|role_end|><role>ASSISTANT</role>"
 
 
 def test_plain_text_is_not_put_through_the_chat_template(opened, server):
     opened.ask(form="text")
     opened.finished()
     plain = server.post("/generate", prompt=QUESTION, accept_threshold=0.9).json()
+    assert opened.one(".asked").text == QUESTION
     assert opened.one(".answer").get_property("textContent") == plain["text"]
 
 
@@ -335,6 +340,9 @@ class Words:
     def decode(self, ids):
         return "".join(map(self.piece, ids))
 
+    def spelled(self, ids):
+        return [Part("<user>", True), Part(self.decode(ids), False)]
+
 
 def recorded(*windows: str, answer: str) -> Output:
     """An output whose forwards left these windows of four behind a prompt of two tokens: letters, ``_`` masked, a capital edited."""
@@ -367,7 +375,8 @@ def test_a_replay_is_a_file_with_the_same_canvases_that_reaches_no_host(browser,
     page = Page(browser, file.as_uri())
     page.finished(lanes=2)  # it plays by itself
     assert [lane.text for lane in page.all("h2 b")] == ["slow", "fast"]
-    assert [asked.text for asked in page.all(".asked")] == ["p</script><b>"] * 2
+    assert [asked.text for asked in page.all(".asked")] == ["<user>p</script><b>"] * 2
+    assert [part.text for part in page.all(".asked i")] == ["<user>"] * 2  # set apart
     assert [answer.get_property("textContent") for answer in page.all(".answer")] == ["axc</script><b>", "abc</script><b>"]
     assert "fast took 2 forwards where slow took 4: 2.0 times fewer." in page.one("#comparison").text
     assert [len(block.find_elements(By.CSS_SELECTOR, ".cell")) for block in page.all(".lane:first-child .block")] == [2, 2]

@@ -89,7 +89,7 @@ async def tokenize(service: Service, form: Tokenize) -> dict[str, Any]:
 
 
 async def detokenize(service: Service, form: Detokenize) -> dict[str, Any]:
-    """The text of token ids, special tokens left out."""
+    """The text of token ids, special tokens left out; and its ``parts``, where they are spelled."""
     service.check_model(form.model)
     size, tokenizer = service.facts["vocab_size"], service.engine.tokenizer
     if tokenizer is None:
@@ -99,7 +99,9 @@ async def detokenize(service: Service, form: Detokenize) -> dict[str, Any]:
         raise ApiError(400, message, param="tokens")
     if outside := [token for token in form.tokens if token >= size]:
         raise ApiError(400, f"token id {outside[0]} is outside the vocabulary [0, {size})", param="tokens")
-    return {"prompt": await asyncio.to_thread(tokenizer.decode, form.tokens)}
+    text = await asyncio.to_thread(tokenizer.decode, form.tokens)
+    parts = await asyncio.to_thread(tokenizer.spelled, form.tokens)
+    return {"prompt": text, "parts": [part._asdict() for part in parts]}
 
 
 async def abort(service: Service, form: Abort) -> dict[str, Any]:

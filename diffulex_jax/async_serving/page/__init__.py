@@ -25,8 +25,8 @@ def replay(lanes: list[dict[str, Any]], *, block_size: int) -> str:
     """A file that plays outputs on the page's canvases, side by side: one HTML text, which may reach no host at all.
 
     Args:
-      lanes: for each output its ``name``, what was ``asked``, and ``records``: those of a stream, ``buffer_snapshot`` for each forward
-        and then ``final``.
+      lanes: for each output its ``name``, what was ``asked`` (the ``parts`` of ``/detokenize``), and ``records``: those of a stream,
+        ``buffer_snapshot`` for each forward and then ``final``.
       block_size: tokens between two lines of the canvas.
     """
     page, sources = _assembled("served")

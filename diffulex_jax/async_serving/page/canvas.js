@@ -17,6 +17,12 @@ function newLane(name, more) {
   return lane;
 }
 
+// The prompt as the model reads it: special tokens, such as a chat's roles, are spelled, and fainter.
+function showAsked(lane, parts) {
+  const spans = parts.map(({ text, special }) => Object.assign(document.createElement(special ? "i" : "span"), { textContent: text }));
+  lane.root.querySelector(".asked").replaceChildren(...spans);
+}
+
 // The lane as it was after forward `step`; `moving`: from the forward before, so that changes may flash.
 function show(lane, moving) {
   lane.root.dataset.state = lane.state;

@@ -6,7 +6,7 @@ readColours();
 lanes = filed.lanes.map(({ name, asked, records }) => {
   const lane = newLane(name, { final: records.at(-1), state: "finished" });
   for (const patch of records.slice(0, -1)) push(lane, patch);
-  lane.root.querySelector(".asked").textContent = asked;
+  showAsked(lane, asked);
   return lane;
 });
 $("lanes").append(...lanes.map((lane) => lane.root));

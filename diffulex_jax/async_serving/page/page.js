@@ -55,11 +55,10 @@ function otherSettings() {
 
 async function denoise() {
   const { max_tokens, temperature, seed, form } = $("form").elements, shared = { ...settingsOf([max_tokens, temperature, seed]), ...otherSettings() };
-  let prompt = $("prompt").value;
-  if (!prompt.trim()) throw Object.assign(new Error("the prompt is empty; type what the model should answer"), { param: "prompt" });
-  if (form.value === "chat") {
-    prompt = (await (await call("tokenize", { messages: [{ role: "user", content: prompt }] })).json()).tokens;
-  }
+  const typed = $("prompt").value;
+  if (!typed.trim()) throw Object.assign(new Error("the prompt is empty; type what the model should answer"), { param: "prompt" });
+  const spoken = form.value === "chat" ? { messages: [{ role: "user", content: typed }] } : { prompt: typed };
+  const prompt = (await (await call("tokenize", spoken)).json()).tokens;
   const began = performance.now(), asked = { prompt, stream: true, stream_mode: "denoise" };
   const fresh = [...$("choices").children].filter((choice) => !choice.hidden).map((choice) => newLane(choice.elements.strategy.value, { choice }));
   const streams = await Promise.all(fresh.map((lane) => begin(lane, { ...shared, ...settingsOf([...lane.choice.elements]), ...asked }))).catch((error) => {
@@ -68,6 +67,8 @@ async function denoise() {
   });
   abort();
   lanes = fresh;
+  const { parts } = await (await call("detokenize", { tokens: prompt })).json();
+  lanes.forEach((lane) => showAsked(lane, parts));
   $("lanes").replaceChildren(...lanes.map((lane) => lane.root));
   $("lanes").classList.toggle("two", lanes.length > 1);
   $("comparison").hidden = true;
