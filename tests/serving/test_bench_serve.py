@@ -112,3 +112,26 @@ def test_a_server_is_measured_from_the_prompt_to_the_last_token(server, rates):
         assert figures["tokens_per_second"] == pytest.approx(3 * 32 / figures["seconds"])
         assert 0 < figures["first_block"]["p50"] < figures["seconds"]
         assert (figures["nfe"] is None) == (figures["ms_per_step"] is None) == (rates is None)
+
+
+def test_a_server_is_measured_at_a_rate_and_beside_a_flood(server):
+    name = server.client.get("/v1/models").json()["data"][0]["id"]
+    sizes = ["--slots", "4", "--requests", "2", "--prompt", "20-30", "--output", "64", "--first-token", "31", "--repeats", "1"]
+    asked = ["--url", server.url, "--model", name, *sizes, "--vocabulary", "50", "--tokens-per-forward", "4", "--rate", "20"]
+    result = CliRunner().invoke(cli.app, ["bench", "e2e", *asked, "--flood", "40", "--json"])
+    assert result.exit_code == 0, result.stderr
+    (figures,) = json.loads(result.stdout)["outputs"]
+    flood = figures["flood"]
+    assert figures["ms_per_step"] is None and (flood["at_once"], flood["length"]) == (2, 40)
+    assert flood["prompts_per_second"] > 0 and flood["answered"]["p50"] > 0
+    for given in (figures, flood):
+        assert 0 < given["first_block"]["p50"] and 0 < given["inter_block"]["p50"]
+    assert flood["p99_ratio"] == flood["inter_block"]["p99"] / figures["inter_block"]["p99"]
+
+
+def test_what_a_server_says_against_a_flood_is_said(server):
+    name = server.client.get("/v1/models").json()["data"][0]["id"]
+    sizes = ["--slots", "2", "--requests", "1", "--prompt", "20", "--output", "64", "--first-token", "31", "--repeats", "1"]
+    asked = ["--url", server.url, "--model", name, *sizes, "--vocabulary", "50", "--tokens-per-forward", "4"]
+    result = CliRunner().invoke(cli.app, ["bench", "e2e", *asked, "--flood", "100000"])
+    assert result.exit_code == 2 and f"{server.url} says 400" in result.stderr
