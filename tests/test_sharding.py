@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from diffulex_jax.parallel.mesh import MESH_AXES, add_up, spec, spread
+from diffulex_jax import decode
+from diffulex_jax.bench.shapes import shape_model
+from diffulex_jax.engine import build
+from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.dispatch import jit_denoise
+from diffulex_jax.parallel.mesh import MESH_AXES, add_up, make_mesh, spec, spread
+from diffulex_jax.planning.compiling import arguments
+from diffulex_jax.strategies import for_model
+from pallas_kernels import REFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +135,27 @@ def test_arrays_without_elements_stay_outside():
     (mapped,) = (e for e in jaxpr.eqns if e.primitive.name == "shard_map")
     assert [a.aval.shape for a in mapped.invars] == [(4, 3)]
     assert [(a.aval.shape, a.aval.dtype) for a in mapped.outvars] == [((4, 3), jnp.float32), ((4, 0), jnp.int32)]
+
+
+def test_a_denoise_program_writes_by_no_index_without_elements():
+    """XLA for GPUs crashes on such arrays where devices share a program; ``at[:n].set`` makes them."""
+    model, mesh = shape_model("tiny"), make_mesh()
+    strategy = for_model(model.spec, "llada2_edit")
+    _, policy, dims = build.plan(model.spec, strategy, EngineConfig(max_slots=4, max_model_len=64))
+    program = decode.Program(model, dims, strategy.rule, REFERENCE, policy)
+    with jax.set_mesh(mesh):
+        given = arguments(program, mesh, dtype=jnp.float32, num_pages=8)
+        found = list(equations(jit_denoise(program, mesh, dtype=jnp.float32, steps=1).trace(*given).jaxpr))
+    indices = [e.invars[1].aval for e in found if e.primitive.name.startswith("scatter")]
+    assert indices and all(aval.size for aval in indices)
+
+
+def equations(part):
+    """All equations of a jaxpr, those within equations too."""
+    if isinstance(part, (tuple, list)):
+        for one in part:
+            yield from equations(one)
+    elif hasattr(part, "eqns") or hasattr(part, "jaxpr"):
+        for equation in getattr(part, "jaxpr", part).eqns:
+            yield equation
+            yield from equations(tuple(equation.params.values()))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, PartitionSpec
 
@@ -57,7 +58,11 @@ def denoise(
             max_steps=max_steps,
             stop_on_finish=stop,
         )
-        return pool, jax.tree.map(lambda a, new: a.at[:count].set(new), state, rows), report, trace
+        return pool, jax.tree.map(written, state, rows), report, trace
+
+    def written(a: jax.Array, rows: jax.Array) -> jax.Array:
+        """``a`` with its first rows replaced. Not by ``at[:n].set``, which passes indices without elements: see :func:`spread`."""
+        return lax.dynamic_update_slice_in_dim(a, rows, 0, 0) if a.size else a
 
     slots, pages, every = spec(*STATE_AXES), spec(*POOL_AXES), PartitionSpec()
     run = spread(
