@@ -150,6 +150,11 @@ class AsyncEngine:
         return self.supervisor.ready.facts if self.supervisor.ready is not None else {}
 
     @property
+    def follows(self) -> bool:
+        """Whether the engine runs, and repeats what that of another host does."""
+        return self.supervisor.health is Health.READY and bool(self.facts.get("host_index"))
+
+    @property
     def in_flight(self) -> Sequence[str]:
         """Ids of requests that wait for an answer."""
         return list(self._inboxes)
@@ -221,7 +226,7 @@ class AsyncEngine:
         ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
         if self.supervisor.health is not Health.READY:
             raise RequestError(503, f"the engine is {self.supervisor.health.value} ({self.supervisor.reason or 'not started yet'})")
-        if self.facts["host_index"]:
+        if self.follows:
             raise RequestError(503, f"this is host {self.facts['host_index']} of {self.facts['hosts']}, which follows: ask host 0")
         if self.draining:
             raise RequestError(503, "the server is shutting down")
@@ -265,11 +270,14 @@ class AsyncEngine:
         return id in self._inboxes
 
     async def drain(self, seconds: float) -> bool:
-        """Takes no more requests and waits for those there are; what is not done in time fails (503). Says whether all were done."""
+        """Takes no more requests and waits for those there are; what is not done in time fails (503). Says whether all were done.
+
+        One that follows waits for the end of the one that leads: without it that could finish nothing.
+        """
         self.draining = True
         self.supervisor.send(protocol.Drain())
         deadline = time.monotonic() + seconds
-        while self._inboxes and time.monotonic() < deadline:
+        while (self._inboxes or self.follows) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         done = not self._inboxes
         self._on_down("the server is shutting down")

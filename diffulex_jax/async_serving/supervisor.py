@@ -94,13 +94,24 @@ class Supervisor:
             self._worker.send(command)
 
     async def stop(self) -> None:
-        """Ends the worker for good. One that is still starting in a thread is not waited for: it may be minutes in the compiler."""
+        """Ends the worker for good. One that is still starting in a thread is not waited for: it may be minutes in the compiler.
+
+        One that leads others may end by itself first, so that those end in good order.
+        """
         was, self.health = self.health, Health.STOPPED
         for task in self._tasks:
             task.cancel()
         if self._worker is not None:
+            if was is Health.READY and self._leads_others:
+                self._worker.send(protocol.Stop())
+                await asyncio.to_thread(self._worker.join, _LAST_TICK_SECONDS)
             self._worker.kill()
             await asyncio.to_thread(self._worker.join, _LAST_TICK_SECONDS if was is Health.READY else 0.1)
+
+    @property
+    def _leads_others(self) -> bool:
+        facts = self.ready.facts if self.ready is not None else {}
+        return facts.get("hosts", 1) > 1 and facts["host_index"] == 0
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)
@@ -162,10 +173,11 @@ class Supervisor:
                 self._fall(f"the engine spent {self._busy:.1f} s on one step")
 
     def _fall(self, reason: str) -> None:
+        """Without a ``reason`` it has ended in good order, as the one that it follows has."""
         if self.health is Health.STARTING:
             self._failed_starts += 1
         self.health, self.reason, self.stats = Health.DOWN, reason, {}
-        logger.error("the engine is down: %s", reason)
+        logger.log(logging.ERROR if reason else logging.INFO, "the engine is down: %s", reason or "host 0 has ended")
         self._on_down(reason)
         if self._may_restart:
             self._spawn(self._restart())

@@ -64,10 +64,13 @@ def build(factory: Factory, emit: Deliver) -> Engines | None:
         with startup.told_to(lambda stage, what: emit([protocol.Starting(stage, what)])):
             made = factory()
     except (ValueError, OSError) as error:
-        emit([protocol.Stopped(" ".join(str(error).split()), refused=True)])
+        reason = " ".join(str(error).split())
+        hosts.fail(reason)
+        emit([protocol.Stopped(reason, refused=True)])
         return None
     except Exception as error:
         logger.exception("the engine could not be built")
+        hosts.fail(f"{type(error).__name__}: {error}")
         emit([protocol.Stopped(f"{type(error).__name__}: {error}")])
         return None
     engines = made if isinstance(made, Mapping) else {made.strategy: made}
@@ -99,10 +102,10 @@ def facts_of(engines: Engines) -> dict[str, Any]:
 
 def own(factory: Factory, receive: Callable[[bool], list[protocol.Command]], emit: Deliver) -> None:
     """A worker's life: builds the engines and runs their loop until a Stop or a fault."""
+    hosts.tell(lambda reason: emit([protocol.Stopped(reason)]))
     engines = build(factory, emit)
     if engines is None:
         return
-    hosts.tell(lambda reason: emit([protocol.Stopped(reason)]))
     try:
         if hosts.leads():
             loop.run(engines, receive, emit)
@@ -112,6 +115,7 @@ def own(factory: Factory, receive: Callable[[bool], list[protocol.Command]], emi
         logger.exception("the engine failed")
         if hosts.several():
             time.sleep(2 * hosts.SILENCE_SECONDS)  # perhaps for a lost host: then that is said, and this process ends meanwhile
+            hosts.fail(f"{type(error).__name__}: {error}")
         emit([protocol.Stopped(f"{type(error).__name__}: {error}")])
     else:
         emit([protocol.Stopped("")])

@@ -5,6 +5,7 @@ Settings of a request and of the engine become options by themselves, read from 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -12,7 +13,7 @@ import json
 import os
 import pathlib
 import threading
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -24,6 +25,10 @@ from diffulex_jax.cli.generate import generate, trace
 from diffulex_jax.cli.options import SHAPE_NAMES, STRATEGIES, USUAL, AsJson, Mesh, Model, PlainCommand, one_line_errors, settings_as_options
 from diffulex_jax.cli.train import train
 from diffulex_jax.engine.config import EngineConfig
+
+
+if TYPE_CHECKING:
+    from diffulex_jax.parallel.hosts import Hosts
 
 
 class CommandLine(typer.Typer):
@@ -113,13 +118,12 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, and some of its own."""
     with one_line_errors():
-        several = _several(distributed, coordinator, hosts, host_index)
-        if several and isolation is Isolation.THREAD:
+        job = _job(distributed, coordinator, hosts, host_index)
+        if job is not None and isolation is Isolation.THREAD:
             raise ValueError("--isolation thread is not for several hosts: one that is lost ends the engine's process")
         from diffulex_jax.async_serving import http  # late: its packages come with the extra "serve"
         from diffulex_jax.async_serving.async_engine import AsyncEngine
         from diffulex_jax.async_serving.worker import ENGINE_THREAD
-        from diffulex_jax.parallel.hosts import Hosts
 
         mine = {field.name for field in dataclasses.fields(ServerSettings)}
         chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in mine}
@@ -130,18 +134,24 @@ def serve(
                 http.build_engines,
                 model,
                 strategy or [None],
-                hosts=Hosts(coordinator=coordinator, count=hosts, index=host_index) if several else None,
+                hosts=job,
                 mesh=mesh,
                 **engine_settings,
             ),
-            restart=not several,
+            restart=job is None,
             isolation=isolation.value,
             compile_cache=compile_cache,
             silence_seconds=silence_seconds,
             tick_seconds=tick_seconds,
         )
         interrupt.leave_to_loop()
-        code = http.serve(engine, model=model, host=host, port=port, settings=ServerSettings(**chosen))
+        try:
+            code = http.serve(engine, model=model, host=host, port=port, settings=ServerSettings(**chosen))
+        except RuntimeError as error:
+            if job is None:
+                raise
+            typer.echo(f"error: {error}", err=True)  # another host is lost, or was never there
+            raise typer.Exit(1) from error
         if any(thread.name == ENGINE_THREAD for thread in threading.enumerate()):
             interrupt.leave(code)  # it is in the compiler, perhaps for minutes
         raise typer.Exit(code)
@@ -165,16 +175,12 @@ def convert_(
     It takes the place of --model, with the same --dtype and --weights. It needs diffulex-jax[orbax].
     """
     with one_line_errors():
-        several = _several(distributed, coordinator, hosts, host_index)
+        job = _job(distributed, coordinator, hosts, host_index)
         settings = EngineConfig(dtype=dtype, weights=weights)
-        from diffulex_jax.parallel.hosts import Hosts, part
         from diffulex_jax.weights.convert import convert
 
-        if several:
-            Hosts(coordinator=coordinator, count=hosts, index=host_index).connect()
-        convert(model, out, mesh=mesh, dtype=settings.jax_dtype, weights=settings.weights, progress=True)
-        if several:
-            part()
+        with contextlib.nullcontext() if job is None else job.joined():
+            convert(model, out, mesh=mesh, dtype=settings.jax_dtype, weights=settings.weights, progress=True)
 
 
 @app.command("plan", cls=PlainCommand)
@@ -258,8 +264,13 @@ def doctor(
     typer.echo(json.dumps(facts) if as_json else "\n".join(lines))
 
 
-def _several(distributed: bool, *told: str | int | None) -> bool:
-    """Whether this process is one of several."""
-    if any(value is not None for value in told) and not (distributed or None not in told):
-        raise ValueError("--coordinator, --hosts and --host-index go together, or with --distributed")
-    return distributed or None not in told
+def _job(distributed: bool, coordinator: str | None, count: int | None, index: int | None) -> Hosts | None:
+    """How this process meets the others; None where it is the only one."""
+    told = coordinator, count, index
+    if not distributed and None in told:
+        if any(value is not None for value in told):
+            raise ValueError("--coordinator, --hosts and --host-index go together, or with --distributed")
+        return None
+    from diffulex_jax.parallel.hosts import Hosts  # late: it imports JAX
+
+    return Hosts(coordinator=coordinator, count=count, index=index)

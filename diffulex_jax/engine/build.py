@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from diffulex_jax import decode
 from diffulex_jax.cache.pages import PagePool, chain_digest
+from diffulex_jax.engine import alike
 from diffulex_jax.engine.admission import Limits
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import JaxDevice, default_num_pages
@@ -103,6 +104,7 @@ def load(
     tokenizer, eos_ids = Tokenizer.load(path), checkpoint.load_end_ids(path)
     for strategy in found:
         plan(spec, strategy, settings)  # a setting that will not do should not cost a load either
+    alike.check(settings, found, mesh, path=path)
     kernels, weights = _kernels(mesh, settings), _form(settings)
     adapter = None if settings.adapter is None else adapters.load(settings.adapter, checkpoint.load_model(path))
     of = {"dtype": settings.jax_dtype, "weights": weights, "kernels": kernels}
@@ -255,6 +257,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
       ValueError: for a setting that will not do, naming it.
     """
     spec, mesh, rule = network.model.spec, network.mesh, strategy.rule
+    alike.check(settings, [strategy], mesh)
     kernels = _kernels(mesh, settings)
     batched = settings.max_batched_tokens or kernels.batched_tokens
     s, policy, dims = plan(spec, strategy, dataclasses.replace(settings, max_batched_tokens=batched))

@@ -7,15 +7,21 @@ place that knows where it is.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import itertools
+import json
 import logging
 import os
+import re
+import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -25,47 +31,136 @@ from jax.experimental import multihost_utils
 _PART = 2**20  # bytes of a value; a gRPC message holds at most 4 MiB
 _FORGET_EVERY = 64  # messages
 _BEAT_SECONDS = 1.0
+_MEET_SECONDS = 300.0  # the first host waits so long for the last
+_PATIENCE_SECONDS = 10.0  # who is waited for so long is named, and then again and again
 SILENCE_SECONDS = 6.0  # a host that says nothing for so long is lost
 _JAX_SILENCE_SECONDS = 20  # then JAX ends those that are left, if they are still there
 
 logger = logging.getLogger(__name__)
 
 _listeners: list[Callable[[str], None]] = []
+_agreements = itertools.count()
+_ending = threading.Event()  # this process ends for a reason of its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """How the processes of a job meet. What is None JAX takes from its environment variables (``JAX_COORDINATOR_ADDRESS``,
-    ``JAX_NUM_PROCESSES``, ``JAX_PROCESS_ID``), or finds out on TPU pods, Kubernetes, Slurm and Open MPI.
+    """How the processes of a job meet. What is None is taken from ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and
+    ``JAX_PROCESS_ID``; what those do not say either JAX finds out on TPU pods, Kubernetes, Slurm and Open MPI.
 
     Attributes:
       coordinator: ``"host:port"`` of process 0.
       count: processes of the job.
       index: of this one.
+
+    Raises:
+      ValueError: for what will not do.
     """
 
     coordinator: str | None = None
     count: int | None = None
     index: int | None = None
 
+    def __post_init__(self) -> None:
+        set_ = functools.partial(object.__setattr__, self)
+        set_("coordinator", self.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"))
+        set_("count", _number("JAX_NUM_PROCESSES") if self.count is None else self.count)
+        set_("index", _number("JAX_PROCESS_ID") if self.index is None else self.index)
+        if self.coordinator is not None and not _is_address(self.coordinator):
+            raise ValueError(f"the coordinator {self.coordinator!r} must be HOST:PORT of host 0, like 10.0.0.1:1234")
+        if self.count is not None and self.index is not None and not 0 <= self.index < self.count:
+            raise ValueError(f"the host index {self.index} must be one of 0 to {self.count - 1}: there are {self.count} hosts")
+
     def connect(self) -> None:
         """Meets the others, and ends this process when one of them is lost: what they compute together cannot go on.
 
-        Call it before JAX computes anything. Where process 0 is gone, it is JAX that ends the others.
+        Call it before JAX computes anything. Where process 0 is gone, or this is one too many, it is JAX that ends this process. So does
+        this, with exit code 1, where the others do not come in five minutes; meanwhile the log says who is waited for.
 
         Raises:
-          ValueError: for what will not do, or where the environment does not say what is left out.
-          RuntimeError: when the others do not come.
+          ValueError: where the environment does not say what is left out.
+          OSError: where this is host 0 and the coordinator's port is taken.
         """
         told = None not in (self.coordinator, self.count, self.index)
-        jax.distributed.initialize(
-            self.coordinator,
-            self.count,
-            self.index,
-            cluster_detection_method="deactivate" if told else None,  # which would leave this process one of several GPUs
-            heartbeat_timeout_seconds=_JAX_SILENCE_SECONDS,
-        )
+        if self.index == 0 and self.coordinator and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+            _check_free(_place(self.coordinator)[1])
+        met = threading.Event()
+        threading.Thread(target=self._wait, args=(met,), name="meeting", daemon=True).start()
+        try:
+            jax.distributed.initialize(
+                self.coordinator,
+                self.count,
+                self.index,
+                cluster_detection_method="deactivate" if told else None,  # which would leave this process one of several GPUs
+                initialization_timeout=int(_MEET_SECONDS) + 60,  # then JAX would end this process without saying why
+                heartbeat_timeout_seconds=_JAX_SILENCE_SECONDS,
+            )
+        except ValueError as error:
+            raise ValueError(f"JAX does not find out how hosts meet here ({error}); say --coordinator, --hosts and --host-index") from error
+        finally:
+            met.set()
         threading.Thread(target=_watch if leads() else _beat, name="hosts", daemon=True).start()
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Connects for the time of a ``with``: an error in it ends the others too, otherwise all part in good order."""
+        self.connect()
+        try:
+            yield
+        except Exception as error:
+            fail(" ".join(str(error).split()))
+            raise
+        part()
+
+    def _wait(self, met: threading.Event) -> None:
+        """Says who is waited for until all have ``met``, and ends this process where that takes too long."""
+        began = time.monotonic()
+        while not met.wait(_PATIENCE_SECONDS):
+            missing = self._missing()
+            if time.monotonic() - began > _MEET_SECONDS:
+                _lose(f"the hosts have not met in {_MEET_SECONDS:.0f} s: {missing}")
+            logger.warning("waiting for the other hosts: %s", missing)
+
+    def _missing(self) -> str:
+        all_ = f"all {self.count}" if self.count else "all"
+        if self.coordinator is None:
+            return f"not {all_} have come to the address that JAX found out"
+        if self.index == 0:
+            return f"not {all_} have come to {self.coordinator}, where this one, host 0, listens"
+        try:
+            socket.create_connection(_place(self.coordinator), timeout=5).close()
+        except OSError as error:
+            return f"host 0 does not answer at {self.coordinator} ({error.strerror or error})"
+        return f"host 0 answers at {self.coordinator}, but not {all_} have come"
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"{variable}={text!r} must be a number")
+    return int(text)
+
+
+def _is_address(text: str) -> bool:
+    return re.fullmatch(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):[0-9]{1,5}", text) is not None and 0 < _place(text)[1] < 2**16
+
+
+def _place(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _check_free(port: int) -> None:
+    """Raises OSError where the port is taken: JAX would not say which."""
+    both = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise OSError(
+            f"the coordinator's port {port} cannot be had on host 0 ({os.strerror(error.errno or 0)}); choose another on all hosts"
+        ) from error
 
 
 def part() -> None:
@@ -88,6 +183,55 @@ def least(mine: int) -> int:
     return int(multihost_utils.process_allgather(np.int64(mine)).min()) if several() else mine
 
 
+def agree(facts: Mapping[str, str]) -> None:
+    """Checks that all processes give the same ``facts``, names and values; all call this, in the same order.
+
+    Raises:
+      ValueError: on every one of them, naming what differs first, where, and both values.
+    """
+    if not several():
+        return
+    at, mine = f"agree/{next(_agreements)}", jax.process_index()
+    if mine:
+        _store().key_value_set(f"{at}/{mine}", json.dumps(dict(facts)))
+    else:
+        _store().key_value_set(f"{at}/found", json.dumps(_difference(at, facts)))
+    if found := json.loads(_heard(f"{at}/found")):
+        _end()
+        raise ValueError(found)
+
+
+def _difference(at: str, ours: Mapping[str, str]) -> str:
+    for i in range(1, jax.process_count()):
+        theirs = json.loads(_heard(f"{at}/{i}"))
+        for name in {**ours, **theirs}:
+            if theirs.get(name) != ours.get(name):
+                both = f"{theirs.get(name)} on host {i} of {jax.process_count()}, and {ours.get(name)} on host 0"
+                return f"{name} is {both}; all hosts must be started alike"
+    return ""
+
+
+def fail(reason: str) -> None:
+    """Tells the others why this process ends, which ends them, too. Nothing where it is the only one."""
+    if _store() is None or _ending.is_set():
+        return
+    _say_fault(f"host {jax.process_index()} of {jax.process_count()} ended: {reason}")
+    _end()
+
+
+def _end() -> None:
+    """This process is to end by itself, and not to wait for the others at its exit, as JAX would, which aborts it when they are gone."""
+    _ending.set()
+    _let_others_read()
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 class Messages:
     """What process 0 says to all others, in order."""
 
@@ -106,7 +250,7 @@ class Messages:
     def receive(self) -> bytes:
         """Waits for the next message. Where process 0 is gone, JAX ends this one."""
         number = next(self._numbers)
-        count = int(_wait(lambda: _store().blocking_key_value_get(self._key(number, "parts"), 60_000)))
+        count = int(_heard(self._key(number, "parts")))
         return b"".join(_store().blocking_key_value_get_bytes(self._key(number, i), 60_000) for i in range(count))
 
     def forget(self, number: int) -> None:
@@ -120,7 +264,7 @@ class Messages:
 
 
 def tell(listener: Callable[[str], None]) -> None:
-    """Calls ``listener(reason)`` when another process is lost, before this one, process 0, ends."""
+    """Calls ``listener(reason)`` when another process is lost, before this one ends."""
     _listeners.append(listener)
 
 
@@ -129,36 +273,61 @@ def _watch() -> None:
     while _store() is not None:
         time.sleep(_BEAT_SECONDS)
         for i, (last, since) in heard.items():
-            said = _last_beat(i)
+            said = _read(f"beat/{i}")
             if said != last:
                 heard[i] = said, time.monotonic()
             elif last and time.monotonic() - since > SILENCE_SECONDS and _store() is not None:
-                reason = f"host {i} of {jax.process_count()} has said nothing for {SILENCE_SECONDS:.0f} s"
-                logger.error("%s", reason)
-                for listener in _listeners:
-                    listener(reason)
-                os._exit(1)  # the main thread may wait in a computation that never ends
+                _say_fault(f"host {i} of {jax.process_count()} has said nothing for {SILENCE_SECONDS:.0f} s")
+        _end_with_others()
 
 
 def _beat() -> None:
-    with contextlib.suppress(Exception):  # process 0 is gone, or this one has left
-        for n in itertools.count(1):
+    for n in itertools.count(1):
+        if _store() is None:
+            return  # this one has left; where process 0 is gone, JAX ends it
+        with contextlib.suppress(Exception):
             _store().key_value_set(f"beat/{jax.process_index()}", str(n), allow_overwrite=True)
-            time.sleep(_BEAT_SECONDS)
+        _end_with_others()
+        time.sleep(_BEAT_SECONDS)
 
 
-def _last_beat(index: int) -> str:
+def _say_fault(reason: str) -> None:
+    with contextlib.suppress(Exception):  # another was first
+        _store().key_value_set("fault", reason)
+
+
+def _end_with_others() -> None:
+    if (reason := _read("fault")) and not _ending.is_set():
+        if jax.process_count() > 2:
+            _let_others_read()
+        _lose(reason)
+
+
+def _let_others_read() -> None:
+    """What was said is gone with process 0."""
+    if leads():
+        time.sleep(2 * _BEAT_SECONDS)
+
+
+def _lose(reason: str) -> NoReturn:
+    logger.error("%s", reason)
+    for listener in _listeners:
+        listener(reason)
+    os._exit(1)  # the main thread may wait in a computation that never ends
+
+
+def _read(key: str) -> str:
     try:
-        return _store().key_value_try_get(f"beat/{index}")
+        return _store().key_value_try_get(key)
     except Exception:  # the store raises where there is no such key yet
         return ""
 
 
-def _wait(ask: Callable[[], str]) -> str:
-    """What ``ask`` gives, however often it runs out of time."""
+def _heard(key: str) -> str:
+    """Waits for the value of a key, however long."""
     while True:
         try:
-            return ask()
+            return _store().blocking_key_value_get(key, 60_000)
         except Exception as error:  # JAX's type for it is not public
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise

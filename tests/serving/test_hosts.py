@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import socket
+import time
 
 import psutil
 import pytest
@@ -63,9 +64,26 @@ def test_two_hosts_answer_as_one_and_end_together(model, compiled, monkeypatch):
         assert still_alive(both, 5) == []
 
 
+def test_sigterm_to_all_hosts_ends_them_in_good_order(model, compiled, monkeypatch):
+    """The leader answers what it was asked, for which it needs the others."""
+    with pair(model, compiled, monkeypatch) as (first, second), concurrent.futures.ThreadPoolExecutor(4) as pool:
+        both = processes(first) + processes(second)
+        answers = [pool.submit(ask, first, f"question {i}", n=3) for i in range(4)]
+        while not first.metric("num_requests_running"):
+            time.sleep(0.005)
+        for server in (second, first):
+            server.process.terminate()
+        assert [len(answer.result(20)["outputs"]) for answer in answers] == [3] * 4
+        assert (first.process.wait(15), second.process.wait(15)) == (0, 0)
+        assert [line for server in (first, second) for line in server.log if line["level"] == "error"] == []
+        assert still_alive(both, 5) == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--coordinator", "10.0.0.1", "--hosts", "2", "--host-index", "0"], "the coordinator '10.0.0.1' must be HOST:PORT of host 0"),
+        (["--coordinator", "10.0.0.1:80", "--hosts", "2", "--host-index", "2"], "the host index 2 must be one of 0 to 1"),
         (["--hosts", "2"], "--coordinator, --hosts and --host-index go together"),
         (["--distributed", "--isolation", "thread"], "--isolation thread is not for several hosts"),
     ],

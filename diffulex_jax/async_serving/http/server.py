@@ -108,8 +108,8 @@ def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settings: Se
       settings: how to behave.
 
     Returns:
-      The exit code: 130 where SIGINT was the first signal, 1 where the engine was lost for good, else 0. In a thread the engine may still
-      be compiling, which no one can end.
+      The exit code: 130 where SIGINT was the first signal, 1 where the engine was lost for good, else 0, also where the host that this one
+      followed has ended in good order. In a thread the engine may still be compiling, which no one can end.
 
     Raises:
       ValueError: when the model or a setting will not do.
@@ -159,7 +159,7 @@ def serve(engine: AsyncEngine, *, model: str, host: str, port: int, settings: Se
             listening.close()
             await engine.stop()
             await asyncio.gather(starting, return_exceptions=True)
-        if engine.supervisor.lost.is_set():
+        if engine.supervisor.lost.is_set() and engine.supervisor.reason:
             return 1
         return 128 + signal.SIGINT if server.first_signal == signal.SIGINT else 0
 

@@ -93,7 +93,7 @@ class Service:
     def status(self) -> str:
         """What ``/health`` says of the engine; one that repeats what another host does is ``"following"``."""
         supervisor = self.engine.supervisor
-        if supervisor.health is Health.READY and self.facts["host_index"]:
+        if self.engine.follows:
             return "following"
         return supervisor.stage if supervisor.health is Health.STARTING else supervisor.health.value
 
