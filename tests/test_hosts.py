@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import pickle
 import re
 import shutil
 import socket
@@ -12,7 +13,7 @@ import time
 
 import pytest
 
-from diffulex_jax.engine import alike
+from diffulex_jax.engine import alike, mirror
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.parallel import hosts
 from diffulex_jax.parallel.hosts import Hosts
@@ -74,6 +75,18 @@ def test_what_is_wrong_with_one_host_ends_the_others_and_is_named_there(job):
     said, codes = job("fail", 3)
     assert codes == [1, 1, 1] and time.monotonic() - began < 30
     assert re.search("host [12] of 3 ended: there is no such model", said[0])
+
+
+def test_an_error_of_a_host_that_follows_is_told_to_the_others(monkeypatch):
+    """Without it JAX would wait for them at the end of that process, and they for it."""
+    said: list[str] = []
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr(hosts, "fail", said.append)
+    monkeypatch.setattr(mirror._calls, "receive", lambda: b"no message")
+    with pytest.raises(pickle.UnpicklingError):
+        mirror.follow([])
+    assert len(said) == 1 and said[0].startswith("UnpicklingError: ")
 
 
 def test_who_is_waited_for_is_said_and_not_for_ever(address):

@@ -113,9 +113,7 @@ def own(factory: Factory, receive: Callable[[bool], list[protocol.Command]], emi
             mirror.follow(engines.values())
     except Exception as error:
         logger.exception("the engine failed")
-        if hosts.several():
-            time.sleep(2 * hosts.SILENCE_SECONDS)  # perhaps for a lost host: then that is said, and this process ends meanwhile
-            hosts.fail(f"{type(error).__name__}: {error}")
+        hosts.fail_alone(f"{type(error).__name__}: {error}")
         emit([protocol.Stopped(f"{type(error).__name__}: {error}")])
     else:
         emit([protocol.Stopped("")])

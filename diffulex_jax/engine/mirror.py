@@ -82,7 +82,16 @@ def _end() -> None:
 
 
 def follow(engines: Iterable[Engine]) -> None:
-    """Repeats what process 0 does, until it ends. For all other processes, with all engines that they built."""
+    """Repeats what process 0 does, until it ends. For all other processes, with all engines that they built. An error ends all."""
+    try:
+        _repeat(engines)
+    except Exception as error:
+        hosts.fail_alone(f"{type(error).__name__}: {error}")
+        raise
+    hosts.part()
+
+
+def _repeat(engines: Iterable[Engine]) -> None:
     mirrors: list[Any] = [engine._device for engine in engines]
     devices: dict[int, JaxDevice] = {mirror.number: mirror.device for mirror in mirrors}
     known: dict[int, Tracked] = {}
@@ -91,7 +100,6 @@ def follow(engines: Iterable[Engine]) -> None:
         getattr(devices[number], name)(*args, **kwargs)
         for key in gone:
             del known[key]
-    hosts.part()
 
 
 def _pickled(call: tuple[int, str, tuple[Any, ...], dict[str, Any]]) -> bytes:

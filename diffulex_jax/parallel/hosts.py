@@ -219,6 +219,13 @@ def fail(reason: str) -> None:
     _end()
 
 
+def fail_alone(reason: str) -> None:
+    """As :func:`fail`, but for what may go wrong here because another host is lost: then that is said, and this process ends meanwhile."""
+    if several() and not _ending.is_set():
+        time.sleep(2 * SILENCE_SECONDS)
+        fail(reason)
+
+
 def _end() -> None:
     """This process is to end by itself, and not to wait for the others at its exit, as JAX would, which aborts it when they are gone."""
     _ending.set()
