@@ -27,6 +27,12 @@ import sys
 from diffulex_jax.parallel import hosts
 hosts._MEET_SECONDS, hosts._PATIENCE_SECONDS = map(float, sys.argv[4:6])
 address, count, index, job = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[6]
+if job == "no devices":
+    hosts.Hosts(coordinator=address, count=count, index=index).connect()
+    if index:
+        hosts.fail("there is no device")
+        raise SystemExit
+    hosts.several()  # where JAX asks the others for their devices
 with hosts.Hosts(coordinator=address, count=count, index=index).joined():
     hosts.agree({"slots": "4", "mesh": "data=2"})
     if job == "differ":
@@ -75,6 +81,12 @@ def test_what_is_wrong_with_one_host_ends_the_others_and_is_named_there(job):
     said, codes = job("fail", 3)
     assert codes == [1, 1, 1] and time.monotonic() - began < 30
     assert re.search("host [12] of 3 ended: there is no such model", said[0])
+
+
+def test_a_host_without_devices_ends_the_others(job):
+    """These wait for it while JAX looks for devices."""
+    said, codes = job("no devices", 2)
+    assert codes == [1, 1] and "host 1 of 2 ended: there is no device" in said[0]
 
 
 def test_an_error_of_a_host_that_follows_is_told_to_the_others(monkeypatch):

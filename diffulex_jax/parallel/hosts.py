@@ -1,7 +1,7 @@
 """Several hosts, one engine: how their processes meet, what they tell each other, and who is still there.
 
 JAX connects the processes and puts all their devices into one mesh (``jax.distributed``). The little that they say beside it goes through
-the key-value store of JAX's coordination service, which process 0 holds. JAX has no public name for that store: :func:`_store` is the one
+the key-value store of JAX's coordination service, which process 0 holds. JAX has no public name for that store: :func:`_state` is the one
 place that knows where it is.
 """
 
@@ -99,7 +99,8 @@ class Hosts:
             raise ValueError(f"JAX does not find out how hosts meet here ({error}); say --coordinator, --hosts and --host-index") from error
         finally:
             met.set()
-        threading.Thread(target=_watch if leads() else _beat, name="hosts", daemon=True).start()
+        # From here on an error is told to all: JAX finds its devices next, where each waits for the others.
+        threading.Thread(target=_beat if _state().process_id else _watch, name="hosts", daemon=True).start()
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
@@ -191,7 +192,7 @@ def agree(facts: Mapping[str, str]) -> None:
     """
     if not several():
         return
-    at, mine = f"agree/{next(_agreements)}", jax.process_index()
+    at, mine = f"agree/{next(_agreements)}", _state().process_id
     if mine:
         _store().key_value_set(f"{at}/{mine}", json.dumps(dict(facts)))
     else:
@@ -202,11 +203,11 @@ def agree(facts: Mapping[str, str]) -> None:
 
 
 def _difference(at: str, ours: Mapping[str, str]) -> str:
-    for i in range(1, jax.process_count()):
+    for i in range(1, _state().num_processes):
         theirs = json.loads(_heard(f"{at}/{i}"))
         for name in {**ours, **theirs}:
             if theirs.get(name) != ours.get(name):
-                both = f"{theirs.get(name)} on host {i} of {jax.process_count()}, and {ours.get(name)} on host 0"
+                both = f"{theirs.get(name)} on host {i} of {_state().num_processes}, and {ours.get(name)} on host 0"
                 return f"{name} is {both}; all hosts must be started alike"
     return ""
 
@@ -215,7 +216,8 @@ def fail(reason: str) -> None:
     """Tells the others why this process ends, which ends them, too. Nothing where it is the only one."""
     if _store() is None or _ending.is_set():
         return
-    _say_fault(f"host {jax.process_index()} of {jax.process_count()} ended: {reason}")
+    _ending.set()
+    _say_fault(f"host {_state().process_id} of {_state().num_processes} ended: {reason}")
     _end()
 
 
@@ -276,7 +278,7 @@ def tell(listener: Callable[[str], None]) -> None:
 
 
 def _watch() -> None:
-    heard = {i: ("", time.monotonic()) for i in range(1, jax.process_count())}
+    heard = {i: ("", time.monotonic()) for i in range(1, _state().num_processes)}
     while _store() is not None:
         time.sleep(_BEAT_SECONDS)
         for i, (last, since) in heard.items():
@@ -284,7 +286,7 @@ def _watch() -> None:
             if said != last:
                 heard[i] = said, time.monotonic()
             elif last and time.monotonic() - since > SILENCE_SECONDS and _store() is not None:
-                _say_fault(f"host {i} of {jax.process_count()} has said nothing for {SILENCE_SECONDS:.0f} s")
+                _say_fault(f"host {i} of {len(heard) + 1} has said nothing for {SILENCE_SECONDS:.0f} s")
         _end_with_others()
 
 
@@ -293,7 +295,7 @@ def _beat() -> None:
         if _store() is None:
             return  # this one has left; where process 0 is gone, JAX ends it
         with contextlib.suppress(Exception):
-            _store().key_value_set(f"beat/{jax.process_index()}", str(n), allow_overwrite=True)
+            _store().key_value_set(f"beat/{_state().process_id}", str(n), allow_overwrite=True)
         _end_with_others()
         time.sleep(_BEAT_SECONDS)
 
@@ -305,14 +307,14 @@ def _say_fault(reason: str) -> None:
 
 def _end_with_others() -> None:
     if (reason := _read("fault")) and not _ending.is_set():
-        if jax.process_count() > 2:
+        if _state().num_processes > 2:
             _let_others_read()
         _lose(reason)
 
 
 def _let_others_read() -> None:
     """What was said is gone with process 0."""
-    if leads():
+    if _state().process_id == 0:
         time.sleep(2 * _BEAT_SECONDS)
 
 
@@ -341,6 +343,11 @@ def _heard(key: str) -> str:
 
 
 def _store() -> Any:
+    return _state().client
+
+
+def _state() -> Any:
+    """What JAX knows of the job before it has looked for devices."""
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
