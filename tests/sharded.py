@@ -35,7 +35,7 @@ from diffulex_jax.training import objective
 from diffulex_jax.training.data import Examples, shuffled
 from diffulex_jax.training.recipe import Recipe, Term, changed
 from diffulex_jax.training.trainer import train
-from diffulex_jax.weights import checkpoint
+from diffulex_jax.weights import assembly, checkpoint
 from diffulex_jax.weights.convert import convert
 from pallas_kernels import grouped_matmul, prediction
 
@@ -208,7 +208,7 @@ def shared_by_gpus():
 
 def loaded(mesh, folder, host_bytes):
     """(same values as written, each leaf where the table says, the share of all parameters that the fullest device holds)."""
-    with mock.patch.object(checkpoint, "HOST_BYTES", host_bytes):
+    with mock.patch.object(assembly, "HOST_BYTES", host_bytes):
         model, params = checkpoint.load(folder, mesh)
     want = leaves(init(MODEL, jax.random.key(0), scale=0.3))
     got, schema = leaves(params), leaves(model.schema)
@@ -268,7 +268,7 @@ def read_by_one_host(axes):
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(folder, MODEL, written, dtype="float32")
-        with mock.patch.multiple(checkpoint, open_source=counted, _held_here=held_here):
+        with mock.patch.object(checkpoint, "open_source", counted), mock.patch.object(assembly, "_held_here", held_here):
             _, params = checkpoint.load(folder, mesh)
     same, held = True, 0
     for path, leaf in leaves(params).items():

@@ -23,7 +23,7 @@ from diffulex_jax.models import names
 from diffulex_jax.models.base import Model, is_param, leaves
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import make_mesh
-from diffulex_jax.weights import checkpoint
+from diffulex_jax.weights import assembly, checkpoint
 from diffulex_jax.weights.convert import convert
 
 
@@ -274,7 +274,7 @@ def test_a_host_reads_no_experts_but_those_of_its_devices(tiny, monkeypatch):
 
     checkpoint_reader, whole = checkpoint.open_source, load(tiny)[1]
     monkeypatch.setattr(checkpoint, "open_source", reader)
-    monkeypatch.setattr(checkpoint, "_held_here", held_here)
+    monkeypatch.setattr(assembly, "_held_here", held_here)
     part = load(tiny)[1]
     experts = {int(name.split(".experts.")[1].split(".")[0]) for name in read if ".experts." in name}
     assert experts == set(range(mine.start, mine.stop)) < set(range(count))

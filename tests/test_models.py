@@ -21,7 +21,7 @@ from diffulex_jax.models import hf_config, layers, registry
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, init, leaves
 from diffulex_jax.models.names import Names, put, take
 from diffulex_jax.parallel.mesh import make_mesh
-from diffulex_jax.weights import checkpoint
+from diffulex_jax.weights import assembly, checkpoint
 
 
 # A family of our own: the layers of a plain SwiGLU transformer, in about twenty lines.
@@ -213,7 +213,7 @@ def test_reading_and_writing_hold_a_part_of_the_model_at_a_time(tmp_path, monkey
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert total > 36e6
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 2**22)
-    monkeypatch.setattr(checkpoint, "HOST_BYTES", 2**20)
+    monkeypatch.setattr(assembly, "HOST_BYTES", 2**20)
 
     def peak(work):
         tracemalloc.start()

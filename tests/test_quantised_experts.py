@@ -18,7 +18,7 @@ from diffulex_jax.models.base import is_param, leaves
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.training.arithmetic import data, evaluate
-from diffulex_jax.weights import checkpoint
+from diffulex_jax.weights import assembly, checkpoint
 from diffulex_jax.weights.quantise import form_of
 from pallas_kernels.grouped_matmul import is_quantised, stored
 from pallas_kernels.quantised import FORMS, dequantise, quantise
@@ -35,7 +35,7 @@ def meant(params):
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_loaded_is_what_would_be_quantised(form, monkeypatch):
     """Layer by layer as all at once; experts alone."""
-    monkeypatch.setattr(checkpoint, "HOST_BYTES", 1)
+    monkeypatch.setattr(assembly, "HOST_BYTES", 1)
     _, plain = checkpoint.load(GOLDEN / "tiny-llada2", make_mesh())
     model, params = checkpoint.load(GOLDEN / "tiny-llada2", make_mesh(), weights=form)
     found = leaves(params)
@@ -54,7 +54,7 @@ def test_a_layer_of_many_experts_is_read_some_of_them_at_a_time():
 
     def sizes(*leaf, mesh=one):
         parts = [(tensor, part) for tensor in model.tensors for part in tensor.parts if part.leaf == leaf]
-        return checkpoint._piece_sizes(schema[leaf], parts, 2 * math.prod(schema[leaf].shape), mesh)
+        return assembly._piece_sizes(schema[leaf], parts, 2 * math.prod(schema[leaf].shape), mesh)
 
     assert sizes("moe", "experts_gate_up") == (1, 64) and sizes("moe", "experts_down") == (1, 128)
     assert sizes("moe", "experts_down", mesh=two) == (1,)  # each device has a part of every piece
@@ -63,7 +63,7 @@ def test_a_layer_of_many_experts_is_read_some_of_them_at_a_time():
 
 def test_loading_never_holds_a_leaf_whole(tmp_path, monkeypatch):
     """Host memory is that of a few tensors and a layer, whatever the number of layers."""
-    monkeypatch.setattr(checkpoint, "HOST_BYTES", 1)
+    monkeypatch.setattr(assembly, "HOST_BYTES", 1)
     model = model_of(SHAPES["tiny"] | {"num_hidden_layers": 9, "num_experts": 32, "vocab_size": 1024})
     params = jax.tree.map(lambda param: np.full(param.shape, 0.01, np.float32), model.schema, is_leaf=is_param)
     checkpoint.save(tmp_path, model, params, dtype="float32")

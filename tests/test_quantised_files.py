@@ -23,7 +23,7 @@ from diffulex_jax.models.base import is_param, leaves
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.planning.plan import plan
-from diffulex_jax.weights import checkpoint, formats
+from diffulex_jax.weights import assembly, checkpoint, formats
 from diffulex_jax.weights import compressed as files
 from diffulex_jax.weights.quantise import form_of
 from pallas_kernels import REFERENCE
@@ -118,7 +118,7 @@ def test_writing_holds_one_file_at_a_time(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "plain", model, params, dtype="float32")
     whole = sum(leaf.nbytes for leaf in leaves(params).values())
     monkeypatch.setattr(files, "FILE_BYTES", whole // 50)
-    monkeypatch.setattr(checkpoint, "HOST_BYTES", whole // 50)
+    monkeypatch.setattr(assembly, "HOST_BYTES", whole // 50)
     tracemalloc.start()
     files.write(tmp_path / "plain", tmp_path / "out", "int8")
     _, peak = tracemalloc.get_traced_memory()

@@ -9,38 +9,31 @@ from __future__ import annotations
 import collections
 import functools
 import json
-import math
 import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax import lax
-from jax.sharding import AbstractMesh, Mesh, Sharding
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models import hf_config, names
-from diffulex_jax.models.base import Model, Param, Params, leaves
+from diffulex_jax.models.base import Model, Params, leaves
 from diffulex_jax.models.registry import model_of
-from diffulex_jax.parallel.mesh import check_split, sharding
-from diffulex_jax.parallel.mesh import parts as parts_over
-from diffulex_jax.weights import formats, placed, quantise
+from diffulex_jax.parallel.mesh import check_split
+from diffulex_jax.weights import assembly, formats, placed, quantise
 from diffulex_jax.weights.folder import SMALL, check_pointer, read_json, tokenizer_end_ids
 from diffulex_jax.weights.quantise import form_of, keep, store
-from diffulex_jax.weights.source import Read, Source, open_source
+from diffulex_jax.weights.source import Read, open_source
 from pallas_kernels import REFERENCE, Kernels
-from pallas_kernels.quantised import Form, dtype_of
+from pallas_kernels.quantised import Form
 
 
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # of a model on the hub that are fetched
 EMBEDDED = pathlib.Path(__file__).parent.parent / "embedded"
-HOST_BYTES = 256 * 2**20
-"""A leaf is put together on the host in pieces of about so many bytes: layers, or experts of a layer, at least one."""
 SHARD_BYTES = 2 * 2**30
 """Most bytes of a file that :func:`save` writes."""
 
@@ -140,9 +133,9 @@ def load(
 ) -> tuple[Model, Params]:
     """Reads a model directory and places its parameters on ``mesh``.
 
-    The host holds a piece or two of one leaf at a time, and as much of the mapped files. A piece has :data:`HOST_BYTES`, or one expert
-    where that is more, or a layer where there are none or devices share them. It reads no part of a tensor that only other hosts' devices
-    hold.
+    The host holds a piece or two of one leaf at a time, and as much of the mapped files. A piece has :data:`assembly.HOST_BYTES`, or one
+    expert where that is more, or a layer where there are none or devices share them. It reads no part of a tensor that only other hosts'
+    devices hold.
 
     Args:
       path: the directory; one that :mod:`placed` wrote too.
@@ -166,7 +159,7 @@ def load(
     if placed.is_placed(path):
         return model, placed.restore(path, model, mesh, dtype=dtype, weights=weights, kernels=kernels)
     there, weights = form_in(path), form_in(path, weights)
-    source = open_source(path, model, host_bytes=HOST_BYTES)
+    source = open_source(path, model, host_bytes=assembly.HOST_BYTES)
     parts: dict[names.Path, list[tuple[names.Tensor, names.Part]]] = collections.defaultdict(list)
     for tensor in model.tensors:
         for part in tensor.parts:
@@ -177,11 +170,11 @@ def load(
         for leaf, param in sorted(params.items(), key=lambda item: item[1].axes[0] == "layer"):
             node = functools.reduce(lambda node, key: node.setdefault(key, {}), leaf[:-1], tree)
             if there is not None and param.quantisable:
-                kept = _stored(param, parts[leaf], source, form=there)._replace(keep=keep(there, kernels=kernels, dtype=dtype))
+                kept = assembly.stored(param, parts[leaf], source, form=there)._replace(keep=keep(there, kernels=kernels, dtype=dtype))
             else:
                 planes = [(param.shape, np.dtype(param.dtype or dtype))]
-                kept = _Kept(planes, lambda *of: (source.read(*of),), store(param, weights, kernels=kernels, dtype=dtype))
-            node[leaf[-1]] = _built(param, parts[leaf], kept, mesh, step=bar.update)
+                kept = assembly.Kept(planes, lambda *of: (source.read(*of),), store(param, weights, kernels=kernels, dtype=dtype))
+            node[leaf[-1]] = assembly.built(param, parts[leaf], kept, mesh, step=bar.update)
     return model, tree
 
 
@@ -191,7 +184,7 @@ def reader(path: pathlib.Path, model: Model) -> Read:
     Raises:
       ValueError: naming every tensor that is not what the model needs.
     """
-    return open_source(path, model, host_bytes=HOST_BYTES).read
+    return open_source(path, model, host_bytes=assembly.HOST_BYTES).read
 
 
 def save(path: str | pathlib.Path, model: Model, params: Params, *, dtype: str = "bfloat16") -> None:
@@ -248,103 +241,3 @@ def save(path: str | pathlib.Path, model: Model, params: Params, *, dtype: str =
     if len(shards) > 1:
         (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}, indent=2) + "\n")
     (path / "config.json").write_text(json.dumps(model.config.to_hf(dtype=dtype), indent=2) + "\n")
-
-
-class _Kept(NamedTuple):
-    """How a leaf is put together.
-
-    Attributes:
-      planes: shape and dtype of each array that it is put together from: one, or values and scales.
-      read: what each of them has of a tensor, by the tensor's name.
-      keep: what becomes of a run of their layers; None: nothing else than is there.
-    """
-
-    planes: list[tuple[tuple[int, ...], np.dtype]]
-    read: Callable[[str, names.Region], tuple[np.ndarray, ...]]
-    keep: Callable[..., Any] | None
-
-
-def _stored(param: Param, parts: list[tuple[names.Tensor, names.Part]], source: Source, *, form: Form) -> _Kept:
-    """A leaf of which the files hold the values and scales of ``form``.
-
-    Raises:
-      ValueError: where they hold something else of a tensor, naming it.
-    """
-
-    def read(name: str, region: names.Region) -> tuple[np.ndarray, ...]:
-        found, (rows, _) = source.matrix(name), region  # no device has a part of a column
-        return found.values[rows], found.scales[rows].astype(ml_dtypes.bfloat16)
-
-    count = source.groups(parts[0][0].name, form)
-    for tensor, _ in parts:
-        if (found := source.groups(tensor.name, form)) is None or found != count or (form != "int4" and found != 1):
-            raise ValueError(f"{tensor.name} is not stored as {form}, as the config says of all experts, with as many scales as the others")
-    assert count is not None
-    scales = (*param.shape[:-2], count, param.shape[-1])
-    values = dtype_of("fp8" if form == "fp8" else "int8")  # the host has no int4
-    return _Kept([(param.shape, values), (scales, np.dtype(ml_dtypes.bfloat16))], read, None)
-
-
-def _built(param: Param, parts: list[tuple[names.Tensor, names.Part]], kept: _Kept, mesh: Mesh, *, step: Callable[[int], Any]) -> Any:
-    """A leaf on ``mesh``, put together piece by piece: runs of layers, or of a layer's experts, that the host has room for."""
-    where = sharding(mesh, param.axes)
-    sizes = _piece_sizes(param, parts, sum(math.prod(shape) * dtype.itemsize for shape, dtype in kept.planes), mesh)
-    here = _held_here(where, param.shape)
-    of_piece: dict[tuple[int, ...], list[tuple[names.Tensor, names.Part]]] = collections.defaultdict(list)
-    for tensor, part in parts:
-        of_piece[tuple(cast(int, at) // size * size for at, size in zip(part.at, sizes, strict=False))].append((tensor, part))
-
-    def piece(first: tuple[int, ...]) -> list[jax.Array]:
-        room = [min(size, n - at) for size, n, at in zip(sizes, param.shape, first, strict=False)]
-        # Memory where something is put.
-        host = [np.empty((*room, *shape[len(room) :]), dtype) for shape, dtype in kept.planes]
-        for tensor, whole in of_piece[first]:
-            step(1)
-            if (found := names.within(whole, here, leaf=param.shape, tensor=tensor.shape)) is not None:
-                part, region = found
-                inside = tuple(cast(int, at) - begin for at, begin in zip(part.at, first, strict=False))
-                for plane, read in zip(host, kept.read(tensor.name, region), strict=True):
-                    names.put(plane, part._replace(at=(*inside, *part.at[len(first) :])), read)
-        return [on_mesh(plane) for plane in host]
-
-    def on_mesh(host: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
-
-    def keep(*planes: jax.Array) -> Any:
-        return planes[0] if kept.keep is None else kept.keep(*planes)
-
-    if len(of_piece) == 1 and kept.keep is None:
-        return piece(*of_piece)[0]
-    whole = jax.eval_shape(keep, *(jax.ShapeDtypeStruct(*plane) for plane in kept.planes))
-
-    def put(leaf: Any, first: tuple[jax.Array, ...], *planes: jax.Array) -> Any:
-        def into(a: jax.Array, new: jax.Array) -> jax.Array:
-            return lax.dynamic_update_slice(a, new, [*map(jnp.int32, first), *[jnp.int32(0)] * (a.ndim - len(first))])
-
-        return jax.tree.map(into, leaf, keep(*planes))
-
-    with jax.set_mesh(mesh):
-        leaf = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), whole), out_shardings=where)()
-        jitted = jax.jit(put, donate_argnums=0, out_shardings=where)
-        for first in sorted(of_piece):
-            leaf = jitted(leaf, first, *piece(first))
-    return leaf
-
-
-def _piece_sizes(param: Param, parts: list[tuple[names.Tensor, names.Part]], size: int, mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
-    """What a piece of a leaf of ``size`` bytes has along its first axes: layers, or one layer and some of its experts, :data:`HOST_BYTES`
-    together where that is possible. () for a leaf that is no stack."""
-    if param.axes[0] != "layer":
-        return ()
-    layers, experts = param.shape[0], param.shape[1] if param.axes[1] == "expert" else 1
-    one_by_one = all(len(part.at) > 1 and isinstance(part.at[1], int) for _, part in parts)
-    # Experts that devices share lie in as many pieces already, and a piece must be on all of them.
-    if size // layers <= HOST_BYTES or experts == 1 or not one_by_one or parts_over(mesh, ("expert",)) > 1:
-        return (min(layers, max(1, HOST_BYTES * layers // max(1, size))),)
-    most = max(1, HOST_BYTES * layers * experts // size)
-    return 1, next(n for n in range(min(most, experts), 0, -1) if experts % n == 0)
-
-
-def _held_here(where: Sharding, shape: tuple[int, ...]) -> list[names.Region]:
-    """The parts of an array that devices of this host hold."""
-    return [part for part in where.addressable_devices_indices_map(shape).values() if part is not None]

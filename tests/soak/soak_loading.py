@@ -19,7 +19,7 @@ import pytest
 from diffulex_jax.bench.shapes import SHAPES
 from diffulex_jax.models.base import init
 from diffulex_jax.models.registry import model_of
-from diffulex_jax.weights import checkpoint
+from diffulex_jax.weights import assembly, checkpoint
 
 
 RAW = SHAPES["llada2-flash"] | {
@@ -96,6 +96,6 @@ def test_a_host_holds_little_beside_the_parameters_of_its_devices(folder, hosts)
     sys.__stdout__.write(f"\n{json.dumps({'hosts': hosts, 'files': size, 'loaded': found, 'restored': again})}\n")
     for host in found:
         assert host["held"] > 0.9 * size / hosts
-        assert host["beside"] < 3 * checkpoint.HOST_BYTES
+        assert host["beside"] < 3 * assembly.HOST_BYTES
     for host in again:
-        assert host["beside"] < 3 * checkpoint.HOST_BYTES
+        assert host["beside"] < 3 * assembly.HOST_BYTES
