@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import pathlib
 import types
 
@@ -85,6 +86,12 @@ def test_no_device_is_compared_by_name_outside_the_kernels():
             if isinstance(node, ast.Compare):
                 names = {c.value for c in (node.left, *node.comparators) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
                 assert not names & {"gpu", "tpu", "cuda"}, f"{path}:{node.lineno} compares a device by name"
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by name: a second one of the same name ends the whole run."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name not in ("conftest.py", "__init__.py")]
+    assert [name for name, count in collections.Counter(names).items() if count > 1] == []
 
 
 # What `make test` leaves out: tests/conftest.py asks the same of every file when it does.
