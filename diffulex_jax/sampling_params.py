@@ -72,6 +72,7 @@ class SamplingParams:
       logprobs: return the log probability each token had when it was accepted.
       return_step_map: return the forward at which each token was first accepted and last revised.
       cache_salt: cached prefixes are shared only among requests of the same salt (tenants that must not learn of each other).
+      adapter_name: one of the engine's ``adapters``, which decodes this request; None: the model as it is.
       n: outputs for the prompt, each of a seed of its own that follows from ``seed`` (see :func:`seeds`).
       max_nfe: most forwards to spend; the contiguous decoded prefix is returned then. None: no limit.
       min_tokens_per_forward: give up on a request, as at ``max_nfe``, that has filled fewer tokens than this for each of its forwards;
@@ -131,6 +132,7 @@ class SamplingParams:
     logprobs: bool = False
     return_step_map: bool = False
     cache_salt: str = ""
+    adapter_name: str | None = None
     n: int = 1
     max_nfe: int | None = None
     min_tokens_per_forward: float = 0.0

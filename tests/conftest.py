@@ -67,6 +67,7 @@ SLOW = (
     "test_rollout.py",
     "test_scoring.py",
     "test_update_params.py",
+    "test_adapter_rows.py",
     "test_cli.py",
     "test_decode.py",
     "test_few_rows.py",
@@ -131,6 +132,8 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_watch.py",
     ),
     "least": (
+        "serving/test_adapter_models.py",
+        "test_adapter_rows.py",
         "test_blocks_and_pages.py",
         "test_decide.py",
         "test_golden_sdar.py",

@@ -35,7 +35,8 @@ from diffulex_jax.training import objective
 from diffulex_jax.training.data import Examples, shuffled
 from diffulex_jax.training.recipe import Recipe, Term, changed
 from diffulex_jax.training.trainer import train
-from diffulex_jax.weights import assembly, checkpoint
+from diffulex_jax.weights import adapters, assembly, checkpoint
+from diffulex_jax.weights.adapters import Lora
 from diffulex_jax.weights.convert import convert
 from pallas_kernels import grouped_matmul, prediction
 
@@ -352,6 +353,30 @@ def engines(meshes):
         return facts | {"refused": refusals, "updated": updated}
 
 
+def adapted(mesh):
+    """Whether rows with adapters of their own decode over ``mesh`` as on one device, how many answers differ, and what a device holds."""
+    rng, names = np.random.default_rng(0), ["a", None, "b", "a", None, "b", "a", "b"]
+    prompts = [rng.integers(0, 90, 9).tolist()] * len(names)
+    settings = [SamplingParams(max_tokens=12, ignore_eos=True, adapter_name=name) for name in names]
+    sizes = {"block_size": BLOCK, "force_block_size": True, "max_model_len": 32, "max_slots": 8, "warm_up": False}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(folder, MODEL, init(MODEL, jax.random.key(0), scale=0.3), dtype="float32")
+        lora, folders = Lora(2, 4.0, ("qkv", "out", "mlp_gate_up", "mlp_down", "shared_gate_up", "shared_down")), {}
+        fresh = adapters.init(MODEL, lora, jax.random.key(0))
+        for seed, name in enumerate(("a", "b")):
+            folders[name] = f"{folder}/{name}"
+            some = jax.tree.map(lambda a, seed=seed: jax.random.normal(jax.random.key(a.size + seed), a.shape) * 0.3, fresh)
+            adapters.save(folders[name], MODEL, lora, some)
+        engines = [Engine.from_pretrained(folder, mesh=each, adapters=folders, **sizes) for each in (None, mesh)]
+        one, many = ([o.token_ids for o in engine.generate(prompts, settings)] for engine in engines)
+    down = engines[1]._device._params["adapters"]["moe"]["shared_down"].a
+    return {
+        "same": one == many,
+        "answers": [one.index(tokens) for tokens in one],
+        "held": down.addressable_shards[0].data.size / down.size,
+    }
+
+
 def bench(axes):
     """What the bench of a step finds on a mesh, how many times what a device must read it says, and whether random weights are shared."""
     mesh, schema = make_mesh(**axes), leaves(MODEL.schema)
@@ -416,6 +441,7 @@ if __name__ == "__main__":
     single_next = decoded(make_mesh(), NEXT, fast_dllm_v2())
     found |= {f"{name}, next": difference(single_next, decoded(make_mesh(**axes), NEXT, fast_dllm_v2())) for name, axes in meshes.items()}
     found |= {
+        "adapted": adapted("data=2,expert=2,tensor=2"),
         "loads": loads(meshes),
         "one host": {name: read_by_one_host(axes) for name, axes in (meshes | {"2": {"tensor": 2}}).items()},
         "placed": placed_again("data=2,expert=2,tensor=2", meshes["1x4x2"]),

@@ -86,6 +86,7 @@ ARGUMENTS = {
     "tuple[int, ...]": (["3"], (3,)),
     "tuple[str, ...]": (["so, then"], ("so, then",)),
     "Mapping[int, int] | None": (["0:7,5:8"], {0: 7, 5: 8}),
+    "str | None": (["other"], "other"),
 }
 
 
@@ -109,7 +110,7 @@ def test_every_engine_setting_is_an_option(asked):
     settings = {"strategy": "llada2", "mesh": None} | {f.name: f.default for f in dataclasses.fields(EngineConfig) if f.name not in chosen}
     elsewhere = {name: settings.pop(name) for name in ("cache", "sub_block_cache")}  # of other models, and refused for this one
     names = {"strategy": "dmax", "dtype": "bfloat16", "kernels": "reference", "attention": "prefix_full", "mesh": "tensor=1"}
-    names |= {"weights": "int8", "kv": "fp8", "adapter": "folder"}
+    names |= {"weights": "int8", "kv": "fp8", "adapter": "folder", "adapters": "math=one,code=two"}
     wanted = {name: 5 for name, default in settings.items() if type(default) in (int, type(None))} | names
     arguments = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     wanted |= {name: not default for name, default in settings.items() if type(default) is bool}
@@ -118,11 +119,25 @@ def test_every_engine_setting_is_an_option(asked):
     arguments += [f"--{'no-' * default}{name.replace('_', '-')}" for name, default in flags.items()]
     assert run("generate", "--prompt-ids", "5, 6", *arguments).exit_code == 0
     assert asked["model"] == "embedded"
-    assert asked["engine"] == wanted | elsewhere | chosen
+    assert asked["engine"] == wanted | elsewhere | chosen | {"adapters": {"math": "one", "code": "two"}}
     assert asked["prompts"] == asked["warmed_up"] == [[5, 6]]
     for name, value in (("cache", "dual"), ("sub_block_cache", "8")):
         refused = run("generate", "--prompt-ids", "5", f"--{name.replace('_', '-')}", value)
         assert refused.exit_code == 2 and f"error: {name}=" in refused.output and "is not for this model" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ("math", "'math' is not NAME=DIR,..."),
+        ("math=", "'math=' is not NAME=DIR,..."),
+        ("math=a,math=b", "'math=a,math=b' says 'math' twice"),
+        ("served=a", "error: --adapters: 'served' is what clients call the model itself; choose another name"),
+    ],
+)
+def test_adapters_that_cannot_be_told_apart_are_refused(adapters, message):
+    result = run("serve", "--served-model-name", "served", "--adapters", adapters)
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
 
 
 def test_prompts_come_from_arguments_options_files_and_standard_input(asked, tmp_path):

@@ -73,8 +73,8 @@ LIVE = {
 
 def test_every_setting_is_listed():
     """``stop`` needs a tokenizer, and ``cache_salt`` changes no answer: see ``test_requests``. What few read is in ``test_llada``
-    and ``test_dream``."""
-    listed = set(LIVE) | {"stop", "cache_salt"} | set(READ_BY_FEW)
+    and ``test_dream``, adapters in ``test_adapters``."""
+    listed = set(LIVE) | {"stop", "cache_salt", "adapter_name"} | set(READ_BY_FEW)
     assert listed == {field.name for field in dataclasses.fields(SamplingParams)}
 
 

@@ -14,7 +14,7 @@ from hypothesis.strategies import composite, integers, lists, permutations
 from scripted import KERNELS, MODEL
 
 from diffulex_jax import decode
-from diffulex_jax.engine import packing
+from diffulex_jax.engine import packing, programs
 from diffulex_jax.engine.packing import Shape
 from diffulex_jax.engine.request import Chunk, Tracked
 from diffulex_jax.models.attention import AttentionPolicy
@@ -50,7 +50,7 @@ class World:
         ]
         self.whole = [n // block for n in LENGTHS]
         self.shapes = packing.prefill_shapes(self.program, (64,), budget=1000)
-        self._prefill = jax.jit(functools.partial(decode.prefill, self.program))
+        self._prefill = jax.jit(functools.partial(programs.prefill, self.program))
 
     def table(self, pages) -> np.ndarray:
         table = np.full(self.program.dims.pages_per_slot, self.program.dims.slots * self.program.dims.pages_per_slot, np.int32)
@@ -123,7 +123,7 @@ def test_a_prompt_is_one_sequence():
     request = whole.requests[0]
     shape = Shape(1, -(-TOKENS // 4))
     row = packing.packed(whole.program.dims, shape, {0: packing.Row(request, 0, 17, 0, 17)}, table_of=whole.table)
-    pool, _ = jax.jit(functools.partial(decode.prefill, causal))(PARAMS, whole.pool(), **row._asdict())
+    pool, _ = jax.jit(functools.partial(programs.prefill, causal))(PARAMS, whole.pool(), **row._asdict())
     for got, want in zip(jax.tree.leaves(packed.prefilled([Chunk(request, 0, 17)])), jax.tree.leaves(pool), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 

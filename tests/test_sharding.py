@@ -102,6 +102,10 @@ def test_an_engine_over_a_mesh_that_is_given_as_text(found):
     assert found["engines"]["refused"]["data=3"] == "max_slots=8 cannot be split over the mesh's data=3; 6 or 9 can"
 
 
+def test_adapters_are_split_as_what_they_adapt(found):
+    assert found["adapted"] == {"same": True, "answers": [0, 1, 2, 0, 1, 2, 0, 2], "held": 1 / 4}
+
+
 def test_the_bench_of_a_step_counts_for_each_device(found):
     """A sum in each of three layers, one exchange of what the vocabulary's parts hold, two numbers on which all must agree."""
     exchanges, experts = found["bench"]["counted"]

@@ -26,7 +26,13 @@ _PROMPTS = "Random prompts of this length, which ignore EOS. Default: built-in q
 
 
 @bench.command("decode", cls=PlainCommand)
-@settings_as_options(SamplingParams, EngineConfig, leave_out=("pinned", "init_tokens", "warm_up", "adapter"), max_tokens=256, max_slots=1)
+@settings_as_options(
+    SamplingParams,
+    EngineConfig,
+    leave_out=("pinned", "init_tokens", "warm_up", "adapter", "adapters", "adapter_name"),
+    max_tokens=256,
+    max_slots=1,
+)
 def bench_decode(
     *,
     model: Annotated[str | None, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.")] = None,

@@ -128,6 +128,8 @@ def serve(
         mine = {field.name for field in dataclasses.fields(ServerSettings)}
         chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in mine}
         engine_settings = {k: v for k, v in settings.items() if k not in mine}
+        if (name := chosen["served_model_name"] or model) in (engine_settings["adapters"] or {}):
+            raise ValueError(f"--adapters: {name!r} is what clients call the model itself; choose another name")
         http.log_as_json()
         engine = AsyncEngine(
             functools.partial(
@@ -242,7 +244,7 @@ def quantize(
 
 
 @app.command(cls=PlainCommand)
-@settings_as_options(EngineConfig, leave_out=("adapter",))
+@settings_as_options(EngineConfig, leave_out=("adapter", "adapters"))
 def doctor(
     *,
     model: Annotated[str | None, typer.Option(help="Say which kernels it will run with: a directory, a hub id, or 'embedded'.")] = None,

@@ -49,7 +49,7 @@ USUAL = "Default: the one that the model's authors decode it with."
 # Settings that every language model has. All others of SamplingParams say how the canvas is denoised.
 _REQUEST = {
     *("max_tokens", "temperature", "top_p", "top_k", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "min_tokens"),
-    *("logprobs", "return_step_map", "cache_salt"),
+    *("logprobs", "return_step_map", "cache_salt", "adapter_name"),
 }
 _PANELS = {"EngineConfig": "The engine", "ServerSettings": "The server", "Load": "The load", "Watch": "The engine's process"}
 _ORDER = (
@@ -75,6 +75,19 @@ def tokens_by_offset(text: str) -> dict[int, int]:
         raise typer.BadParameter(f"{text!r} is not OFFSET:TOKEN_ID,...") from None
 
 
+def folders_by_name(text: str) -> dict[str, str]:
+    """``math=tuned/math,code=tuned/code`` as ``{"math": "tuned/math", "code": "tuned/code"}``."""
+    folders: dict[str, str] = {}
+    for pair in text.split(","):
+        name, _, folder = pair.partition("=")
+        if not name or not folder:
+            raise typer.BadParameter(f"{text!r} is not NAME=DIR,...")
+        if name in folders:
+            raise typer.BadParameter(f"{text!r} says {name!r} twice")
+        folders[name] = folder
+    return folders
+
+
 # The types that become options, each with the type and the details of its option.
 _OPTION_TYPES: dict[Any, tuple[Any, dict[str, Any]]] = {
     str: (str, {}),
@@ -87,6 +100,7 @@ _OPTION_TYPES: dict[Any, tuple[Any, dict[str, Any]]] = {
     tuple[int, ...]: (list[int], {}),
     tuple[str, ...]: (list[str], {}),
     Mapping[int, int] | None: (dict | None, {"parser": tokens_by_offset, "metavar": "OFFSET:TOKEN_ID,..."}),
+    Mapping[str, str] | None: (dict | None, {"parser": folders_by_name, "metavar": "NAME=DIR,..."}),
 }
 
 

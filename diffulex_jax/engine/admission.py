@@ -35,6 +35,7 @@ class Limits(NamedTuple):
       num_pages: in each data shard's part of the pool, since a request lives in one; None where requests take none.
       reads: settings of ``sampling_params.READ_BY_FEW`` that its strategy reads.
       shards: data shards.
+      adapters: names of those that a request may have.
     """
 
     settings: EngineConfig
@@ -45,6 +46,7 @@ class Limits(NamedTuple):
     num_pages: int | None
     reads: tuple[str, ...] = ()
     shards: int = 1
+    adapters: tuple[str, ...] = ()
 
 
 def paired(prompts: Sequence[Prompt] | str, params: AnyParams) -> list[tuple[Prompt, SamplingParams]]:
@@ -85,6 +87,7 @@ def check(limits: Limits, prompt: Prompt, params: SamplingParams, *, name: str) 
     _check_lengths(limits, len(ids), params, name)
     _check_stops(limits, params, name)
     _check_read_by_few(limits, params, name)
+    check_adapter(limits, params.adapter_name, name=name)
     steps, most = params.denoising_steps or 0, limits.dims.block
     length = params.block_length or most
     if length > most:
@@ -110,6 +113,17 @@ def check(limits: Limits, prompt: Prompt, params: SamplingParams, *, name: str) 
             if token >= limits.vocab_size or token == limits.dims.mask_id:
                 raise SettingError(field, f"{name}: {field}[{offset}]={token} is not a token that can be given")
     return ids
+
+
+def check_adapter(limits: Limits, adapter: str | None, *, name: str) -> None:
+    """Checks that an engine has an adapter; ``name`` is what error messages call the prompt.
+
+    Raises:
+      SettingError: where it has not.
+    """
+    if adapter is not None and adapter not in limits.adapters:
+        there = f"must be one of {', '.join(limits.adapters)}" if limits.adapters else "asks for an adapter, and this engine has none"
+        raise SettingError("adapter_name", f"{name}: adapter_name={adapter!r} {there}")
 
 
 def _token_ids(limits: Limits, prompt: Prompt, name: str) -> np.ndarray:

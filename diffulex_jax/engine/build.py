@@ -23,6 +23,7 @@ from diffulex_jax.engine.scheduler import Scheduler
 from diffulex_jax.engine.startup import announce, is_told
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
+from diffulex_jax.models.adapted import ADAPTERS, without
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import Model, ModelSpec, Params
 from diffulex_jax.parallel import hosts
@@ -30,7 +31,7 @@ from diffulex_jax.parallel.mesh import mesh_of
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import Dims
 from diffulex_jax.strategies import STRATEGIES, AnyStrategy, Strategy, for_model, resolve
-from diffulex_jax.weights import adapters, checkpoint, quantise
+from diffulex_jax.weights import adapter_stacks, adapters, checkpoint, quantise
 from diffulex_jax.weights.quantise import form_of, quantised
 from pallas_kernels import REFERENCE, Kernels, choose
 from pallas_kernels.block_attention import KV, vector_bytes
@@ -46,7 +47,7 @@ class Network(NamedTuple):
 
     Attributes:
       model: the network.
-      params: its parameters, on the mesh.
+      params: its parameters, on the mesh; at ``ADAPTERS`` also the adapters that stay beside them.
       tokenizer: None where it has none.
       eos_ids: tokens that end an output.
       model_id: keeps cached prefixes and snapshots of different models apart.
@@ -70,6 +71,7 @@ class Parts(NamedTuple):
       limits: what it can take.
       device, scheduler: the device's side, and who runs where.
       fingerprint: what must agree for a snapshot to be continued.
+      adapters: what else must, of a request that has one; see ``adapter_stacks.digests``.
     """
 
     settings: EngineConfig
@@ -78,6 +80,7 @@ class Parts(NamedTuple):
     device: JaxDevice | Mirror
     scheduler: Scheduler
     fingerprint: Mapping[str, str]
+    adapters: Mapping[str, str]
 
 
 def load(
@@ -107,11 +110,14 @@ def load(
     alike.check(settings, found, mesh, path=path)
     kernels, weights = _kernels(mesh, settings), _form(settings)
     adapter = None if settings.adapter is None else adapters.load(settings.adapter, checkpoint.load_model(path))
+    beside = None if settings.adapters is None else adapter_stacks.load(settings.adapters, checkpoint.load_model(path))
     of = {"dtype": settings.jax_dtype, "weights": weights, "kernels": kernels}
     network, params = checkpoint.load(path, mesh, **of, progress=not is_told())
     name = str(model)
     if adapter is not None:
         params, name = _adapted(network, params, *adapter, mesh=mesh), f"{model} + {settings.adapter}"
+    if beside is not None:
+        params |= {ADAPTERS: adapter_stacks.placed(network, beside, dtype=settings.jax_dtype, mesh=mesh)}
     return Network(network, params, tokenizer, eos_ids, name, mesh), found
 
 
@@ -137,7 +143,8 @@ def limits_of(model: str, strategy: AnyStrategy | None, settings: EngineConfig) 
     chosen = for_model(spec, strategy)
     s, _, dims = plan(spec, chosen, settings)
     num_pages = None if dims.whole_canvas else s.num_pages or s.max_slots * dims.units_per_slot
-    return Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, num_pages, _reads(chosen, s, dims)), chosen
+    names = tuple(settings.adapters or ())
+    return Limits(s, dims, tokenizer, spec.vocab_size, eos_ids, num_pages, _reads(chosen, s, dims), adapters=names), chosen
 
 
 def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[EngineConfig, AttentionPolicy, Dims]:
@@ -274,7 +281,9 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     shareable = policy.shareable and (rule.merge is None or not rule.merge.commit_soft)
     each = num_pages if policy.paged else 0
     pools = [PagePool(each, first=i * each, prefix_cache=s.prefix_cache and shareable) for i in range(shards)]
-    params = quantised(network.model, network.params, _form(s), kernels=kernels, mesh=mesh)
+    params, names = quantised(network.model, without(network.params), _form(s), kernels=kernels, mesh=mesh), tuple(s.adapters or ())
+    if names:
+        params = params | {ADAPTERS: network.params[ADAPTERS]}
     announce("compiling", strategy.name)
     own = JaxDevice(
         decode.Program(network.model, dims, rule, kernels, policy, draws=strategy.draws, confidence=strategy.confidence, kv=_kv(s)),
@@ -285,6 +294,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         max_batched_tokens=batched,
         steps_per_dispatch=s.steps_per_dispatch,
         eos_ids=network.eos_ids,
+        adapters=names,
     )
     if s.warm_up:
         own.warm_up()
@@ -324,8 +334,8 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         "positions": str(dims.positions),
     }
     paged_limit = num_pages if policy.paged else None
-    limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, paged_limit, _reads(strategy, s, dims), shards)
-    return Parts(s, dims, limits, device, scheduler, same_kv | same_state)
+    limits = Limits(s, dims, network.tokenizer, spec.vocab_size, network.eos_ids, paged_limit, _reads(strategy, s, dims), shards, names)
+    return Parts(s, dims, limits, device, scheduler, same_kv | same_state, adapter_stacks.digests(s.adapters or {}))
 
 
 def _kernels(mesh: Mesh, settings: EngineConfig) -> Kernels:

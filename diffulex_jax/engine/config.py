@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from diffulex_jax.errors import SettingError
@@ -28,6 +29,9 @@ class EngineConfig:
         bfloat16's bytes. All else is of ``dtype``. Default: all of it is.
       adapter: directory of a LoRA adapter in PEFT's files, which is merged into the parameters while a model is loaded, in ``dtype``. It
         may adapt no matrix that is held quantised.
+      adapters: directories of LoRA adapters in PEFT's files, by names of yours, which stay beside the parameters: a request has the one
+        that its ``adapter_name`` says, or none, whatever others in the batch have. They adapt attention and dense or shared MLPs, not
+        experts or routers. Each costs its bytes, and every forward the products of all of them.
       kv: of the KV pool: ``"bfloat16"``, or in 8 bits ``"fp8"`` (e4m3, clipped at 448) or ``"int8"`` (with a scale for each vector of a
         head, which is nearer to what was there). A block attends to itself and to the window as it is; what is written is rounded. Not for
         models that see their whole canvas. Default: ``dtype``.
@@ -66,6 +70,7 @@ class EngineConfig:
     dtype: str = "float32"
     weights: str | None = None
     adapter: str | None = None
+    adapters: Mapping[str, str] | None = None
     kv: str | None = None
     block_size: int | None = None
     force_block_size: bool = False
@@ -93,6 +98,8 @@ class EngineConfig:
                 raise SettingError(field.name, f"{field.name}={value!r} must be True or False")
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise SettingError("adapter", f"adapter={self.adapter!r} must be the path of a directory, as text")
+        if self.adapters is not None:
+            object.__setattr__(self, "adapters", _folders(self.adapters))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise SettingError(name, f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, choices))}")
@@ -102,3 +109,13 @@ class EngineConfig:
         import jax.numpy as jnp  # late: the command line reads the settings without JAX
 
         return jnp.dtype(self.dtype)
+
+
+def _folders(adapters: Any) -> dict[str, str] | None:
+    """``adapters`` checked; None where there are none."""
+    if not isinstance(adapters, Mapping):
+        raise SettingError("adapters", f"adapters={adapters!r} must map names to directories")
+    for name, folder in adapters.items():
+        if not (isinstance(name, str) and name and isinstance(folder, str)):
+            raise SettingError("adapters", f"adapters: {name!r}: {folder!r} must be a name, and the path of a directory, as text")
+    return dict(adapters) or None

@@ -19,6 +19,7 @@ from diffulex_jax.engine.executables import Programs
 from diffulex_jax.engine.request import Chunk, Tracked
 from diffulex_jax.engine.results import TraceStep
 from diffulex_jax.engine.words import Words
+from diffulex_jax.models.adapted import ADAPTERS, without
 from diffulex_jax.models.base import Params, leaves
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.sampling_params import SamplingParams
@@ -58,10 +59,14 @@ class JaxDevice:
         max_batched_tokens: int,
         steps_per_dispatch: int,
         eos_ids: tuple[int, ...],
+        adapters: Sequence[str] = (),
     ):
+        """``adapters`` are the names of those that ``params`` hold at ``ADAPTERS``, in order."""
         self.program, self.mesh, self.num_pages = program, mesh, num_pages
         self._params, self.eos_ids = params, eos_ids
+        self._numbers: dict[str | None, int] = {name: i for i, name in enumerate((None, *adapters))}
         dims = program.dims
+        self._adapter = np.zeros(dims.slots, np.int32) if adapters else None
         on_pool, on_slots, everywhere = programs.pool_placement(mesh, program), sharding(mesh, STATE_AXES), sharding(mesh, ())
         kernels = program.kernels.for_layers(dtype)
         few = kernels.few_rows if program.attention.paged else ()
@@ -126,30 +131,33 @@ class JaxDevice:
 
     @property
     def params(self) -> Params:
-        return self._params
+        """The model's parameters, without adapters."""
+        return without(self._params)
 
     def update_params(self, params: Params, *, donate: bool) -> None:
-        """Takes other parameters in. Should memory not suffice for it, it holds some of both, until it is called again.
+        """Takes other parameters in; adapters stay. Should memory not suffice for it, it holds some of both, until it is called again.
 
         Raises:
           ValueError: naming the leaf that will not do; then nothing is changed.
         """
-        program, tree = self.program, jax.tree.structure(self._params, is_leaf=lambda node: not isinstance(node, dict))
-        parameters.check(program.model, self._params, params)
-        held, self._params = leaves(self._params), {}
+        program, tree = self.program, jax.tree.structure(self.params, is_leaf=lambda node: not isinstance(node, dict))
+        parameters.check(program.model, self.params, params)
+        adapters = {name: node for name, node in self._params.items() if name == ADAPTERS}
+        held, self._params = leaves(self.params), {}
         try:
             parameters.replace(program.model, held, params, programs=self._programs, kernels=program.kernels, mesh=self.mesh, donate=donate)
         finally:
-            self._params = jax.tree.unflatten(tree, held.values())
+            self._params = jax.tree.unflatten(tree, held.values()) | adapters
 
-    def score(self, asked: Sequence[scoring.Asked], estimator: scoring.Estimator) -> list[np.ndarray]:
-        """See ``scoring.score``."""
+    def score(self, asked: Sequence[scoring.Asked], estimator: scoring.Estimator, adapter: str | None) -> list[np.ndarray]:
+        """See ``scoring.score``; ``adapter`` is the name of one, or None."""
         program, shards = self.program, self._shards
         each = program.dims.slots // shards
 
         def run(canvases: Canvases) -> np.ndarray:
             shape = canvases.noisy.shape, canvases.clean is not None
-            return np.asarray(self._programs(("score", shape), self._log_probs, self._params, canvases))
+            rows = None if self._adapter is None else np.full(shape[0][0], self._numbers[adapter], np.int32)
+            return np.asarray(self._programs(("score", shape), self._log_probs, self._params, canvases, rows))
 
         return scoring.score(
             asked,
@@ -162,7 +170,8 @@ class JaxDevice:
         )
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
-        for packed, requests in packing.pack(self.program, self._prefill_shapes, chunks, table_of=self._table, shards=self._shards):
+        how = {"table_of": self._table, "adapter_of": self._adapter_of, "shards": self._shards}
+        for packed, requests in packing.pack(self.program, self._prefill_shapes, chunks, **how):
             self._prefill(packed, requests)
 
     def admit(self, request: Tracked) -> None:
@@ -207,6 +216,8 @@ class JaxDevice:
             self._pages[slot, first : first + len(new)] = new
             self._placed[slot] = request.pages, len(request.pages)
             self._known[slot] = request.known
+            if self._adapter is not None:
+                self._adapter[slot] = self._numbers[request.params.adapter_name]
         rows = next(n for n, slots in self._rows.items() if np.isin(list(running), slots).all())
         greedy = self._kind(running.values())
         report, trace = self._dispatch(self._plan(rows, max_steps=max_steps, stop_on_finish=stop_on_finish), greedy=greedy)
@@ -224,6 +235,10 @@ class JaxDevice:
         report[launched.slots] = rows
         return unpack_report(report)
 
+    @property
+    def _adapter_of(self) -> packing.AdapterOf | None:
+        return None if self._adapter is None else lambda request: self._numbers[request.params.adapter_name]
+
     def _request(self, request: Tracked) -> request_state.Request:
         return request_state.make_request(self.program.dims, prompt=request.prompt, params=request.params, eos_ids=self.eos_ids)
 
@@ -233,7 +248,8 @@ class JaxDevice:
 
     def _plan(self, rows: int, *, max_steps: int, stop_on_finish: bool) -> Plan:
         slots = self._rows[rows]
-        return Plan(self._pages[slots], self._known[slots], max_steps, stop_on_finish)
+        adapter = None if self._adapter is None else self._adapter[slots]
+        return Plan(self._pages[slots], self._known[slots], max_steps, stop_on_finish, adapter)
 
     def _denoising(self, plan: Plan, *, greedy: bool) -> tuple[Any, ...]:
         """What ``Programs`` takes."""
@@ -268,7 +284,8 @@ class JaxDevice:
         return (np.asarray(pages, np.int32)[:, None] * parts + np.arange(parts, dtype=np.int32)).reshape(-1)
 
     def _no_prompts(self, shape: packing.Shape) -> packing.Packed:
-        return packing.packed(self.program.dims, shape, {}, table_of=self._table, shards=self._shards)
+        how = {"table_of": self._table, "adapter_of": self._adapter_of, "shards": self._shards}
+        return packing.packed(self.program.dims, shape, {}, **how)
 
     def _prefilling(self, packed: packing.Packed) -> tuple[Any, ...]:
         """What ``Programs`` takes."""

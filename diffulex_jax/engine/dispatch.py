@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from diffulex_jax import decode
 from diffulex_jax.engine import programs
+from diffulex_jax.models.adapted import ADAPTERS
 from diffulex_jax.models.base import Params
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.state import STATE_AXES, DecodeState, KVPool, StepReport, Trace
@@ -25,34 +26,39 @@ class Plan(NamedTuple):
       pages: ``[S, P]`` int32, the pages of each slot; N (one past the pool) where it has none.
       known: ``[S]`` int32, up to where the host knows the tokens of each slot.
       max_steps, stop_on_finish: scalars; see ``decode.denoise``.
+      adapter: ``[S]`` int32, the adapter of each slot; see ``programs.denoise``. None where the parameters hold none.
     """
 
     pages: Any
     known: Any
     max_steps: Any
     stop_on_finish: Any
+    adapter: Any = None
 
     def pack(self) -> np.ndarray:
         """The plan as one new array :meth:`packed_shape` int32; what concerns all slots stands in every row."""
-        packed = np.empty(self.packed_shape(*self.pages.shape), np.int32)
-        packed[:, :-_COLUMNS] = self.pages
-        for column, name in enumerate(self._fields[1:], -_COLUMNS):
-            packed[:, column] = getattr(self, name)
+        adapted = self.adapter is not None
+        packed = np.empty(self.packed_shape(*self.pages.shape, adapted=adapted), np.int32)
+        pages = self.pages.shape[1]
+        packed[:, :pages] = self.pages
+        for column, value in enumerate(self[1 : 1 + _COLUMNS + adapted], pages):
+            packed[:, column] = value
         return packed
 
     @classmethod
-    def unpack(cls, packed: jax.Array) -> Plan:
-        """What :meth:`pack` packed."""
-        known, max_steps, stop_on_finish = packed[:, -_COLUMNS:].T
-        return cls(packed[:, :-_COLUMNS], known, max_steps[0], stop_on_finish[0] != 0)
+    def unpack(cls, packed: jax.Array, *, adapted: bool) -> Plan:
+        """What :meth:`pack` packed; ``adapted`` says whether there is an ``adapter``."""
+        columns = _COLUMNS + adapted
+        known, max_steps, stop_on_finish, *adapter = packed[:, -columns:].T
+        return cls(packed[:, :-columns], known, max_steps[0], stop_on_finish[0] != 0, *adapter)
 
     @staticmethod
-    def packed_shape(slots: int, pages_per_slot: int) -> tuple[int, int]:
+    def packed_shape(slots: int, pages_per_slot: int, *, adapted: bool = False) -> tuple[int, int]:
         """The shape of a packed plan."""
-        return slots, pages_per_slot + _COLUMNS
+        return slots, pages_per_slot + _COLUMNS + adapted
 
 
-_COLUMNS = len(Plan._fields) - 1  # behind the pages of a slot
+_COLUMNS = len(Plan._fields) - 2  # behind the pages of a slot, without the adapter's
 
 
 def jit_denoise(program: decode.Program, mesh: Mesh, *, dtype: Any, steps: int) -> Any:
@@ -74,7 +80,7 @@ def packed_denoise(
     params: Params, pool: KVPool, state: DecodeState, packed: jax.Array, *, program: decode.Program, steps: int
 ) -> tuple[KVPool, DecodeState, jax.Array, Trace]:
     """``decode.denoise`` with all that comes from the host, and the report, as one array each: one transfer each way."""
-    plan = Plan.unpack(packed)
+    plan = Plan.unpack(packed, adapted=ADAPTERS in params)
     pool, state, report, trace = programs.denoise(
         program,
         params,
@@ -85,6 +91,7 @@ def packed_denoise(
         steps=steps,
         max_steps=plan.max_steps,
         stop_on_finish=plan.stop_on_finish,
+        adapter=plan.adapter,
     )
     return pool, state, pack_report(report), trace
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from diffulex_jax import compile_cache
 from diffulex_jax.engine import scoring
-from diffulex_jax.engine.admission import AnyParams, Prompt, admit, paired, scored
+from diffulex_jax.engine.admission import AnyParams, Prompt, admit, check_adapter, paired, scored
 from diffulex_jax.engine.build import Network, build, load
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.desk import Desk
@@ -24,6 +24,7 @@ from diffulex_jax.engine.scoring import BlockConditional, Estimator
 from diffulex_jax.engine.snapshot import Snapshot
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
+from diffulex_jax.models.adapted import ADAPTERS
 from diffulex_jax.models.base import Model, Params
 from diffulex_jax.parallel import hosts
 from diffulex_jax.parallel.mesh import mesh_of
@@ -77,8 +78,10 @@ class Engine:
         network = Network(model, params, tokenizer, ends, model_id, self.mesh)
         if settings.get("adapter") is not None and not model_id:
             raise SettingError("adapter", "adapter is merged while a model is loaded: use Engine.from_pretrained, or merge it into params")
+        if settings.get("adapters") and ADAPTERS not in params:
+            raise SettingError("adapters", "adapters are read while a model is loaded: use Engine.from_pretrained")
         parts = build(network, chosen, EngineConfig(**settings), memory_share=memory_share)
-        self.settings, self.dims, self._limits, self._device, self._scheduler, self._fingerprint = parts
+        self.settings, self.dims, self._limits, self._device, self._scheduler, self._fingerprint, self._adapters = parts
         self._desk = Desk(self._scheduler, tokenizer)
 
     @classmethod
@@ -195,7 +198,12 @@ class Engine:
         self._desk.discard(id_)
 
     def score(
-        self, prompts: Sequence[Prompt] | str, completions: Sequence[Prompt] | str, estimator: Estimator | None = None
+        self,
+        prompts: Sequence[Prompt] | str,
+        completions: Sequence[Prompt] | str,
+        estimator: Estimator | None = None,
+        *,
+        adapter_name: str | None = None,
     ) -> list[np.ndarray]:
         """Log probability of each token of each completion, behind its prompt: float32, ``[its tokens]`` each.
 
@@ -206,21 +214,24 @@ class Engine:
           prompts, completions: texts or token id lists, one completion a prompt; a text is encoded by itself.
           estimator: what is computed, see ``scoring``: ``BlockConditional()`` (the default), ``MonteCarlo(samples=..., seed=...)``, or
             ``StepMap(maps)``.
+          adapter_name: one of the engine's ``adapters``, whose model is asked; default: the model as it is.
 
         Raises:
           ValueError: naming what will not do.
         """
         estimator = BlockConditional() if estimator is None else estimator
         asked = scored(self._limits, prompts, completions)
+        check_adapter(self._limits, adapter_name, name="score()")
         scoring.check(estimator, [len(tokens) - begin for tokens, begin in asked])
         with self._desk.turn():
-            return self._device.score(asked, estimator)
+            return self._device.score(asked, estimator, adapter_name)
 
     def update_params(self, params: Params, *, donate: bool = False) -> None:
         """Goes on with other parameters, as between two steps of training: no program is compiled again, cached prefixes are forgotten.
 
         The engine keeps copies where it runs, each made once the leaf that it replaces is let go of, so that a trainer may go on to
-        donate its own. Snapshots of other parameters are refused from then on. Not for an engine of several hosts.
+        donate its own. Snapshots of other parameters are refused from then on. ``adapters`` stay as they are. Not for an engine of several
+        hosts.
 
         Args:
           params: a tree of the model's schema, of the shapes and dtypes that the engine holds, on any device or host. Leaves that are
@@ -241,7 +252,8 @@ class Engine:
 
     def snapshot(self, id_: int) -> Snapshot:
         """All a request is, between two steps. It goes on here undisturbed; elsewhere :meth:`restore` continues it to the same output."""
-        return self._desk.snapshot(id_, self._fingerprint)
+        request = self._desk.find(id_)
+        return self._desk.snapshot(id_, self._fingerprint_of(request.params))
 
     def restore(self, taken: Snapshot) -> int:
         """Queues a request from a snapshot, ahead of others; returns its id.
@@ -249,13 +261,13 @@ class Engine:
         Raises:
           ValueError: when the snapshot was taken with another model, strategy, dtype, or geometry; naming it.
         """
-        if other := difference(taken.fingerprint, self._fingerprint):
+        if other := difference(taken.fingerprint, self._fingerprint_of(taken.params)):
             raise ValueError(f"the snapshot is of {other}")
         return self._desk.resume(taken.request(self._desk.new_id()))
 
     @property
     def params(self) -> Params:
-        """The parameters as they are held. They are the engine's: look at them, and donate them to nothing."""
+        """The parameters as they are held, without ``adapters``. They are the engine's: look at them, and donate them to nothing."""
         return self._device.params
 
     @property
@@ -267,6 +279,11 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Counters and gauges: requests, pages, prefix cache lookups in blocks, preemptions."""
         return self._scheduler.stats
+
+    def _fingerprint_of(self, params: SamplingParams) -> dict[str, str]:
+        """What must agree for a request to go on elsewhere: what is the engine's, and the adapter that it has."""
+        adapter = self._adapters.get(params.adapter_name or "")
+        return {**self._fingerprint, **({} if adapter is None else {"adapter": adapter})}
 
     def _requests(self, prompts: Sequence[Prompt] | str, params: AnyParams | None, *, trace: bool) -> list[Tracked]:
         """The requests of prompts, checked; not queued yet."""

@@ -23,13 +23,14 @@ class Shape(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The arrays that ``programs.prefill`` takes: the rows of each shard, in order."""
+    """The arrays that ``programs.prefill`` takes: the rows of each shard, in order. ``adapter`` is None where the parameters hold none."""
 
     tokens: np.ndarray
     start: np.ndarray
     length: np.ndarray
     written: np.ndarray
     page_table: np.ndarray
+    adapter: np.ndarray | None
 
 
 class Row(NamedTuple):
@@ -40,6 +41,9 @@ class Row(NamedTuple):
     end: int
     written: int
     last: int
+
+
+AdapterOf = Callable[[Tracked], int]
 
 
 def prefill_shapes(program: decode.Program, sizes: Sequence[int], *, budget: int, shards: int = 1) -> list[Shape]:
@@ -70,6 +74,7 @@ def pack(
     chunks: Sequence[Chunk],
     *,
     table_of: Callable[[Sequence[int]], np.ndarray],
+    adapter_of: AdapterOf | None = None,
     shards: int = 1,
 ) -> Iterator[tuple[Packed, dict[int, Tracked]]]:
     """The forwards that prefill ``chunks``, in order, and whose their rows are.
@@ -81,6 +86,7 @@ def pack(
       shapes: those of :func:`prefill_shapes`.
       chunks: what to write.
       table_of: ``[P]`` int32 of a request's pages.
+      adapter_of: the number of a request's adapter; None where the parameters hold none.
       shards: data shards; where there are several, requests have slots.
     """
     left: list[list[Row]] = [[] for _ in range(shards)]
@@ -91,7 +97,8 @@ def pack(
         alike = [[row for row in rows if _blocks_for(shapes, row) == blocks] for rows in left]
         shape = _shape(shapes, blocks, max(map(len, alike)))
         now = {shard * shape.rows + i: row for shard, rows in enumerate(alike) for i, row in enumerate(rows[: shape.rows])}
-        yield packed(program.dims, shape, now, table_of=table_of, shards=shards), {i: row.request for i, row in now.items()}
+        arrays = packed(program.dims, shape, now, table_of=table_of, adapter_of=adapter_of, shards=shards)
+        yield arrays, {i: row.request for i, row in now.items()}
         taken = set(now.values())
         left = [[row for row in rows if row not in taken] for rows in left]
 
@@ -108,7 +115,13 @@ def shapes_for(program: decode.Program, shapes: Sequence[Shape], requests: Seque
 
 
 def packed(
-    dims: Dims, shape: Shape, rows: Mapping[int, Row], *, table_of: Callable[[Sequence[int]], np.ndarray], shards: int = 1
+    dims: Dims,
+    shape: Shape,
+    rows: Mapping[int, Row],
+    *,
+    table_of: Callable[[Sequence[int]], np.ndarray],
+    adapter_of: AdapterOf | None = None,
+    shards: int = 1,
 ) -> Packed:
     """Rows as the arrays of one forward, by their place in it: ``shape.rows`` of each shard, of which those that are not given do not
     exist."""
@@ -119,6 +132,7 @@ def packed(
         length=np.zeros(count, np.int32),
         written=np.zeros((count, shape.blocks), bool),
         page_table=np.tile(table_of([]), (count, 1)),
+        adapter=None if adapter_of is None else np.zeros(count, np.int32),
     )
     tables = {id_: table_of(pages) for id_, pages in {row.request.id: row.request.pages for row in rows.values()}.items()}
     for i, row in rows.items():
@@ -127,6 +141,8 @@ def packed(
         arrays.start[i], arrays.length[i] = row.first * dims.block, len(tokens)
         arrays.written[i, row.written - row.first : row.last - row.first] = True
         arrays.page_table[i] = tables[row.request.id]
+        if arrays.adapter is not None and adapter_of is not None:
+            arrays.adapter[i] = adapter_of(row.request)
     return arrays
 
 

@@ -7,7 +7,6 @@ Slots and pages are split over the mesh axis ``data``: the pages of a slot must 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from diffulex_jax import decode
 from diffulex_jax.decode import likelihood
 from diffulex_jax.decode.likelihood import Canvases
+from diffulex_jax.models.adapted import ADAPTERS, Factors, for_rows, with_axes
 from diffulex_jax.models.base import Model, Params, is_param
 from diffulex_jax.parallel.mesh import first_index, sharding, spec, spread
 from diffulex_jax.state import POOL_AXES, STATE_AXES, DecodeState, KVPool, StepReport, Trace
@@ -36,20 +36,22 @@ def denoise(
     steps: int,
     max_steps: jax.Array,
     stop_on_finish: jax.Array,
+    adapter: jax.Array | None = None,
 ) -> tuple[KVPool, DecodeState, StepReport, Trace]:
     """See ``decode.denoise``. All devices make the same number of steps.
 
+    ``adapter`` ``[S]`` int32 is that of each slot, from 1 on in the order in which ``params`` holds them; 0, or None for all: none.
     Of each device's slots the first take part, as many as it has rows in ``page_table`` and ``known``, and the report and the trace are of
     those; in the others nothing may be live.
     """
 
-    def local(params: Any, pool: KVPool, state: Any, page_table: jax.Array, known: Any, max_steps: Any, stop: Any) -> Any:
+    def local(params: Any, pool: KVPool, state: Any, page_table: jax.Array, known: Any, adapter: Any, max_steps: Any, stop: Any) -> Any:
         count = known.shape[0]
         here = program._replace(dims=dataclasses.replace(program.dims, slots=count))
         rows = jax.tree.map(lambda a: a[:count], state)
         pool, rows, report, trace = decode.denoise(
             here,
-            params,
+            for_rows(params, adapter),
             pool,
             rows,
             page_table=own_pages(page_table, pool),
@@ -67,10 +69,10 @@ def denoise(
     slots, pages, every = spec(*STATE_AXES), spec(*POOL_AXES), PartitionSpec()
     run = spread(
         local,
-        (param_specs(program.model), pages, slots, slots, slots, every, every),
+        (param_specs(program.model, params), pages, slots, slots, slots, slots, every, every),
         (pages, slots, slots, spec(None, *STATE_AXES)),
     )
-    return run(params, pool, state, page_table, known, max_steps, stop_on_finish)
+    return run(params, pool, state, page_table, known, adapter, max_steps, stop_on_finish)
 
 
 def prefill(
@@ -83,23 +85,29 @@ def prefill(
     length: jax.Array,
     written: jax.Array,
     page_table: jax.Array,
+    adapter: jax.Array | None = None,
 ) -> tuple[KVPool, jax.Array]:
     """See ``decode.prefill``. Devices compute the rows of their own slots: those that share slots have their equal part of the rows, in
-    order."""
+    order. ``adapter`` ``[R]`` is that of each row, as for :func:`denoise`."""
 
-    def local(params: Any, pool: KVPool, tokens: Any, start: Any, length: Any, written: Any, page_table: Any) -> Any:
-        here = own_pages(page_table, pool)
-        return decode.prefill(program, params, pool, tokens, start=start, length=length, written=written, page_table=here)
+    def local(params: Any, pool: KVPool, tokens: Any, start: Any, length: Any, written: Any, page_table: Any, adapter: Any) -> Any:
+        own, here = for_rows(params, adapter), own_pages(page_table, pool)
+        return decode.prefill(program, own, pool, tokens, start=start, length=length, written=written, page_table=here)
 
     pages, slots = spec(*POOL_AXES), spec(*STATE_AXES)
-    run = spread(local, (param_specs(program.model), pages, *[slots] * 5), (pages, slots))
-    return run(params, pool, tokens, start, length, written, page_table)
+    run = spread(local, (param_specs(program.model, params), pages, *[slots] * 6), (pages, slots))
+    return run(params, pool, tokens, start, length, written, page_table, adapter)
 
 
-def log_probs(program: decode.Program, params: Params, canvases: Canvases) -> jax.Array:
-    """See ``likelihood.log_probs``. Devices compute the rows of their data shard."""
-    run = spread(functools.partial(likelihood.log_probs, program), (param_specs(program.model), spec(*STATE_AXES)), spec(*STATE_AXES))
-    return run(params, canvases)
+def log_probs(program: decode.Program, params: Params, canvases: Canvases, adapter: jax.Array | None = None) -> jax.Array:
+    """See ``likelihood.log_probs``. Devices compute the rows of their data shard. ``adapter`` ``[R]`` is that of each row, as for
+    :func:`denoise`."""
+
+    def local(params: Any, canvases: Canvases, adapter: Any) -> jax.Array:
+        return likelihood.log_probs(program, for_rows(params, adapter), canvases)
+
+    slots = spec(*STATE_AXES)
+    return spread(local, (param_specs(program.model, params), slots, slots), slots)(params, canvases, adapter)
 
 
 def pool_placement(mesh: Mesh, program: decode.Program) -> KVPool:
@@ -111,9 +119,13 @@ def pool_placement(mesh: Mesh, program: decode.Program) -> KVPool:
     return KVPool(one, one)
 
 
-def param_specs(model: Model) -> Any:
-    """How the parameters are split, as a tree of their structure."""
-    return jax.tree.map(lambda param: spec(*param.axes), model.schema, is_leaf=is_param)
+def param_specs(model: Model, params: Params | None = None) -> Any:
+    """How the parameters are split, as a tree of their structure, adapters included where ``params`` hold some."""
+    specs = jax.tree.map(lambda param: spec(*param.axes), model.schema, is_leaf=is_param)
+    if params is None or ADAPTERS not in params:
+        return specs
+    split = with_axes(lambda _, axes: Factors(spec(*axes.a), spec(*axes.b)), model.schema, params[ADAPTERS])
+    return specs | {ADAPTERS: split}
 
 
 def own_pages(pages: jax.Array, pool: KVPool) -> jax.Array:

@@ -69,6 +69,12 @@ class Tracked:
         """Whether its output needs what only the device knows of each position."""
         return self.params.logprobs or self.params.return_step_map
 
+    @property
+    def salt(self) -> bytes:
+        """What must agree, beside tokens, for KV to be shared: the adapter that made it, and the client's own. 0xff is in no UTF-8."""
+        name = self.params.adapter_name
+        return (b"" if name is None else name.encode() + b"\xff") + self.params.cache_salt.encode()
+
     def known_tokens(self, first: int, size: int) -> np.ndarray:
         """``[size]`` int32: the tokens of ``size`` known positions from ``first`` on."""
         n = len(self.prompt)

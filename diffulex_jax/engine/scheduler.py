@@ -346,5 +346,5 @@ class Scheduler:
         """Makes ``request.digests`` reach over so many first pages, each continuing the one before it, the first the engine's and the
         request's salt."""
         for i in range(len(request.digests), pages):
-            parent = request.digests[-1] if request.digests else self._root + request.params.cache_salt.encode()
+            parent = request.digests[-1] if request.digests else self._root + request.salt
             request.digests.append(chain_digest(parent, request.known_tokens(i * self.page, self.page)))

@@ -179,7 +179,8 @@ class DiffusionModel:
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         contexts, rests = [context for context, _ in pairs], [rest for _, rest in pairs]
-        return [float(scores.sum()) for scores in self.engine.score(contexts, rests, self.estimator)]
+        found = self.engine.score(contexts, rests, self.estimator, adapter_name=self.params.adapter_name)
+        return [float(scores.sum()) for scores in found]
 
 
 def register() -> type:

@@ -31,6 +31,7 @@ class Param(NamedTuple):
       decay: whether weight decay applies to it in training.
       quantisable: whether an engine may hold it quantised: it consists of matrices ``[..., K, N]`` of which products contract K, and no
         axis but ``"expert"`` is split over devices.
+      adaptable: whether rows of a batch may add low-rank products of their own: it goes to ``Ops.linear`` and ``Ops.mlp`` alone.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +40,7 @@ class Param(NamedTuple):
     dtype: str | None = None
     decay: bool = True
     quantisable: bool = False
+    adaptable: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

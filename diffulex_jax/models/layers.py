@@ -143,10 +143,10 @@ def attention(n: int, embed: int, *, kv: int, group: int, head: int, norms: bool
     heads, axes = (kv, group + 2, head), ("kv_heads", None, "head_dim")
     return {
         "attn_norm": _norm(embed, "embed", n),
-        "qkv": Param((n, embed, *heads), ("layer", "embed", *axes)),
+        "qkv": Param((n, embed, *heads), ("layer", "embed", *axes), adaptable=True),
         **({"qkv_bias": Param((n, *heads), ("layer", *axes), init="zeros", decay=False)} if bias else {}),
         **({"q_norm": _norm(head, "head_dim", n), "k_norm": _norm(head, "head_dim", n)} if norms else {}),
-        "out": Param((n, kv, group, head, embed), ("layer", "kv_heads", None, "head_dim", "embed")),
+        "out": Param((n, kv, group, head, embed), ("layer", "kv_heads", None, "head_dim", "embed"), adaptable=True),
         "mlp_norm": _norm(embed, "embed", n),
     }
 
@@ -154,8 +154,8 @@ def attention(n: int, embed: int, *, kv: int, group: int, head: int, norms: bool
 def swiglu(n: int, embed: int, prefix: str, width: int) -> Schema:
     """A gated MLP of ``n`` layers."""
     return {
-        f"{prefix}_gate_up": Param((n, embed, 2, width), ("layer", "embed", None, "mlp")),
-        f"{prefix}_down": Param((n, width, embed), ("layer", "mlp", "embed")),
+        f"{prefix}_gate_up": Param((n, embed, 2, width), ("layer", "embed", None, "mlp"), adaptable=True),
+        f"{prefix}_down": Param((n, width, embed), ("layer", "mlp", "embed"), adaptable=True),
     }
 
 

@@ -56,7 +56,7 @@ def within(part: Part, held: Sequence[Region], *, leaf: Sequence[int], tensor: S
     Returns:
       The part for a tensor of which only that region was read. None where nothing of it is held.
     """
-    at = _spelt_out(part.at, len(leaf))
+    at = spelt_out(part.at, len(leaf))
     ours = [region for region in held if all(i in range(n)[r] for i, n, r in zip(at, leaf, region, strict=True) if isinstance(i, int))]
     if not ours:
         return None
@@ -79,7 +79,7 @@ def within(part: Part, held: Sequence[Region], *, leaf: Sequence[int], tensor: S
     return part._replace(at=tuple(at), rows=slice(None), sizes=sizes), region
 
 
-def _spelt_out(at: Index, ndim: int) -> list[int | slice]:
+def spelt_out(at: Index, ndim: int) -> list[int | slice]:
     """An entry for each axis."""
     entries = [i for i in at if not isinstance(i, EllipsisType)]
     where = at.index(...) if ... in at else len(at)

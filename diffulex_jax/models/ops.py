@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffulex_jax.models.adapted import Adapted, product
 from diffulex_jax.parallel.mesh import add_up, first_index, shared_by
 from pallas_kernels import Kernels, expert_choice, grouped_matmul
 from pallas_kernels import linear as linear_kernels
@@ -33,7 +34,7 @@ each key/value head; ``kept`` is what the caller wants of the layer, or, where t
 
 
 class Ops(NamedTuple):
-    """The operations of a layer.
+    """The operations of a layer. A stack of ``linear`` and ``mlp``, and of the shared expert, may be an ``adapted.Adapted``.
 
     Attributes:
       linear: ``linear(x [R, T, ...], stack [L, ..., ...], layer)``: the last axes of ``x`` contracted with the first of matrix ``layer``.
@@ -74,11 +75,22 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
         first, rest = (jax.tree.map(lambda a, at=at: a[:, at], arrays) for at in (slice(pending), slice(pending, None)))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), f(*first), f(*rest))
 
-    def linear(x: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
-        return apart(lambda x: linear_kernels.linear(x, stack, layer, backend=kernels.linear), x)
+    def times(x: jax.Array, stack: Any, layer: jax.Array) -> jax.Array:
+        if isinstance(stack, Adapted):
+            return times(x, stack.matrix, layer) + product(x, stack, layer)
+        return linear_kernels.linear(x, stack, layer, backend=kernels.linear)
 
-    def mlp(x: jax.Array, stacks: tuple[jax.Array, jax.Array], layer: jax.Array) -> jax.Array:
-        return apart(lambda x: linear_kernels.mlp(x, *stacks, layer, backend=kernels.linear), x)
+    def linear(x: jax.Array, stack: Any, layer: jax.Array) -> jax.Array:
+        return apart(lambda x: times(x, stack, layer), x)
+
+    def mlp(x: jax.Array, stacks: tuple[Any, Any], layer: jax.Array) -> jax.Array:
+        def gated(x: jax.Array) -> jax.Array:
+            if not any(isinstance(stack, Adapted) for stack in stacks):
+                return linear_kernels.mlp(x, *stacks, layer, backend=kernels.linear)
+            h = times(x, stacks[0], layer)
+            return times(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], stacks[1], layer)
+
+        return apart(gated, x)
 
     def experts(x: jax.Array, stacks: dict[str, jax.Array], layer: jax.Array, router: Router) -> jax.Array:
         def flat(a: jax.Array) -> jax.Array:
@@ -97,8 +109,9 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
         else:
             ids, weights = choose(flat(x), matrix, bias, valid=kept)
         # A device that has a part of the shared expert has other widths of it than of a routed one, and it is never quantised.
-        alone = kernels.rows_apart or bool(shared_by("mlp")) or grouped_matmul.is_quantised(stacks["experts_down"])
         shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None
+        alone = kernels.rows_apart or bool(shared_by("mlp")) or grouped_matmul.is_quantised(stacks["experts_down"])
+        alone |= any(isinstance(stack, Adapted) for stack in shared or ())
         y = grouped_matmul.expert_mlp(
             flat(x),
             ids,

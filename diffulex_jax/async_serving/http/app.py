@@ -122,18 +122,19 @@ def _administration(app: FastAPI, service: Service) -> None:
     async def show_docs() -> Response:
         return HTMLResponse(docs.document(app.openapi()), headers={"content-security-policy": docs.POLICY})
 
-    def model_card() -> dict[str, Any]:
-        card = {"id": service.model, "object": "model", "created": service.began, "owned_by": "diffulex-jax"}
-        return card | {"max_model_len": service.facts["max_model_len"], "strategies": list(service.facts["strategies"])}
+    def model_card(name: str) -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": service.began, "owned_by": "diffulex-jax"}
+        card |= {"max_model_len": service.facts["max_model_len"], "strategies": list(service.facts["strategies"])}
+        return card if name == service.model else card | {"parent": service.model}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_card()]}
+        return {"object": "list", "data": [model_card(name) for name in (service.model, *service.adapters)]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
-        return model_card()
+        return model_card(name)
 
     @app.get("/health")
     async def health() -> JSONResponse:

@@ -21,8 +21,7 @@ from diffulex_jax.async_serving.protocol import Commit, Provisional, Reply
 
 async def generate(service: Service, form: Generate, request: Request) -> Response:
     """Decodes one prompt; answers with the record ``final`` of ``records`` (``{"outputs": [...]}`` of them where n is above 1)."""
-    service.check_model(form.model)
-    params = form.params()
+    params = form.params(adapter_name=service.adapter_of(form.model))
     denoise = form.stream and form.stream_mode == "denoise"
     prompts = await work.prompts_of(service, form.prompt, n=params.n)
     job = work.Job.of(request, service, form=form, prompts=prompts, params=params, commits=form.stream, provisional=denoise)

@@ -31,12 +31,13 @@ _FINISH_REASONS = {"max_nfe": "length", "repetition": "length"}  # OpenAI knows 
 
 async def completions(service: Service, form: Completion, request: Request) -> Response:
     """Continues texts."""
-    service.check_model(form.model)
+    adapter = service.adapter_of(form.model)
     form.check()
     params = form.params(
         max_tokens=_DEFAULT_COMPLETION_TOKENS if form.max_tokens is None else form.max_tokens,
         logprobs=form.logprobs is not None,
         return_step_map=form.diffusion.step_map,
+        adapter_name=adapter,
     )
     prompts = await work.prompts_of(service, form.prompt, n=params.n)
     return await _answer(Shape(service, _job(service, request, form, prompts, params), form, chat=False), request)
@@ -44,7 +45,7 @@ async def completions(service: Service, form: Completion, request: Request) -> R
 
 async def chat_completions(service: Service, form: Chat, request: Request) -> Response:
     """Answers a conversation."""
-    service.check_model(form.model)
+    adapter = service.adapter_of(form.model)
     form.check()
     prompt = await work.conversation_of(service, form.messages)
     most = form.max_tokens if form.max_completion_tokens is None else form.max_completion_tokens
@@ -52,6 +53,7 @@ async def chat_completions(service: Service, form: Chat, request: Request) -> Re
         max_tokens=max(1, service.facts["max_model_len"] - len(prompt)) if most is None else most,
         logprobs=bool(form.logprobs),
         return_step_map=form.diffusion.step_map,
+        adapter_name=adapter,
     )
     return await _answer(Shape(service, _job(service, request, form, [prompt], params), form, chat=True), request)
 
@@ -122,7 +124,8 @@ class Shape:
         """What every object has."""
         kind = ("chat.completion" + ".chunk" * bool(self.form.stream)) if self.chat else "text_completion"
         id_ = f"{'chatcmpl' if self.chat else 'cmpl'}-{self.job.id}"
-        return {"id": id_, "object": kind, "created": self.created, "model": self.service.model, **fields}
+        model = self.job.params.adapter_name or self.service.model
+        return {"id": id_, "object": kind, "created": self.created, "model": model, **fields}
 
     def chunk(self, index: int, **fields: Any) -> dict[str, Any]:
         """One chunk of a stream, of one output."""

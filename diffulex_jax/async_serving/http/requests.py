@@ -99,7 +99,8 @@ def _offsets(name: str, tokens: dict[str, int]) -> dict[int, int]:
 
 
 class Generate(Sampling):
-    """The server's own form. ``block_append`` streams text as it becomes final; ``denoise`` streams the window after every step."""
+    """The server's own form. ``model`` is the server's, or the name of one of its adapters. ``block_append`` streams text as it becomes
+    final; ``denoise`` streams the window after every step."""
 
     model: str | None = None
     prompt: Prompt

@@ -80,7 +80,7 @@ def full() -> ApiError:
 
 @dataclasses.dataclass
 class Service:
-    """What the routes work with: one engine under one name. The engine may not have started yet."""
+    """What the routes work with: one engine under one name, and its adapters under theirs. The engine may not have started yet."""
 
     engine: AsyncEngine
     model: str
@@ -123,7 +123,18 @@ class Service:
         finally:
             del self.client_ids[id]
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """What clients may call models beside ``model``: each is that with an adapter."""
+        return tuple(self.facts["adapters"] or ())
+
     def check_model(self, name: str | None) -> None:
         """Refuses a request for another model (404)."""
-        if name is not None and name != self.model:
-            raise ApiError(404, f"the model {name!r} does not exist; this server has {self.model!r}", param="model", code="model_not_found")
+        if name is not None and name != self.model and name not in self.adapters:
+            there = ", ".join(map(repr, (self.model, *self.adapters)))
+            raise ApiError(404, f"the model {name!r} does not exist; this server has {there}", param="model", code="model_not_found")
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter that the name of a model stands for; None for the model as it is. Refuses other models (404)."""
+        self.check_model(name)
+        return None if name == self.model else name
