@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,7 @@ def run(
     block_size: int,
     buffer_size: int | None,
     max_slots: int,
+    against: str | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def run(
         gives others 64 random tokens.
       repeats: how often every prompt is decoded.
       dtype, block_size, buffer_size, max_slots, **settings: of the engine.
+      against: ``"torch"`` times a bare forward of the same network in it too, see ``torch_forward``.
       progress: show a progress bar over strategies.
 
     Returns:
@@ -74,12 +76,20 @@ def run(
 
     Raises:
       ValueError: for a model, shape, strategy or setting that will not do.
+      ImportError: without torch, where it is asked for.
     """
+    if against not in (None, "torch"):
+        raise ValueError(f"against={against!r} must be 'torch'")
+    if against:
+        from diffulex_jax.bench import torch_forward  # needs an extra, and is asked for before anything is loaded
     for strategy in strategies:
         if strategy is not None:
             resolve(strategy)  # an unknown one should not cost a load
     sizes: dict[str, Any] = {"block_size": block_size, "buffer_size": buffer_size, "max_slots": max_slots}
+    if against and shape is not None:
+        torch_forward.check(shape_model(shape))
     network, params, tokenizer = _model(model, shape, dtype)
+    beside = torch_forward.forward_of(network, params) if against else None
     found = [for_model(network.spec, strategy) for strategy in strategies]
     if model == "embedded" and tokenizer is not None and prompt_tokens is None:
         prompts = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in QUESTIONS]
@@ -96,7 +106,7 @@ def run(
         start_seconds = time.perf_counter() - began
         figures = measure(engine, prompts, sampling, repeats=repeats)
         program = program_of(network, chosen, EngineConfig(dtype=dtype, **sizes, **settings), kernels)
-        figures |= measure_step(program, params, prompt_tokens=longest)
+        figures |= measure_step(program, params, prompt_tokens=longest, beside=beside)
         results[chosen.name] = {"start_seconds": start_seconds} | figures
     device = jax.devices()[0]
     return {
@@ -112,6 +122,7 @@ def run(
         "prompts": len(prompts),
         "longest_prompt": longest,
         "repeats": repeats,
+        "against": against,
         "sampling": dataclasses.asdict(sampling),
         "strategies": results,
     }
@@ -146,7 +157,14 @@ def measure(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling
     }
 
 
-def measure_step(program: decode.Program, params: Params, *, prompt_tokens: int, rounds: int = 7) -> dict[str, float]:
+def measure_step(
+    program: decode.Program,
+    params: Params,
+    *,
+    prompt_tokens: int,
+    beside: Callable[[np.ndarray], np.ndarray] | None = None,
+    rounds: int = 7,
+) -> dict[str, float]:
     """Times a denoise step against the bare model (embeddings, layers, vocabulary logits) of the same shapes and the same kernels.
 
     Both run as a loop of steps on the device, turn about in one process; what a step has beyond the model is the
@@ -156,10 +174,12 @@ def measure_step(program: decode.Program, params: Params, *, prompt_tokens: int,
       program: what is run: half of a block is decoded, one token a step, and the first block of the window is active.
       params: of the network.
       prompt_tokens: cached positions in front of the block, rounded down to whole pages.
+      beside: another forward, of ``[S, B]`` tokens, timed in turn with these.
       rounds: measurements of each; medians are returned.
 
     Returns:
-      ``step_ms``, ``model_ms`` and ``outside_model_share`` = 1 - model / step of each turn.
+      ``step_ms``, ``model_ms`` and ``outside_model_share`` = 1 - model / step of each turn; with ``beside`` also ``torch_ms`` and
+      ``torch_ratio`` = step / that of each turn.
     """
     program, pool, state = _mid_request(program, params, prompt_tokens=prompt_tokens)
     dims = program.dims
@@ -177,10 +197,16 @@ def measure_step(program: decode.Program, params: Params, *, prompt_tokens: int,
             )
             middle = time.perf_counter()
             jax.block_until_ready(alone(params, pool, shared_part(state), page_table=tables, steps=steps))
-            spent.append((1e3 * (middle - began) / int(report.nfe.max()), 1e3 * (time.perf_counter() - middle) / int(steps)))
+            end = time.perf_counter()
+            if beside is not None:
+                for _ in range(steps):
+                    beside(np.asarray(state.tokens).reshape(dims.slots, -1))
+            other = time.perf_counter() - end
+            spent.append((1e3 * (middle - began) / int(report.nfe.max()), *(1e3 * t / int(steps) for t in (end - middle, other))))
     spent = spent[1:]  # the first compiled
-    step_ms, model_ms = (statistics.median(times) for times in zip(*spent, strict=True))
-    return {"step_ms": step_ms, "model_ms": model_ms, "outside_model_share": statistics.median(1 - m / s for s, m in spent)}
+    step_ms, model_ms, other_ms = (statistics.median(times) for times in zip(*spent, strict=True))
+    figures = {"step_ms": step_ms, "model_ms": model_ms, "outside_model_share": statistics.median(1 - m / s for s, m, _ in spent)}
+    return figures | ({"torch_ms": other_ms, "torch_ratio": statistics.median(s / t for s, _, t in spent)} if beside else {})
 
 
 def _mid_request(program: decode.Program, params: Params, *, prompt_tokens: int) -> tuple[decode.Program, KVPool, DecodeState]:
@@ -249,6 +275,8 @@ def table(report: dict[str, Any]) -> str:
         "model alone": ("model_ms", ".2f"),
         "outside": ("outside_model_share", ".1%"),
     }
+    if report["against"]:
+        columns |= {"torch alone": ("torch_ms", ".2f"), "step / torch": ("torch_ratio", ".2f")}
     rows = [["strategy", *columns]]
     rows += [[name, *(format(figures[key], form) for key, form in columns.values())] for name, figures in report["strategies"].items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

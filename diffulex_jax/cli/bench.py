@@ -40,6 +40,7 @@ def bench_decode(
     strategy: Annotated[list[str] | None, typer.Option(help=f"May be given several times: {_STRATEGIES}. {_USUAL}")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help=_PROMPTS)] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often every prompt is decoded.")] = 5,
+    against: Annotated[str | None, typer.Option(help="torch: a step against a bare forward of LLaDA2's network in it, on a CPU.")] = None,
     as_json: _AsJson = False,
     **settings: Any,
 ) -> None:
@@ -57,6 +58,7 @@ def bench_decode(
             sampling=sampling,
             prompt_tokens=prompt_tokens,
             repeats=repeats,
+            against=against,
             progress=not as_json,
             **engine_settings,
         )
