@@ -11,6 +11,11 @@ import pytest
 from pallas_kernels.target import current_target, is_hopper
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that all workers end together: whole layers compile for two minutes."""
+    items.sort(key=lambda item: item.path.name != "test_gpu_layers.py")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def hopper():
     assert is_hopper(current_target()), "these tests need a Hopper GPU and JAX 0.11 or newer"
