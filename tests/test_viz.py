@@ -17,6 +17,7 @@ from diffulex_jax import Output, SamplingParams, viz
 from diffulex_jax.engine.results import TraceStep
 from diffulex_jax.viz import denoising, steps
 from diffulex_jax.viz.denoising import COMMITTED, FILLED, MASK, PROMPT, WAITING
+from diffulex_jax.weights.checkpoint import EMBEDDED, load_model
 
 
 def step(start: int, text: str, *, revised: str = "....", remasked: str = "....") -> TraceStep:
@@ -223,3 +224,15 @@ def test_the_last_row_of_a_real_trace_is_the_answer(engine_of, buffer_size):
     assert len(grid.kind) == answer.nfe
     assert grid.tokens[-1, 3:].tolist() == answer.token_ids
     assert [block.position for block in grid.blocks()] == [0, 8, 16]
+
+
+def test_treescope_unfolds_records():
+    """Field by field, arrays with their values."""
+    treescope = pytest.importorskip("treescope")
+    for record, fields in (
+        (output(), ("finish_reason='length'", "TraceStep(start=4, tokens=np.array([80, 80, 97, 95])")),
+        (load_model(EMBEDDED), ("LLaDA2Config(", "hidden_size=192")),
+        (SamplingParams(max_tokens=9), ("max_tokens=9",)),
+    ):
+        text = treescope.render_to_text(record)
+        assert all(field in text for field in fields)
