@@ -102,23 +102,40 @@ def test_along_the_steps_a_decoder_took_scores_are_what_it_recorded(engines, nam
         np.testing.assert_allclose(scores, output.logprobs, atol=2e-5)
 
 
-@pytest.mark.sweep_but("block")
+@pytest.mark.sweep_but("block-from_start", "block-behind_a_block")
+@pytest.mark.parametrize("prompt", [PROMPTS[1], [5, 6, 7, 1, 2, 3]], ids=["from_start", "behind_a_block"])
 @pytest.mark.parametrize("name", MODELS)
-def test_samples_are_weighted_forwards_of_the_plain_network(engines, name):
-    prompt, completion, estimator = PROMPTS[1], COMPLETIONS[0][:4], MonteCarlo(samples=5, seed=2)
-    groups = [[*range(3, 7)]] if name == "whole" else blocks(name, prompt, completion)
-    group_of = np.array([-1] * 3 + [n for n, group in enumerate(groups) for _ in group])
-    want = np.zeros(7)
-    for row in scoring._sampled(0, np.arange(7) >= 3, group_of, estimator):
+def test_samples_are_weighted_forwards_of_the_plain_network(engines, name, prompt):
+    """Several of them share a row, and the sequence that they see."""
+    completion, estimator = COMPLETIONS[0][:4], MonteCarlo(samples=7, seed=2)
+    begin, end = len(prompt), len(prompt) + 4
+    groups = [[*range(begin, end)]] if name == "whole" else blocks(name, prompt, completion)
+    group_of = np.array([-1] * begin + [n for n, group in enumerate(groups) for _ in group])
+    want = np.zeros(end)
+    for canvas in scoring._sampled(np.arange(end) >= begin, group_of, estimator):
         for group in groups:
-            hidden = {i for i in group if row.hidden[i]}
+            hidden = {i for i in group if canvas.hidden[i]}
             for i, p in log_probs(name, (prompt + completion)[: group[-1] + 1], hidden).items():
-                want[i] += row.weight[i] * p
+                want[i] += canvas.weight[i] * p
     (scores,) = engines[name].score([prompt], [completion], estimator)
-    np.testing.assert_allclose(scores, want[3:], atol=2e-4)
+    np.testing.assert_allclose(scores, want[begin:], atol=2e-4)
     (again,) = engines[name].score([prompt], [completion], estimator)
-    (other,) = engines[name].score([prompt], [completion], MonteCarlo(samples=5, seed=1))
+    (other,) = engines[name].score([prompt], [completion], MonteCarlo(samples=7, seed=1))
     assert (again == scores).all() and (other != scores).any()
+
+
+@pytest.mark.parametrize(
+    ("length", "cells", "count", "width"),
+    [
+        (1024, 64, 1, 256),  # a short answer behind a long context, once
+        (1024, 64, 16, 1024),  # 16 canvases in one row
+        (1024, 1024, 32, 1024),  # a row may be no longer
+        (128, 96, 32, 512),  # 7 rows of 640 tokens; 32 rows of 256 are more
+        (4, 4, 1, 4),
+    ],
+)
+def test_rows_take_few_tokens(length, cells, count, width):
+    assert scoring._width(length, cells, count, block=4) == width
 
 
 def test_samples_tend_to_the_bound_that_all_subsets_make():
@@ -127,18 +144,18 @@ def test_samples_tend_to_the_bound_that_all_subsets_make():
     subsets = [s for count in range(1, n + 1) for s in itertools.combinations(range(n), count)]
     table = {s: rng.uniform(-4, 0, n) for s in subsets}
     want = sum(np.mean([table[s][list(s)].sum() for s in subsets if len(s) == count]) / count for count in range(1, n + 1))
-    rows = scoring._sampled(0, np.ones(n, bool), np.zeros(n), MonteCarlo(samples=30_000))
-    got = sum(row.weight @ (row.hidden * table[tuple(np.flatnonzero(row.hidden))]) for row in rows)
+    canvases = scoring._sampled(np.ones(n, bool), np.zeros(n), MonteCarlo(samples=30_000))
+    got = sum(canvas.weight @ (canvas.hidden * table[tuple(np.flatnonzero(canvas.hidden))]) for canvas in canvases)
     assert got == pytest.approx(want, rel=0.01)
 
 
 def test_numbers_of_masks_are_spread_evenly():
     open_ = np.arange(10) >= 4
-    rows = list(scoring._sampled(0, open_, np.zeros(10), MonteCarlo(samples=12)))
-    assert sorted(int(row.hidden.sum()) for row in rows) == sorted([1, 2, 3, 4, 5, 6] * 2)
-    for row in rows:
-        assert not row.hidden[:4].any()
-        np.testing.assert_allclose(row.weight[row.hidden], 6 / row.hidden.sum() / 12)
+    canvases = list(scoring._sampled(open_, np.zeros(10), MonteCarlo(samples=12)))
+    assert sorted(int(canvas.hidden.sum()) for canvas in canvases) == sorted([1, 2, 3, 4, 5, 6] * 2)
+    for canvas in canvases:
+        assert not canvas.hidden[:4].any()
+        np.testing.assert_allclose(canvas.weight[canvas.hidden], 6 / canvas.hidden.sum() / 12)
 
 
 def test_one_token_is_scored_alike_by_all(engines):
@@ -155,11 +172,15 @@ def test_scores_do_not_depend_on_what_is_scored_beside_and_few_programs_are_comp
     alone = [engine.score([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     for scores, together in zip(alone, engine.score(PROMPTS, COMPLETIONS), strict=True):
         np.testing.assert_array_equal(scores, together)
+    drawn, together = MonteCarlo(samples=6), engine.score(PROMPTS, COMPLETIONS, MonteCarlo(samples=6))
+    for prompt, completion, scores in zip(PROMPTS, COMPLETIONS, together, strict=True):
+        np.testing.assert_array_equal(engine.score([prompt], [completion], drawn)[0], scores)
     for length in range(1, LONGEST):
         engine.score([[1]], [[2] * length])
-    shapes = {name[1] for name in engine._device._programs._found if name[0] == "score"}
-    assert {(length, paired) for (_, length), paired in shapes if paired} == {(4, True), (8, True), (16, True)}
-    assert len(shapes) <= 6
+    shapes = {
+        (width, length) for name in engine._device._programs._found if name[0] == "score" for (_, width), length in name[1:] if length
+    }
+    assert shapes >= {(4, 4), (8, 8), (16, 16)} and shapes <= {(width, n) for n in (4, 8, 16) for width in (n // 4, n, 4 * n)}
 
 
 def test_requests_under_way_are_not_disturbed(engines):

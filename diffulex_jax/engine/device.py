@@ -149,13 +149,15 @@ class JaxDevice:
         finally:
             self._params = jax.tree.unflatten(tree, held.values()) | adapters
 
-    def score(self, asked: Sequence[scoring.Asked], estimator: scoring.Estimator, adapter: str | None) -> list[np.ndarray]:
+    def score(
+        self, asked: Sequence[scoring.Asked], estimator: scoring.Estimator, adapter: str | None, *, progress: bool
+    ) -> list[np.ndarray]:
         """See ``scoring.score``; ``adapter`` is the name of one, or None."""
         program, shards = self.program, self._shards
         each = program.dims.slots // shards
 
         def run(canvases: Canvases) -> np.ndarray:
-            shape = canvases.noisy.shape, canvases.clean is not None
+            shape = canvases.noisy.shape, None if canvases.clean is None else canvases.clean.shape[1]
             rows = None if self._adapter is None else np.full(shape[0][0], self._numbers[adapter], np.int32)
             return np.asarray(self._programs(("score", shape), self._log_probs, self._params, canvases, rows))
 
@@ -167,6 +169,7 @@ class JaxDevice:
             most=program.dims.positions,
             rows=lambda tokens: shards * max(1, min(each, self._budget // tokens)),
             run=run,
+            progress=progress,
         )
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:

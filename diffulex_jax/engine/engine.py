@@ -204,6 +204,7 @@ class Engine:
         estimator: Estimator | None = None,
         *,
         adapter_name: str | None = None,
+        progress: bool = False,
     ) -> list[np.ndarray]:
         """Log probability of each token of each completion, behind its prompt: float32, ``[its tokens]`` each.
 
@@ -215,6 +216,7 @@ class Engine:
           estimator: what is computed, see ``scoring``: ``BlockConditional()`` (the default), ``MonteCarlo(samples=..., seed=...)``, or
             ``StepMap(maps)``.
           adapter_name: one of the engine's ``adapters``, whose model is asked; default: the model as it is.
+          progress: show a progress bar.
 
         Raises:
           ValueError: naming what will not do.
@@ -224,7 +226,7 @@ class Engine:
         check_adapter(self._limits, adapter_name, name="score()")
         scoring.check(estimator, [len(tokens) - begin for tokens, begin in asked])
         with self._desk.turn():
-            return self._device.score(asked, estimator, adapter_name)
+            return self._device.score(asked, estimator, adapter_name, progress=progress)
 
     def update_params(self, params: Params, *, donate: bool = False) -> None:
         """Goes on with other parameters, as between two steps of training: no program is compiled again, cached prefixes are forgotten.

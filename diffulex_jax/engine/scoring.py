@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from diffulex_jax.decode.likelihood import Canvases
 from diffulex_jax.errors import SettingError
@@ -61,6 +62,8 @@ class StepMap:
     maps: Sequence[Sequence[tuple[int, int]]]
 
 
+_LONGEST = 2048  # tokens of a row, or twice the sequence
+
 Estimator = MonteCarlo | BlockConditional | StepMap
 
 
@@ -71,18 +74,32 @@ class Asked(NamedTuple):
     begin: int
 
 
-class Row(NamedTuple):
-    """One canvas.
+class Canvas(NamedTuple):
+    """One sequence with masks.
 
     Attributes:
-      asked: the number of the sequence.
       hidden: ``[n]`` bool, which of its tokens are masked.
       weight: ``[n]`` float32, how much of the log probabilities found counts.
     """
 
-    asked: int
     hidden: np.ndarray
     weight: np.ndarray
+
+
+class Row(NamedTuple):
+    """Canvases of one sequence that go through the network together.
+
+    Attributes:
+      asked: the number of the sequence.
+      first: where canvases begin: behind blocks that have no masks.
+      cells: of each canvas.
+      canvases: one or more.
+    """
+
+    asked: int
+    first: int
+    cells: int
+    canvases: Sequence[Canvas]
 
 
 def score(
@@ -94,6 +111,7 @@ def score(
     most: int,
     rows: Callable[[int], int],
     run: Callable[[Canvases], np.ndarray],
+    progress: bool = False,
 ) -> list[np.ndarray]:
     """Log probability of each token behind the prompts, ``[n - begin]`` float32 each.
 
@@ -102,25 +120,42 @@ def score(
       estimator: which.
       dims, policy: of the decoder.
       most: positions that a sequence may have.
-      rows: how many canvases of so many positions go through the network together.
-      run: ``likelihood.log_probs``, compiled for each shape: lengths are blocks times powers of 2.
+      rows: how many rows of so many tokens go through the network together.
+      run: ``likelihood.log_probs``, compiled for each shape: lengths are blocks times powers of 2, see also :func:`_width`.
+      progress: show a progress bar.
     """
     whole = policy.canvas == "whole"
     paired = not whole and not isinstance(estimator, StepMap)
     found = [np.zeros(len(tokens), np.float32) for tokens, _ in asked]
-    planned: dict[int, list[Row]] = {}
+    planned: dict[tuple[int, int], list[Row]] = {}
     for i, one in enumerate(asked):
         if len(one.tokens) > one.begin:
-            planned.setdefault(_length(one, dims, whole=whole, most=most), []).extend(_rows(i, one, estimator, dims, whole=whole))
-    for length, canvases in planned.items():
-        together = rows(2 * length if paired else length)
-        for at in range(0, len(canvases), together):
-            batch = canvases[at : at + together]
-            log_probs = run(_packed(asked, batch, (together, length), mask_id=dims.mask_id, paired=paired))
-            for row, given in zip(batch, log_probs, strict=False):
-                counts = row.weight != 0
-                found[row.asked][counts] += (row.weight * given[: len(row.weight)])[counts]
+            length = _length(one, dims, whole=whole, most=most)
+            canvases = list(_canvases(i, one, estimator, dims, whole=whole))
+            first, cells = _open_blocks(one, dims) if paired else (0, length)
+            width = _width(length, cells, len(canvases), block=dims.block) if paired else length
+            each = width // cells
+            more = [Row(i, first, cells, canvases[at : at + each]) for at in range(0, len(canvases), each)]
+            planned.setdefault((length, width), []).extend(more)
+    total = sum(len(row.canvases) for some in planned.values() for row in some)
+    with tqdm(total=total, unit="canvas", disable=not progress) as bar:
+        for (length, width), some in planned.items():
+            together = rows(length + width if paired else length)
+            for at in range(0, len(some), together):
+                batch = some[at : at + together]
+                given = run(_packed(asked, batch, (together, width, length), mask_id=dims.mask_id, paired=paired))
+                for row, log_probs in zip(batch, given, strict=False):
+                    _add(found[row.asked][row.first :], row, log_probs)
+                    bar.update(len(row.canvases))
     return [log_probs[begin:] for log_probs, (_, begin) in zip(found, asked, strict=True)]
+
+
+def _add(found: np.ndarray, row: Row, log_probs: np.ndarray) -> None:
+    """Adds what a row's canvases give, each by its weight, to what was found of the sequence from ``row.first`` on."""
+    for i, canvas in enumerate(row.canvases):
+        weight = canvas.weight[row.first :]
+        counts = weight != 0
+        found[counts] += (weight * log_probs[i * row.cells :][: len(weight)])[counts]
 
 
 def _length(one: Asked, dims: Dims, *, whole: bool, most: int) -> int:
@@ -133,20 +168,36 @@ def _length(one: Asked, dims: Dims, *, whole: bool, most: int) -> int:
     return min(length, max(most, needed))
 
 
-def _rows(i: int, one: Asked, estimator: Estimator, dims: Dims, *, whole: bool) -> Iterable[Row]:
+def _open_blocks(one: Asked, dims: Dims) -> tuple[int, int]:
+    """The first position, and the number of positions, of the blocks that hold a completion."""
+    first = one.begin if dims.prompt_apart else one.begin // dims.block * dims.block
+    return first, -(-(len(one.tokens) - first) // dims.block) * dims.block
+
+
+def _width(length: int, cells: int, count: int, *, block: int) -> int:
+    """Cells of a row beside the ``length`` of its sequence, so that ``count`` canvases of so many ``cells`` take the fewest tokens.
+
+    A quarter of the length, the length, or four times it, so that few programs are compiled, in whole blocks.
+    """
+    widths = [width // block * block for width in (length // 4, length, 4 * length) if length + width <= max(2 * length, _LONGEST)]
+    widths = [width for width in widths if width >= cells]
+    return min(widths, key=lambda width: -(-count // (width // cells)) * (length + width))
+
+
+def _canvases(i: int, one: Asked, estimator: Estimator, dims: Dims, *, whole: bool) -> Iterable[Canvas]:
     at = np.arange(len(one.tokens))
     open_ = at >= one.begin
     number = (at - (one.begin if whole or dims.prompt_apart else 0)) // dims.block
     match estimator:
         case MonteCarlo():
-            return _sampled(i, open_, np.zeros_like(number) if whole else number, estimator)
+            return _sampled(open_, np.zeros_like(number) if whole else number, estimator)
         case BlockConditional():
-            return _blocks(i, open_, number) if whole else [Row(i, open_, open_.astype(np.float32))]
+            return _blocks(open_, number) if whole else [Canvas(open_, open_.astype(np.float32))]
         case StepMap():
-            return _steps(i, open_, np.array([last for _, last in estimator.maps[i]], np.int64))
+            return _steps(open_, np.array([last for _, last in estimator.maps[i]], np.int64))
 
 
-def _sampled(i: int, open_: np.ndarray, group: np.ndarray, estimator: MonteCarlo) -> Iterator[Row]:
+def _sampled(open_: np.ndarray, group: np.ndarray, estimator: MonteCarlo) -> Iterator[Canvas]:
     rng = np.random.default_rng(estimator.seed)
     groups = [np.flatnonzero(open_ & (group == n)) for n in np.unique(group[open_])]
     offsets = [rng.integers(len(members)) for members in groups]
@@ -158,30 +209,40 @@ def _sampled(i: int, open_: np.ndarray, group: np.ndarray, estimator: MonteCarlo
             chosen = rng.choice(members, count, replace=False)
             hidden[chosen] = True
             weight[chosen] = n / count / estimator.samples
-        yield Row(i, hidden, weight)
+        yield Canvas(hidden, weight)
 
 
-def _blocks(i: int, open_: np.ndarray, number: np.ndarray) -> Iterator[Row]:
+def _blocks(open_: np.ndarray, number: np.ndarray) -> Iterator[Canvas]:
     for n in np.unique(number[open_]):
-        yield Row(i, open_ & (number >= n), (open_ & (number == n)).astype(np.float32))
+        yield Canvas(open_ & (number >= n), (open_ & (number == n)).astype(np.float32))
 
 
-def _steps(i: int, open_: np.ndarray, last: np.ndarray) -> Iterator[Row]:
+def _steps(open_: np.ndarray, last: np.ndarray) -> Iterator[Canvas]:
     written = np.zeros(len(open_), np.int64)
     written[open_] = last
     for step in np.unique(last[last > 0]):
-        yield Row(i, open_ & (written >= step), (open_ & (written == step)).astype(np.float32))
+        yield Canvas(open_ & (written >= step), (open_ & (written == step)).astype(np.float32))
 
 
-def _packed(asked: Sequence[Asked], batch: Sequence[Row], shape: tuple[int, int], *, mask_id: int, paired: bool) -> Canvases:
-    clean, noisy = np.full(shape, mask_id, np.int32), np.full(shape, mask_id, np.int32)
-    begin, length = np.zeros(shape[0], np.int32), np.zeros(shape[0], np.int32)
-    for row, (i, hidden, _) in enumerate(batch):
-        tokens, begin[row] = asked[i]
-        length[row] = len(tokens)
-        clean[row, : len(tokens)] = tokens
-        noisy[row, : len(tokens)] = np.where(hidden, mask_id, tokens)
-    return Canvases(noisy, clean if paired else None, clean, begin, length)
+def _packed(asked: Sequence[Asked], batch: Sequence[Row], shape: tuple[int, int, int], *, mask_id: int, paired: bool) -> Canvases:
+    rows, width, size = shape
+    noisy, target, clean = (np.full((rows, n), mask_id, np.int32) for n in (width, width, size))
+    number = np.full((rows, width), -1 if paired else 0, np.int32)
+    at = np.zeros((rows, width), np.int32) if paired else np.broadcast_to(np.arange(width, dtype=np.int32), (rows, width))
+    begin, length = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    for r, row in enumerate(batch):
+        tokens, begin[r] = asked[row.asked]
+        length[r] = len(tokens)
+        clean[r, : len(tokens)] = tokens
+        rest = tokens[row.first :]
+        for i, canvas in enumerate(row.canvases):
+            start = i * row.cells
+            if paired:
+                number[r, start : start + row.cells] = i
+                at[r, start : start + row.cells] = np.arange(row.first, row.first + row.cells)
+            target[r, start : start + len(rest)] = rest
+            noisy[r, start : start + len(rest)] = np.where(canvas.hidden[row.first :], mask_id, rest)
+    return Canvases(noisy, at, number, clean if paired else None, target, begin, length)
 
 
 def check(estimator: Any, lengths: Sequence[int]) -> None:

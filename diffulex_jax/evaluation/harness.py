@@ -110,20 +110,19 @@ class DiffusionModel:
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log probability of each continuation behind its context, and whether greedy decoding of so many tokens gives it."""
-        del disable_tqdm
         pairs = [self._pair(*request.args) for request in requests]
-        scores = self._score(pairs)
+        scores = self._score(pairs, progress=not disable_tqdm)
         greedy = [(tuple(context), len(rest)) for context, rest in pairs if rest]
         wanted = list(dict.fromkeys(greedy))
         params = [dataclasses.replace(self.params, max_tokens=n, temperature=0.0, ignore_eos=True) for _, n in wanted]
-        outputs = self.engine.generate([list(context) for context, _ in wanted], params) if wanted else []
+        contexts = [list(context) for context, _ in wanted]
+        outputs = self.engine.generate(contexts, params, progress=not disable_tqdm) if wanted else []
         best = {key: output.token_ids for key, output in zip(wanted, outputs, strict=True)}
         return [(score, not rest or best[tuple(context), len(rest)] == rest) for score, (context, rest) in zip(scores, pairs, strict=True)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log probability of whole texts: in pieces as long as the model takes, each behind the token before it, the first behind the
         end token."""
-        del disable_tqdm
         pieces, owners = [], []
         for i, (text,) in enumerate(request.args for request in requests):
             ids = [self.prefix_token_id, *self.tokenizer.encode_more(text)]
@@ -131,7 +130,7 @@ class DiffusionModel:
                 pieces.append((ids[at - 1 : at], ids[at : at + self.most - 1]))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        for i, score in zip(owners, self._score(pieces), strict=True):
+        for i, score in zip(owners, self._score(pieces, progress=not disable_tqdm), strict=True):
             totals[i] += score
         return totals
 
@@ -177,9 +176,9 @@ class DiffusionModel:
         room = max(self.most - len(rest), 1)
         return before[-room:], rest
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], *, progress: bool) -> list[float]:
         contexts, rests = [context for context, _ in pairs], [rest for _, rest in pairs]
-        found = self.engine.score(contexts, rests, self.estimator, adapter_name=self.params.adapter_name)
+        found = self.engine.score(contexts, rests, self.estimator, adapter_name=self.params.adapter_name, progress=progress)
         return [float(scores.sum()) for scores in found]
 
 
