@@ -248,6 +248,16 @@ def test_answers_of_a_file_are_what_is_learnt(folder, tmp_path):
         assert (row[end:] == TINY.spec.eos_ids[0]).all() and end < 32
 
 
+def test_a_canvas_is_as_long_as_the_longest_answer_takes(folder, tmp_path):
+    """Memory grows with its square: short answers do not pay for room that nobody fills."""
+    line = {"prompt": "a", "completion": "b"}
+    short = batch_of(folder, tmp_path / "short.jsonl", [line], length=None)
+    assert short.tokens.shape[1] == TINY.spec.block_size
+    long = batch_of(folder, tmp_path / "long.jsonl", [line, line | {"completion": "b " * 50}], length=None)
+    assert long.tokens.shape[1] % TINY.spec.block_size == 0
+    assert 0 <= long.tokens.shape[1] - long.end.max() - 1 < TINY.spec.block_size
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

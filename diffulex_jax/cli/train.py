@@ -18,6 +18,7 @@ _RECIPE = f"One of {', '.join(RECIPE_NAMES)}, or the import path of one of your 
 _CHANGES = "Changes to the recipe"
 _ADAPTERS = "Adapters"
 _DATA = 'A JSON-lines file of {"prompt": ..., "completion": ...} or {"messages": [...]}, in place of the recipe\'s data.'
+_LENGTH = "With --data: tokens of a canvas, whole blocks; longer examples are left out. Default: as the longest one takes."
 _SAVE_EVERY = "Steps between states that are kept, a multiple of 50; 0 keeps none, and needs no Orbax."
 _MESH = "How devices share the work: data=2,expert=2,tensor=2. Default: one device."
 
@@ -31,7 +32,7 @@ def train(
     mesh: Annotated[str | None, typer.Option(help=_MESH)] = None,
     model: Annotated[str | None, typer.Option(help="A Hugging Face directory, a hub id, or 'embedded'.", rich_help_panel=_CHANGES)] = None,
     data: Annotated[pathlib.Path | None, typer.Option(help=_DATA, rich_help_panel=_CHANGES)] = None,
-    length: Annotated[int, typer.Option(help="With --data: tokens of a canvas, whole blocks.", rich_help_panel=_CHANGES)] = 512,
+    length: Annotated[int | None, typer.Option(help=_LENGTH, rich_help_panel=_CHANGES)] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=_CHANGES)] = None,
     rows: Annotated[int | None, typer.Option(help="Examples in a step.", rich_help_panel=_CHANGES)] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.", rich_help_panel=_CHANGES)] = None,
@@ -55,6 +56,8 @@ def train(
     It needs diffulex-jax[train].
     """
     with one_line_errors():
+        if data is None and length is not None:
+            raise ValueError("--length goes with --data")
         if lora_rank is None and lora_target:
             raise ValueError("--lora-target goes with --lora-rank")
         if importlib.util.find_spec("optax") is None:

@@ -71,7 +71,7 @@ def random_access(dataset: Sequence[Mapping[str, Any]]) -> Batches:
     return batch
 
 
-def json_lines(about: About, *, path: str, length: int) -> Batches:
+def json_lines(about: About, *, path: str, length: int | None) -> Batches:
     """Examples of a JSON-lines file: ``{"prompt": ..., "completion": ...}``, or ``{"messages": [...]}`` that end with an assistant's.
 
     A prompt is text as it stands; messages go through the model's chat template. What is learnt is the completion, or the last message,
@@ -80,14 +80,15 @@ def json_lines(about: About, *, path: str, length: int) -> Batches:
     Args:
       about: what they are for; its model has a tokenizer.
       path: the file, in UTF-8.
-      length: tokens of the canvas; a number of whole blocks.
+      length: tokens of the canvas, whole blocks; None for as many as the longest example takes that the model has positions for.
+        Memory grows with its square.
 
     Raises:
       ValueError: naming the line and what is wrong with it; or where no example fits, the model has no tokenizer, or ``length`` will
         not do.
     """
-    block = about.model.spec.block_size
-    if length < block or length % block:
+    block, most = about.model.spec.block_size, about.model.spec.max_positions
+    if length is not None and (length < block or length % block):
         raise ValueError(f"length={length} must be a multiple of the model's block size {block}")
     tokenizer = None if about.folder is None else Tokenizer.load(about.folder)
     if tokenizer is None:
@@ -100,6 +101,10 @@ def json_lines(about: About, *, path: str, length: int) -> Batches:
                     pairs.append(_pair(json.loads(line), tokenizer))
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number}: {error}") from None
+    if length is None:
+        needed = (len(prompt) + len(answer) + 1 for prompt, answer in pairs)
+        longest = max((count for count in needed if count <= most), default=most)
+        length = -(-longest // block) * block
     examples = canvases(pairs, length=length, end_id=about.model.spec.eos_ids[0])
     if not len(examples.start):
         raise ValueError(f"{path}: none of its {len(pairs)} examples fits a canvas of {length} tokens")
@@ -133,6 +138,6 @@ def _pair(entry: Any, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return tokenizer.apply_chat_template(messages[:-1]), tokenizer.encode_more(last["content"])
 
 
-def from_file(path: str | pathlib.Path, *, length: int) -> Callable[[About], Batches]:
+def from_file(path: str | pathlib.Path, *, length: int | None = None) -> Callable[[About], Batches]:
     """:func:`json_lines` of a file, for a recipe."""
     return functools.partial(json_lines, path=str(path), length=length)
