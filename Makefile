@@ -5,9 +5,6 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 get off. How many people are on the bus?
 
-# What `make test` leaves out: cases that are one of many like another, which `make test-all` runs, and pods.
-ONE_OF_EACH := -m "not sweep and not pods"
-
 .PHONY: run test test-all lint test-fast test-pods test-gpu test-soak notebooks browser clean
 
 # Answers a question with the model that comes with the package.
@@ -16,9 +13,9 @@ run: $(VENV)/.installed
 
 # Lint, format, types, and of every kind of test one: nine minutes on two cores.
 test: lint
-	$(PYTEST) --compiled users $(ONE_OF_EACH)
-	$(PYTEST) --compiled quick $(ONE_OF_EACH)
-	$(PYTEST) --compiled least $(ONE_OF_EACH)
+	$(PYTEST) --one-of-each --compiled users
+	$(PYTEST) --one-of-each --compiled quick
+	$(PYTEST) --one-of-each --compiled least
 
 # The same with every case of every test, which continuous integration runs: half an hour.
 test-all: lint
@@ -33,7 +30,7 @@ lint: $(VENV)/.installed-dev browser
 
 # The tests without those that take long, in a minute and a half: rules, scheduler, pages, configs, checkpoints, settings, small kernels.
 test-fast: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow and not sweep and not pods"
+	$(PYTEST) --one-of-each -m "not slow and not pods"
 
 # What is compiled for every generation of TPUs and every pod that diffulex_jax/planning/pods.md lists. Half an hour.
 test-pods: $(VENV)/.installed-dev

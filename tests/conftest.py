@@ -32,77 +32,77 @@ GOLDEN = TESTS / "golden"
 # Files and folders that take more than some ten seconds of a processor, longest first: they begin first, so that all workers end
 # together, and `make test-fast` leaves them out.
 SLOW = (
-    "test_same_answer.py",
     "test_notebooks.py",
+    "test_same_answer.py",
     "test_llada.py",
     "test_dream.py",
     "kernels/test_prediction.py",
-    "test_stopping.py",
     "test_quantised_experts.py",
-    "test_golden_llada2.py",
+    "test_stopping.py",
     "test_output_contract.py",
-    "kernels/test_grouped_matmul.py",
     "test_sharding.py",
+    "test_golden_llada2.py",
+    "test_golden_sdar.py",
+    "test_bench_step.py",
     "test_golden_dream.py",
     "aot/test_plan.py",
-    "test_golden_sdar.py",
-    "test_cli_process.py",
-    "test_bench_step.py",
-    "test_golden_llada.py",
-    "kernels/test_block_attention.py",
-    "serving",
-    "test_bench_quality.py",
-    "test_d2f.py",
-    "test_generate.py",
-    "test_requests.py",
-    "aot",
-    "test_engine.py",
     "kernels/test_quantised.py",
+    "serving",
+    "test_generate.py",
+    "test_cli_process.py",
+    "test_golden_llada.py",
+    "aot",
+    "test_requests.py",
+    "kernels/test_block_attention.py",
+    "test_bench_e2e.py",
     "test_properties.py",
+    "kernels/test_grouped_matmul.py",
+    "test_d2f.py",
     "test_block_routing.py",
     "test_warm_up.py",
-    "test_sampling.py",
-    "test_step.py",
-    "test_evaluation.py",
-    "test_rollout.py",
+    "test_named_strategies.py",
     "test_scoring.py",
-    "test_update_params.py",
     "test_adapter_rows.py",
+    "test_step.py",
     "test_cli.py",
+    "test_sampling.py",
+    "test_engine.py",
+    "test_golden_fast_dllm.py",
     "test_decode.py",
     "test_few_rows.py",
-    "test_golden_fast_dllm.py",
-    "test_compile_cache.py",
     "test_policies.py",
-    "test_named_strategies.py",
+    "test_bench_quality.py",
+    "test_compile_cache.py",
     "test_training.py",
-    "test_executables.py",
-    "test_kv.py",
-    "kernels/test_expert_choice.py",
-    "test_quantised_files.py",
-    "kernels/test_kv_forms.py",
-    "test_bench_e2e.py",
     "test_blocks_and_pages.py",
+    "kernels/test_expert_choice.py",
     "test_threads.py",
-    "test_grpo.py",
-    "test_lm_eval.py",
-    "test_readme.py",
+    "test_kv.py",
+    "kernels/test_kv_forms.py",
+    "test_rollout.py",
     "test_replay.py",
+    "test_readme.py",
+    "test_update_params.py",
     "kernels/test_token_merge.py",
+    "test_recipes.py",
+    "test_quantised_files.py",
     "test_models.py",
     "test_fingerprint.py",
-    "test_viz.py",
-    "test_trace.py",
-    "test_watch.py",
-    "test_prefill.py",
-    "test_recipes.py",
     "test_next_token_models.py",
+    "test_evaluation.py",
+    "test_grpo.py",
+    "test_prefill.py",
     "test_decide.py",
+    "test_watch.py",
+    "test_viz.py",
+    "test_lm_eval.py",
+    "test_trace.py",
+    "test_executables.py",
     "test_weight_folders.py",
 )
 
-# How XLA compiles for the files and folders named, and for the processes that they start; for all others, as it does for users. `make test`
-# runs the files of each way by themselves, because a process has the flags that it began with. A build of an engine and a step of it take:
+# How XLA compiles for the files and folders named, and for the processes that they start; for all others, as it does for users. Each way is
+# a run of its own, because a process has the flags that it began with. A build of an engine and a step of it take:
 #   users: 1, and 1. What users run is held by these: the kernels, the same answer in every way of running, what LLaDA2's authors recorded,
 #     whole canvases, prompts in parts, quantised weights.
 #   quick: half, and two. For what compiles more than it runs.
@@ -147,6 +147,26 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_training.py",
     ),
 }
+
+# With `--one-of-each` of the files that are compiled as for users only these are so; some least, and all others quick.
+USERS = ("test_same_answer.py", "test_golden_llada2.py", "kernels/test_grouped_matmul.py", "kernels/test_quantised.py")
+LEAST = (
+    "kernels",
+    "test_bfloat16_memory.py",
+    "test_block_routing.py",
+    "test_decode.py",
+    "test_few_rows.py",
+    "test_golden_dream.py",
+    "test_kv.py",
+    "test_levenshtein.py",
+    "test_objectives.py",
+    "test_prefill.py",
+    "test_qwen2.py",
+    "test_rules.py",
+    "test_sdar_rules.py",
+    "test_step.py",
+    "test_sub_blocks.py",
+)
 _OLD_EMITTERS = (
     "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling,xla_cpu_disable_new_fusion_emitters "
     "--xla_cpu_parallel_codegen_split_count=1"
@@ -166,24 +186,36 @@ MISSING = pytest.StashKey[list[str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     ways = ("users", *COMPILED)
     parser.addoption("--compiled", choices=ways, help="run the files that tests/conftest.py says are compiled so")
+    parser.addoption("--one-of-each", action="store_true", help="leave out cases that are marked sweep; with --compiled, compile sooner")
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
     """Leaves out what is compiled in another way than ``--compiled`` asks for."""
     wanted = config.getoption("compiled")
-    return True if wanted and collection_path.suffix == ".py" and _way_of(collection_path) != wanted else None
+    if not wanted or collection_path.suffix != ".py":
+        return None
+    return True if _way_of(collection_path, sooner=config.getoption("one_of_each")) != wanted else None
 
 
-def _way_of(file: pathlib.Path) -> str:
-    return next((way for way, names in COMPILED.items() if any(file.is_relative_to(TESTS / name) for name in names)), "users")
+def _way_of(file: pathlib.Path, *, sooner: bool) -> str:
+    way = next((way for way, names in COMPILED.items() if _is_among(file, names)), "users")
+    if way != "users" or not sooner or _is_among(file, USERS):
+        return way
+    return "least" if _is_among(file, LEAST) else "quick"
+
+
+def _is_among(file: pathlib.Path, names: tuple[str, ...]) -> bool:
+    return any(file.is_relative_to(TESTS / name) for name in names)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """What one worker compiled the others read from disk, and so do processes that tests start, and the next run. The key holds program,
     flags and versions."""
-    named = {*SLOW, *(name for names in COMPILED.values() for name in names)}
+    named = {*SLOW, *USERS, *LEAST, *(name for names in COMPILED.values() for name in names)}
     if missing := sorted(name for name in named if not (TESTS / name).exists()):
         raise pytest.UsageError(f"tests/conftest.py lists {', '.join(missing)}, which are not there")
+    if config.getoption("one_of_each"):
+        config.option.markexpr = f"({config.option.markexpr}) and not sweep"
     if flags := FLAGS.get(config.getoption("compiled") or "users"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     compile_sooner()
@@ -204,7 +236,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _place(item) < len(SLOW):
             item.add_marker("slow")
     unknown = mark_others(items)
-    config.stash[MISSING] = [*unknown, *left_out(items)] if "not sweep" in config.getoption("markexpr") else []
+    config.stash[MISSING] = [*unknown, *left_out(items)] if config.getoption("one_of_each") else []
     items.sort(key=_place)
 
 
@@ -226,7 +258,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_file_vanishes(pytestconfig):
-    """Fails every test of a run without sweeps where these are all that a file has, or where ``sweep_but`` names what is no case."""
+    """Fails every test of a run ``--one-of-each`` where these are all that a file has, or where ``sweep_but`` names what is no case."""
     missing = pytestconfig.stash[MISSING]
     assert not missing, f"`make test` would run nothing of {', '.join(missing)}"
 

@@ -42,11 +42,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def covering(chosen: list[tuple[str, replay.Case]]) -> list[tuple[str, replay.EngineKey]]:
-    """Engines that together have every checkpoint, peer, strategy, block size and other setting, the one that adds most first."""
+    """Engines that together have every checkpoint, peer, strategy and other setting, the one that adds most first."""
     shown: dict[tuple[str, replay.EngineKey], set] = {}
     for name, case in chosen:
         key = replay.engine_key(case)
-        shown.setdefault((name, key), set()).update({name, case.peer, key.strategy, key.block, *key.more})
+        shown.setdefault((name, key), set()).update({name, case.peer, key.strategy, *key.more})
     kept, missing = [], set().union(*shown.values())
     while missing:
         kept.append(max(shown, key=lambda engine: len(shown[engine] & missing)))
@@ -80,6 +80,7 @@ def test_nothing_else_is_left_out(request):
     assert not any(replay.unknown_setting(case) for _, case in stable)
 
 
+@pytest.mark.sweep
 def test_first_steps(name, case):
     """Where the peer itself gives other tokens in float64, its first steps still count."""
     pairs = replay.first_steps(case, functools.partial(engine_of, name))

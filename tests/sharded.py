@@ -1,6 +1,7 @@
 """Decoding on eight CPU devices against one; run by test_sharding in a process of its own, because a process has as many as it began with.
 
-Prints one JSON object: for each mesh what differs from a single device, which exchanges its program holds, and how a checkpoint is
+Takes one JSON object, ``{"programs": names of meshes, "engines": meshes as text}``: what to decode over.
+Prints one: for each mesh what differs from a single device, which exchanges its program holds, and how a checkpoint is
 read onto it.
 """
 
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 import tempfile
 from unittest import mock
 
@@ -433,14 +435,22 @@ def trained(axes):
     }
 
 
+def programs_over(meshes, names):
+    """For each of ``names``, a mesh, or a mesh and ", next" for the model of the next position, how it differs from a single device."""
+    kinds, found = {"": (MODEL, dmax()), ", next": (NEXT, fast_dllm_v2())}, {}
+    for suffix, (model, rule) in kinds.items():
+        if chosen := {f"{name}{suffix}": axes for name, axes in meshes.items() if f"{name}{suffix}" in names}:
+            single = decoded(make_mesh(), model, rule)
+            found |= {name: difference(single, decoded(make_mesh(**axes), model, rule)) for name, axes in chosen.items()}
+            found[f"generated{suffix}"] = int((single[0] != MASK).sum())
+    return found
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
-    single = decoded(make_mesh())
+    asked = json.loads(sys.argv[1])
     meshes = {"2x2x2": {"data": 2, "expert": 2, "tensor": 2}, "1x4x2": {"expert": 4, "tensor": 2}}
-    found = {name: difference(single, decoded(make_mesh(**axes))) for name, axes in meshes.items()}
-    single_next = decoded(make_mesh(), NEXT, fast_dllm_v2())
-    found |= {f"{name}, next": difference(single_next, decoded(make_mesh(**axes), NEXT, fast_dllm_v2())) for name, axes in meshes.items()}
-    found |= {
+    found = programs_over(meshes, asked["programs"]) | {
         "adapted": adapted("data=2,expert=2,tensor=2"),
         "loads": loads(meshes),
         "one host": {name: read_by_one_host(axes) for name, axes in (meshes | {"2": {"tensor": 2}}).items()},
@@ -448,7 +458,8 @@ if __name__ == "__main__":
         "quantised": quantised(meshes["1x4x2"]),
         "bench": bench({"data": 2, "expert": 2}),
         "trained": trained({"data": 2, "tensor": 2}),
-        "engines": engines(["data=2,expert=2,tensor=2", "data=4", "tensor=2"]),
+        "engines": engines(asked["engines"]),
+        "shared_vocabulary": shared_vocabulary(),
+        "shared_by_gpus": shared_by_gpus(),
     }
-    generated = {"generated": int((single[0] != MASK).sum()), "generated, next": int((single_next[0] != MASK).sum())}
-    print(json.dumps(found | generated | {"shared_vocabulary": shared_vocabulary(), "shared_by_gpus": shared_by_gpus()}))
+    print(json.dumps(found))

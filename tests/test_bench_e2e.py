@@ -39,6 +39,7 @@ def test_it_measures_from_the_prompt_to_the_last_token():
         assert figures["tokens_per_second"] == pytest.approx(3 * 32 / figures["seconds"])
 
 
+@pytest.mark.sweep
 def test_a_model_is_measured_behind_what_all_prompts_share():
     folder = str(pathlib.Path(__file__).parent / "golden" / "tiny-llada2")
     asked = ["--tokens-per-forward", "8", "--first-token", "31", "--shared-prefix", "64", "--dtype", "float32"]

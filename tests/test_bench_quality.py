@@ -61,6 +61,7 @@ def test_shares_are_those_of_the_objective_that_the_model_was_trained_with():
     np.testing.assert_allclose(got, np.asarray(want)[masked], atol=2e-5)
 
 
+@pytest.mark.sweep
 def test_a_report_of_the_model_beside_itself():
     told = bench("--problems", "10", "--strategy", "dmax", "--weights", "int4", "--kv", "", "--json")
     assert told.exit_code == 0, told.output

@@ -243,6 +243,7 @@ def test_the_embedded_model_answers_a_chat():
     assert printed["tokens_per_forward"] > 2
 
 
+@pytest.mark.sweep
 def test_bench_decode_measures_speed():
     args = ["--shape", "tiny", "--strategy", "llada2", "--max-tokens", "16", "--prompt-tokens", "8", "--repeats", "2"]
     result = run("bench", "decode", *args, "--json", *SMALL)

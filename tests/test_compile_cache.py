@@ -31,6 +31,7 @@ def look(code: str = LOOK, **variables: str):
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+@pytest.mark.sweep_but("variables1-{tmp}/x/diffulex-jax/compiled", "variables2-{tmp}/moved")
 @pytest.mark.parametrize(
     ("variables", "place"),
     [
@@ -47,6 +48,7 @@ def test_the_cache_is_where_it_is_said_to_be(tmp_path, variables, place):
     assert pathlib.Path(folder).is_dir()
 
 
+@pytest.mark.sweep_but("OFF")
 @pytest.mark.parametrize("off", ["off", "OFF", ""])
 def test_it_can_be_turned_off(tmp_path, off):
     assert look(HOME=str(tmp_path), DIFFULEX_JAX_CACHE=off)[0] == ["None", "None", None]

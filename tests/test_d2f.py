@@ -120,7 +120,7 @@ def options_of(name: str) -> dict:
     return {"strategy": "d2f", "max_slots": 6, "max_model_len": 256, "num_pages": 32, "warm_up": False, **SETUPS[name]}
 
 
-@pytest.fixture(scope="module", params=sweep(SETUPS, but=["llada"]))
+@pytest.fixture(scope="module", params=sweep(SETUPS, but=[]))
 def setup(request):
     engine, requests = Engine.from_pretrained(**options_of(request.param)), same_answer.requests(5, [0.0, 0.7], vocab=490)
     return request.param, engine, requests, same_answer.alone(engine, requests)

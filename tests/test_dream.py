@@ -344,7 +344,7 @@ SETUPS = {
 }
 
 
-@pytest.fixture(scope="module", params=sweep(SETUPS, but=["dream_origin"]))
+@pytest.fixture(scope="module", params=sweep(SETUPS, but=[]))
 def setup(request, engine_of):
     engine = engine_of(**SETUPS[request.param])
     steps, lengths = itertools.cycle([0, 6, 12]), itertools.cycle([0, 12, 24, 1, 40])

@@ -365,7 +365,7 @@ SETUPS = {
 }
 
 
-@pytest.fixture(scope="module", params=sweep(SETUPS, but=["llada", "dual"]))
+@pytest.fixture(scope="module", params=sweep(SETUPS, but=["llada"]))
 def setup(request):
     engine = Engine.from_pretrained(**SETUPS[request.param])
     lengths = itertools.cycle([0, 8, 24, 1, 40])

@@ -132,6 +132,7 @@ def decode_in_a_process(model, names, pipe):
     pipe.send({name: [(o.token_ids, o.nfe) for o in engine.generate([[1, 2, 3]], PARAMS)] for name, engine in engines.items()})
 
 
+@pytest.mark.sweep
 def test_rules_of_ones_own_side_by_side_here_and_in_a_process(module, golden_model):
     engines = Engine.for_strategies(golden_model, NAMES, **OPTIONS)
     assert [engine.strategy for engine in engines.values()] == list(engines) == NAMES

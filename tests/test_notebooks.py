@@ -82,6 +82,7 @@ def pictures(outputs: list[nbformat.NotebookNode]) -> list[bytes]:
     return [base64.b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
 
 
+@pytest.mark.sweep
 def test_quickstart(executed):
     outputs = executed("01_quickstart.ipynb")
     stored = [cell.outputs for cell in load("01_quickstart.ipynb").cells if cell.cell_type == "code"]
@@ -118,6 +119,7 @@ def test_decoding_rule(executed):
     assert text(ended) == "the server has ended\n"
 
 
+@pytest.mark.sweep
 def test_plan_a_pod(executed):
     install, sizes, memory, compiled, roofline, rates = executed("04_plan_a_pod.ipynb")
     stored = [cell.outputs for cell in load("04_plan_a_pod.ipynb").cells if cell.cell_type == "code"]

@@ -49,16 +49,11 @@ def expected(say: Script) -> tuple[list[int], str]:
 
 @pytest.mark.sweep_but(
     "llada2-8-3-False",
-    "llada2_edit-4-2-False",
     "dmax-8-2-True",
-    "sdar_leftmost-4-1-False",
     "sdar_entropy-4-2-False",
     "fast_dllm_v2-4-3-True",
     "d2f-4-8-False",
-    "llada_random-4-1-False",
     "llada_factor-8-1-False",
-    "dream-48-1-False",
-    "dream_origin-16-1-True",
     "dream_threshold-4-1-True",
 )
 @pytest.mark.parametrize(

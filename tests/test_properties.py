@@ -73,15 +73,11 @@ def requests(draw, positions: int = BLOCK * PAGES) -> Script:
 
 @pytest.mark.sweep_but(
     "llada2-False-1",
-    "llada2_edit-False-2",
     "llada2_levenshtein-False-2",
     "dmax-False-2",
-    "dmax fast-False-1",
     "sdar_leftmost-False-2",
-    "sdar_sequential-False-1",
     "sdar_entropy with edit-False-2",
     "fast_dllm_v2-True-1",
-    "fast_dllm_v2 with edit-True-2",
     "dmax-True-1",
 )
 @pytest.mark.parametrize("window", [1, 2])

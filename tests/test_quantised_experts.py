@@ -75,7 +75,7 @@ def test_loading_never_holds_a_leaf_whole(tmp_path, monkeypatch):
     assert peak < whole / 2
 
 
-@pytest.mark.sweep_but("int4")
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quantised_model_decodes_what_its_plain_parameters_decode(form):
     """Token for token in float32, and the problems are solved as well as before."""

@@ -78,6 +78,7 @@ def test_json_is_one_object(run, two_cases):
     }
 
 
+@pytest.mark.sweep
 def test_first_steps_of_an_unstable_case_count(run):
     cases = json.loads((GOLDEN / "tiny-llada2.dmax_soft_parallel.json").read_text())[:1]
     status, lines = run(cases, name="x.dmax_soft_parallel.json")

@@ -146,6 +146,7 @@ def test_a_request_that_could_never_fit_is_refused():
         check(limits, PROMPT, SamplingParams(max_tokens=60).resolve(), name="prompt")
 
 
+@pytest.mark.sweep
 def test_a_wider_window_spends_fewer_forwards(engine, engine_of):
     params = SamplingParams(max_tokens=96, ignore_eos=True, accept_threshold=0.5, edit_threshold=2.0)
     prompts = [PROMPT, PROMPT[:3], PROMPT * 3]

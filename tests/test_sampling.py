@@ -27,10 +27,12 @@ def decode():
     return run
 
 
+@pytest.mark.sweep
 def test_greedy_decoding_knows_neither(decode):
     assert decode(SDAR, 0.0) == decode(SDAR._replace(draws="position", confidence="model"), 0.0)
 
 
+@pytest.mark.sweep
 def test_every_forward_draws_anew(decode):
     """A position that a step passes over gets another draw in the next."""
     anew, kept = (decode(SDAR._replace(draws=draws), 2.0, accept_threshold=1.0) for draws in ("step", "position"))

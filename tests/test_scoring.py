@@ -70,6 +70,7 @@ def blocks(name: str, prompt: list[int], completion: list[int]) -> list[list[int
     return [list(group) for _, group in itertools.groupby(positions, lambda i: (i - start) // BLOCK)]
 
 
+@pytest.mark.sweep_but("block", "next")
 @pytest.mark.parametrize("name", MODELS)
 def test_each_block_is_scored_given_the_clean_past(engines, name):
     found = engines[name].score(PROMPTS, COMPLETIONS)
@@ -85,7 +86,7 @@ def test_each_block_is_scored_given_the_clean_past(engines, name):
         np.testing.assert_allclose(scores, [want[i] for i in sorted(want)], atol=2e-5)
 
 
-@pytest.mark.sweep_but("block-settings1", "next-settings2", "whole-settings3")
+@pytest.mark.sweep_but("block-settings1", "whole-settings3")
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("block", {}), ("block", {"strategy": "multi_bd"}), ("next", {}), ("whole", {"strategy": "llada_threshold"})],

@@ -11,7 +11,6 @@ from diffulex_jax import SamplingParams
 
 
 @pytest.mark.sweep_but(
-    "tiny-llada2-trained-llada2_edit-32",
     "families/tiny-sdar-trained-sdar-4",
     "families/tiny-fast-dllm-v2-trained-fast_dllm_v2-32",
     "families/tiny-llada-llada_threshold-32",

@@ -167,6 +167,7 @@ def test_control_c_ends_the_call_it_hits_and_no_other(engine, alone):
     assert not engine.has_work and engine.stats["pages_held"] == 0
 
 
+@pytest.mark.sweep
 def test_an_error_of_one_request_reaches_its_own_caller(engine_of, monkeypatch):
     """A tokenizer that fails on one answer: its caller hears of it, whichever thread was working; the other gets its output."""
     engine = engine_of("embedded", strategy="llada2", max_slots=4, max_model_len=64)

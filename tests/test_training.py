@@ -118,6 +118,7 @@ def test_canvases_hold_prompt_answer_and_end_of_sequence():
 # Losses.
 
 
+@pytest.mark.sweep
 def test_the_noisy_half_sees_what_the_engine_sees(embedded):
     model, params = checkpoint.load(checkpoint.EMBEDDED, embedded.mesh)
     problem = evaluate.held_out(1)[0]

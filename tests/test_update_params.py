@@ -78,6 +78,7 @@ def test_a_trainer_may_donate_what_it_gave(engine, expected):
     engine.update_params(parameters(0))
 
 
+@pytest.mark.sweep
 def test_another_engine_over_the_same_parameters_keeps_them(expected):
     params = parameters(0)
     one, other = engine_over(params), engine_over(params)

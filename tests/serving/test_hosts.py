@@ -45,6 +45,7 @@ def ask(server: Server, prompt: str, **more) -> dict:
     return server.post("/generate", prompt=prompt, max_tokens=40, ignore_eos=True, **more).json()
 
 
+@pytest.mark.sweep
 def test_two_hosts_answer_as_one_and_end_together(model, compiled, monkeypatch):
     with serving(model, *SMALL, cache=compiled) as server:
         wanted = [ask(server, prompt)["token_ids"] for prompt in PROMPTS]

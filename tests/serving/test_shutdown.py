@@ -32,6 +32,7 @@ def test_sigterm_lets_streams_finish(model, compiled):
     assert seen["meanwhile"] in ([503, 200, 503], [])
 
 
+@pytest.mark.sweep
 def test_sigterm_without_patience_cuts_streams_off(model, compiled):
     seen = shutdown.trial(model, compiled, *SMALL, clients=20, drain_seconds=0)
     assert (seen["code"], seen["left"]) == (0, [])

@@ -77,6 +77,7 @@ def test_aborting_in_one_strategy_leaves_the_other_alone(engines, alone):
     assert all(engine.stats["pages_held"] == 0 for engine in engines.values())
 
 
+@pytest.mark.sweep
 def test_an_async_engine_takes_one_strategy_or_several(model):
     async def strategies(strategy):
         async with asyncio.timeout(60), AsyncEngine.from_pretrained(str(model), strategy=strategy, **SETTINGS) as served:

@@ -1,6 +1,6 @@
 """What serving must stand, at full length: ``make test-soak``. Every test prints its figures as a line of JSON.
 
-They take about an hour on two cores and want the machine to themselves. ``-k`` picks; short forms are part of ``make test``.
+They take about an hour on two cores and want the machine to themselves. ``-k`` picks; short forms are part of ``make test-all``.
 """
 
 from __future__ import annotations
