@@ -30,8 +30,9 @@ class Kernels(NamedTuple):
         Where bits are held to be independent of other rows, for none.
       prefill_tokens: a forward over prompts is compiled for so many tokens. Where bits are held to be independent of other rows, for one
         number alone: with its shapes the last bits of a row may change.
+      free_tokens: a forward takes in so many in the time in which it reads its weights: what costs twice as much as the first has so many.
       kept_ready: a program can be written down and read back ready to run. On a CPU one that was itself read back lacks functions then.
-      batched_tokens: of prompts and windows in one step, where nobody says otherwise.
+      batched_tokens: of prompts between two steps, at the most, where nobody says otherwise.
       pool_order: dimensions of the KV pool from major to minor, as the kernels read it; None leaves them in their order.
     """
 
@@ -48,6 +49,7 @@ class Kernels(NamedTuple):
     pending_apart: bool = True
     few_rows: tuple[int, ...] = ()
     prefill_tokens: tuple[int, ...] = (128,)
+    free_tokens: int = 512
     kept_ready: bool = False
     batched_tokens: int = 2048
     pool_order: tuple[int, ...] | None = None
@@ -60,7 +62,7 @@ class Kernels(NamedTuple):
         """
         if self.rows_apart or jnp.dtype(dtype) == jnp.bfloat16:
             return self
-        held = self._replace(rows_apart=True, few_rows=(), prefill_tokens=_ONE_PREFILL)
+        held = self._replace(rows_apart=True, few_rows=(), prefill_tokens=_ONE_PREFILL, free_tokens=512)
         return held._replace(expert_choice="sorted", linear="sliced", layers_per_turn=1)
 
 
@@ -101,6 +103,7 @@ def choose_for(target: Target) -> Kernels:
         pending_apart=target.platform == "cpu",
         few_rows=(8,) if in_place else (),
         prefill_tokens=(256, 1024, 2048, 4096) if in_place else (128,) if target.platform == "cpu" else _ONE_PREFILL,
+        free_tokens=2048 if in_place else 32 if target.platform == "cpu" else 512,
         kept_ready=target.platform != "cpu",
         batched_tokens=4096 if in_place else 2048,
         pool_order=block_attention.pool_order(attention),

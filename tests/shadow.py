@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffulex_jax.cache.pages import PagePool
+from diffulex_jax.engine.pace import Pace
 from diffulex_jax.engine.request import Chunk, Ended, Tracked
 from diffulex_jax.engine.scheduler import Scheduler
 from diffulex_jax.sampling_params import SamplingParams
@@ -154,7 +155,7 @@ class World:
         self.pools = [PagePool(each, first=i * each) for i in range(shards)]
         self.device = device(slots=slots, seed=seed, page=page, **kind)
         self.device.pages_of = {slot: range(each * i, each * (i + 1)) for slot in range(slots) for i in [slot * shards // slots]}
-        sizes = {"slots": slots, "block": BLOCK, "page": page, "window": 1, "max_batched_tokens": 24, "steps_per_dispatch": 4}
+        sizes = {"slots": slots, "block": BLOCK, "page": page, "window": 1, "pace": Pace(24, (8,), 0), "steps_per_dispatch": 4}
         self.scheduler = Scheduler(self.device, self.pools, **sizes, root=b"", **kind)
         self.requests: dict[int, Tracked] = {}
         self.ended: list[Ended] = []

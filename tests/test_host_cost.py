@@ -9,6 +9,7 @@ import numpy as np
 
 from diffulex_jax import SamplingParams
 from diffulex_jax.cache.pages import PagePool
+from diffulex_jax.engine.pace import Pace
 from diffulex_jax.engine.request import Tracked
 from diffulex_jax.engine.scheduler import Scheduler
 from diffulex_jax.engine.stops import find_cut
@@ -60,7 +61,7 @@ def test_the_host_needs_no_longer_for_a_step_of_a_long_output():
         block=BLOCK,
         page=BLOCK,
         window=1,
-        max_batched_tokens=2048,
+        pace=Pace(2048, (128,), 0),
         steps_per_dispatch=1,
         root=b"",
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import types
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -10,6 +13,7 @@ from hypothesis.strategies import integers, sampled_from
 from shadow import BLOCK, ShadowDevice, StaleRead, World
 
 from diffulex_jax.cache.pages import PagePool
+from diffulex_jax.engine.pace import Pace
 from diffulex_jax.engine.request import Tracked
 from diffulex_jax.sampling_params import SamplingParams
 
@@ -165,7 +169,7 @@ def test_prompts_share_the_token_budget_in_turn():
     world.step()
     assert chunks[1] == [(1, 2), (0, 4)]  # the short prompt is not behind the long one, and both go together
     world.finish()
-    assert chunks[2] == [(0, 5)]  # one row decodes, which leaves 20 tokens
+    assert chunks[2] == [(0, 5)]
     assert sum(count for given in chunks for id_, count in given if id_ == 0) == 15
 
 
@@ -196,12 +200,54 @@ def test_a_prompt_with_nothing_to_prefill_waits_for_none():
     assert list(world.scheduler.running.values()) == [short] and list(world.scheduler.prefilling) == [long]
 
 
-def test_windows_that_fill_the_budget_leave_a_quarter_of_it_to_prompts():
-    world = World(pool=4.0, seed=0)
-    world.scheduler.window, world.scheduler.max_batched_tokens = 4, 48  # three rows of four blocks of 4 are 48 tokens
-    for i in range(3):
-        add(world, i, prompt=3, max_tokens=40)
-    world.step()
-    prompt = add(world, 3, prompt=60, max_tokens=1)
-    world.step()
-    assert len(world.scheduler.running) == 3 and prompt.written == 3
+class Log(ShadowDevice):
+    """Notes tokens of prompts and steps, in order."""
+
+    def __init__(self, **kind):
+        super().__init__(**kind)
+        self.done: list[tuple[str, int]] = []
+
+    def prefill(self, chunks):
+        self.done.append(("prompts", 4 * sum(chunk.blocks for chunk in chunks)))
+        super().prefill(chunks)
+
+    def launch(self, running, **asked):
+        before = max((self.rows[slot].nfe for slot in running), default=0)
+        report = super().launch(running, **asked)
+        self.done.append(("steps", int(report.nfe.max()) - before))
+        return report
+
+
+def test_prompts_leave_those_who_wait_for_more_two_thirds_of_the_time(monkeypatch):
+    """A flood of prompts of one token each, every one of which ends a dispatch early, beside a row that decodes."""
+    monkeypatch.setattr("diffulex_jax.engine.scheduler.CREDIT", 0)
+    world = World(pool=6.0, seed=0, device=Log)
+    world.scheduler.pace = Pace(24, (8,), 4)  # 8 tokens of prompts cost 12, a step over one block 8
+    decoding = add(world, 0, prompt=3, max_tokens=61)
+    while not decoding.tokens:
+        world.step()
+    world.device.done.clear()
+    count = 0
+    while world.scheduler.running.get(decoding.slot) is decoding:
+        if len(world.scheduler) < 3:
+            count += 1
+            add(world, count, prompt=40, max_tokens=1)
+        world.step()
+    kinds = [(kind, [n for _, n in group]) for kind, group in itertools.groupby(world.device.done, key=lambda entry: entry[0])]
+    prompts, steps = ([counts for kind, counts in kinds[:-2] if kind == wanted] for wanted in ("prompts", "steps"))
+    assert len(prompts) > 5
+    assert all(len(given) == 1 and given[0] <= 16 for given in prompts)
+    assert min(map(sum, steps[1:])) >= 2
+    assert any(len(between) > 1 for between in steps)  # some dispatch was ended early, and prompts waited all the same
+
+
+def test_prompts_come_first_where_nobody_has_seen_a_token():
+    world = World(pool=6.0, seed=0, device=Log)
+    world.scheduler.pace = Pace(24, (8,), 4)
+    world.device.random = types.SimpleNamespace(random=lambda: 1.0)  # no block ever ends
+    add(world, 0, prompt=3, max_tokens=61)
+    for i in (1, 2, 3):
+        add(world, i, prompt=60, max_tokens=1)
+    for _ in range(4):
+        world.step()
+    assert world.device.done == [("prompts", 24), ("steps", 2)] * 4

@@ -129,7 +129,7 @@ def bench_e2e(
     first_token: Annotated[str, typer.Option(help="Tokens of the prompts whose first token is timed.")] = "31,100,500,2000,4000",
     strategy: Annotated[str | None, typer.Option(help=f"One that reads num_to_transfer, of {_STRATEGIES}. {_USUAL}")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of weights, activations and cache: bfloat16 (default) or float32.")] = None,
-    max_batched_tokens: Annotated[int | None, typer.Option(help="Of prompts and windows in a step; default: by the device.")] = None,
+    max_batched_tokens: Annotated[int | None, typer.Option(help="Of prompts between two steps; default: by the device.")] = None,
     vocabulary: Annotated[int | None, typer.Option(help="Of a server: prompts are of ids below this one. Default: 10000.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Sent to a server with every request.")] = None,
     repeats: Annotated[int, typer.Option(help="How often the time to a first token is measured.")] = 5,

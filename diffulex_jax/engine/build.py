@@ -19,6 +19,7 @@ from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import JaxDevice, default_num_pages
 from diffulex_jax.engine.fingerprint import strategy_id
 from diffulex_jax.engine.mirror import Mirror
+from diffulex_jax.engine.pace import Pace
 from diffulex_jax.engine.scheduler import Scheduler
 from diffulex_jax.engine.startup import announce, is_told
 from diffulex_jax.engine.tokenizer import Tokenizer
@@ -266,6 +267,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
     spec, mesh, rule = network.model.spec, network.mesh, strategy.rule
     alike.check(settings, [strategy], mesh)
     kernels = _kernels(mesh, settings)
+    layers = kernels.for_layers(settings.jax_dtype)
     batched = settings.max_batched_tokens or kernels.batched_tokens
     s, policy, dims = plan(spec, strategy, dataclasses.replace(settings, max_batched_tokens=batched))
     shards, heads = mesh.shape["data"], spec.layers.kv_heads // mesh.shape["tensor"]
@@ -317,7 +319,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         block=dims.block,
         page=dims.unit,
         window=dims.window,
-        max_batched_tokens=batched,
+        pace=Pace(batched, layers.prefill_tokens, layers.free_tokens),
         steps_per_dispatch=s.steps_per_dispatch,
         whole_prompts=not policy.chunkable,
         prompt_apart=dims.prompt_apart,

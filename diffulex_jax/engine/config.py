@@ -58,8 +58,9 @@ class EngineConfig:
         slot.
       num_pages: pages of the pool, or blocks where a block is several pages; default: what memory allows, up to a few times what all
         slots need together. With fewer than they need, requests that no longer fit are set aside and resumed.
-      max_batched_tokens: tokens of prompts and windows processed in one step, at the most; but prompts get a quarter of it at least. Where
-        a mesh has ``data`` above 1, so many for each of its parts. Default: by the device, 2048 or 4096.
+      max_batched_tokens: tokens of prompts between two steps, at the most. It is fewer where requests wait for more of an answer: prompts
+        take about a third of the time then. Where a mesh has ``data`` above 1, so many for each of its parts. Default: by the device, 2048
+        or 4096.
       prefix_cache: reuse the KV of blocks that begin a prompt as an earlier request did.
       steps_per_dispatch: denoise steps the device runs before the host looks.
       warm_up: compile every program when the engine is built, so that no request waits for one. Otherwise each is compiled when it is first

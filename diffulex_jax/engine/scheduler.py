@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from diffulex_jax.cache.pages import PagePool, chain_digest
+from diffulex_jax.engine.pace import CREDIT, Pace
 from diffulex_jax.engine.request import Chunk, Ended, Tracked
 from diffulex_jax.engine.shards import Shard, by_preference, make_shards
 from diffulex_jax.state import ERROR, RUNNING, Canvas, StepReport
 
 
-_STEPS_BETWEEN_PREFILLS = 2
+_LEAST_STEPS = 2  # between prompts
 _MOST_PREFILL_BLOCKS = 16  # of one request in turn
-_LEAST_PREFILL_SHARE = 4  # a quarter of the budget is for prompts, however many windows there are
 _COUNTS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
 _MOST_PASSED_OVER = 64  # so often may later requests overtake one that waits for pages
 
@@ -67,7 +67,7 @@ class Scheduler:
         block: int,
         page: int,
         window: int,
-        max_batched_tokens: int,
+        pace: Pace,
         steps_per_dispatch: int,
         root: bytes,
         whole_prompts: bool = False,
@@ -81,6 +81,7 @@ class Scheduler:
         Args:
           pools: the pages of each data shard. Each has its equal part of the ``slots``, in order.
           page: tokens of a page, one or several blocks.
+          pace: how prompts and requests that decode share the device, of each data shard.
           whole_prompts: a prompt is prefilled in one piece, however long.
           prompt_apart: see ``state.Dims``. The last block of a prompt is written before the first step too, however few tokens it has.
           commit_alone: see ``state.Dims``. The last block of a prompt that ends with one is left to the first step, which decides the
@@ -89,7 +90,7 @@ class Scheduler:
           paged: otherwise requests take no pages, and their prompts are not prefilled.
         """
         self.device, self._shards = device, make_shards(pools, slots)
-        self.block, self.page, self.window, self.max_batched_tokens = block, page, window, max_batched_tokens
+        self.block, self.page, self.window, self.pace = block, page, window, pace
         self._per_page = page // block
         self.steps_per_dispatch = steps_per_dispatch
         self.waiting: collections.deque[Tracked] = collections.deque()
@@ -99,6 +100,9 @@ class Scheduler:
         self._root, self._whole_prompts, self._commit_alone, self._paged = root, whole_prompts, commit_alone, paged
         self._keeps_window, self._prompt_apart = keeps_window, prompt_apart
         self._admitted = 0
+        self._owed = (
+            -CREDIT
+        )  # steps that come before the next prompts, where somebody would notice; below 0 prompts have so many in advance
         self._flight: Flight | None = None
         self._ended: list[Ended] = []
 
@@ -124,16 +128,18 @@ class Scheduler:
         self.waiting.append(request)
 
     def step(self) -> list[Ended]:
-        """Collects the last dispatch, admits, prefills under the token budget, launches the next; returns what ended."""
+        """Collects the last dispatch, admits, prefills what the pace allows, launches the next; returns what ended."""
         self.settle()
         self._admit()
-        self._prefill()
+        noticed = self._noticed()
+        self._prefill(noticed)
         for request in sorted(self.running.values(), key=lambda r: r.order):
             if request.slot is not None:
                 self._provide_page(request)
         if self.running:
             busy = bool(self.prefilling)
-            steps = min(_STEPS_BETWEEN_PREFILLS, self.steps_per_dispatch) if busy else self.steps_per_dispatch
+            owed = max(_LEAST_STEPS, self._owed if noticed else 0)
+            steps = min(owed, self.steps_per_dispatch) if busy else self.steps_per_dispatch
             launched = self.device.launch(self.running, max_steps=steps, stop_on_finish=busy or bool(self.waiting))
             self._flight = Flight(launched, dict(self.running))
         ended, self._ended = self._ended, []
@@ -179,6 +185,7 @@ class Scheduler:
         if request.slot is None:
             return
         self.preemptions += 1
+        self._owed = min(self._owed, 0)  # pages are short: prompts that hold some should get on
         if request in self.prefilling:
             self.prefilling.remove(request)
             request.written = 0
@@ -260,12 +267,14 @@ class Scheduler:
         """Pages that hold the positions of a request below ``position``."""
         return -(-min(position, len(request.prompt) + request.params.max_tokens) // self.page)
 
-    def _prefill(self) -> None:
-        """Prompt blocks within the budget that decoding leaves in each shard, or a share of it: some of each request in turn, all in one
-        call. Shards compute at the same time."""
-        most, least = self.max_batched_tokens, self.max_batched_tokens // _LEAST_PREFILL_SHARE
-        decoding = collections.Counter(map(self._shard_index, self.running.values()))
-        budgets = [max(most - decoding[i] * self.window * self.block, least, self.block) for i in range(len(self._shards))]
+    def _prefill(self, noticed: bool) -> None:
+        """Prompt blocks up to what the pace allows in each shard: some of each request in turn, all in one call. Shards compute at the
+        same time, so what the fullest takes goes for all."""
+        if noticed and self._owed > 0:
+            return
+        decoding = max(collections.Counter(map(self._shard_index, self.running.values())).values(), default=0) * self.window * self.block
+        most = max(self.block, self.pace.prompts(decoding, credit=-self._owed) if noticed else self.pace.budget)
+        budgets = [most] * len(self._shards)
         chunks: list[Chunk] = []
         done: list[Tracked] = []
         while request := next((r for r in self.prefilling if budgets[self._shard_index(r)] >= self.block), None):
@@ -279,8 +288,13 @@ class Scheduler:
             (self.prefilling if count < left else done).append(request)
         if chunks:
             self.device.prefill(chunks)
+            self._owed += self.pace.steps(most - min(budgets), decoding) if noticed else 0
         for request in done:
             self._start(request)
+
+    def _noticed(self) -> bool:
+        """Whether somebody has seen tokens and waits for more: whoever has none waits for their first block, whatever comes before it."""
+        return any(request.tokens for request in self.running.values())
 
     def _to_prefill(self, request: Tracked) -> int:
         """Blocks of the prompt that are written before the first step."""
@@ -314,12 +328,13 @@ class Scheduler:
         return request.slot // self._shards[0].slots
 
     def _collect(self, report: StepReport, launched: dict[int, Tracked]) -> list[Ended]:
-        ended, now = [], time.perf_counter()
+        ended, now, steps = [], time.perf_counter(), 0
         for slot, request in launched.items():
             if self.running.get(slot) is not request:
                 continue  # dropped while the device was busy with it
             row = {name: int(getattr(report, name)[slot]) for name in _COUNTS}
             status, known = row["status"], request.known
+            steps = max(steps, row["nfe"] - request.nfe)
             request.start, request.nfe, request.revised, request.remasked = (row[n] for n in ("start", "nfe", "revised", "remasked"))
             settled = row["settled_upto"] if status == RUNNING else row["length"]
             request.tokens += report.tokens[slot, : max(0, settled - known)].tolist()
@@ -331,6 +346,7 @@ class Scheduler:
                 ended.append(Ended(request, status, self.device.read(request) if request.wants_sequence else None))
                 del self.running[slot]
                 self._vacate(request)
+        self._owed = max(-CREDIT, self._owed - steps)
         return ended
 
     def _publish(self, request: Tracked, written: int) -> None:

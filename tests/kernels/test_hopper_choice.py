@@ -60,7 +60,14 @@ def test_what_follows_from_the_device():
     assert [k.pool_order for k in (REFERENCE, cpu, tpu, ampere, hopper)] == [None, None, (0, 1, 3, 2, 4), None, None]
 
 
-IN_PLACE = {"linear": "gpu", "expert_choice": "gpu", "rows_apart": False, "layers_per_turn": 2, "prefill_tokens": (256, 1024, 2048, 4096)}
+IN_PLACE = {
+    "linear": "gpu",
+    "expert_choice": "gpu",
+    "rows_apart": False,
+    "layers_per_turn": 2,
+    "prefill_tokens": (256, 1024, 2048, 4096),
+    "free_tokens": 2048,
+}
 
 
 @pytest.mark.parametrize(
