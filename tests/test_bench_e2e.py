@@ -53,6 +53,7 @@ def test_a_model_is_measured_behind_what_all_prompts_share():
     assert ", first block " in outputs and ", between blocks " in outputs
 
 
+@pytest.mark.sweep
 def test_requests_arrive_at_a_rate_and_a_flood_of_prompts_beside_them():
     asked = ["--tokens-per-forward", "8", "--first-token", "31", "--dtype", "float32", "--slots", "4", "--output", "96"]
     result = run(*SMALL[:2], "--requests", "3", "--prompt", "40-70", *asked, "--repeats", "1", "--rate", "20", "--flood", "300", "--json")

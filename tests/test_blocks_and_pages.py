@@ -93,6 +93,7 @@ def test_the_size_of_a_page_changes_no_answer(sdar, block, pages):
             assert engine.stats["prefix_cache_hits"] > 0
 
 
+@pytest.mark.sweep
 def test_a_request_from_a_snapshot_publishes_its_pages_as_what_they_are(sdar, tmp_path):
     """A page is found by all the tokens up to its end, also where another process wrote the first of them."""
     options = OPTIONS | {"page_size": 4, "max_slots": 1}

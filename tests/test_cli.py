@@ -221,6 +221,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(args, message, monkeypatch):
     assert message in result.stderr
 
 
+@pytest.mark.sweep
 def test_generate_decodes(engine_of):
     """Prompt errors of the engine, and a real answer, through one and the same model."""
     result = run("generate", "--model", MODEL, "--prompt-ids", "216,206,72", "--max-tokens", "12", "--ignore-eos", "--json", *SMALL)

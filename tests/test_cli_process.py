@@ -127,6 +127,7 @@ def on_a_terminal(*args: str, env: dict[str, str], seconds: float = 90) -> tuple
     return process.returncode, out, shown.decode()
 
 
+@pytest.mark.sweep
 def test_what_takes_long_is_shown_on_a_terminal(tmp_path):
     args = ["generate", "--model", MODEL, "--prompt-ids", "5", "--max-tokens", "4", "--json", *SMALL]
     code, out, shown = on_a_terminal(*args, env={"JAX_COMPILATION_CACHE_DIR": str(tmp_path)})
@@ -155,6 +156,7 @@ def test_an_answer_that_the_terminal_cannot_show_is_spelled_out():
     assert done.stdout == "\\U0001f600\n", done.stderr
 
 
+@pytest.mark.sweep
 def test_libraries_are_quiet(tmp_path):
     """Where no TPU is, libtpu need not be asked; and nobody says that torch is missing."""
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "TRANSFORMERS_VERBOSITY")}

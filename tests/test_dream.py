@@ -263,6 +263,7 @@ def test_behind_a_cache_a_first_token_that_is_given_is_none_to_decide():
     assert got.trace == [[12, _, _, _], [12, 2, _, _], [12, 2, 3, 4]]
 
 
+@pytest.mark.sweep_but("prefix")
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_where_a_block_is_one_token_a_cache_is_exact(engine_of, cache):
     """Token by token the most probable of a plain forward over the canvas, from the output at the position before."""

@@ -125,6 +125,7 @@ def test_an_id_is_the_same_in_every_process():
     assert len(seen) == 1 and "a#" in seen.pop()
 
 
+@pytest.mark.sweep
 def test_a_snapshot_of_another_strategy_of_the_same_state_is_refused(tmp_path):
     strategies = [Strategy("one", rule_of(1)), Strategy("one", rule_of(2)), Strategy("two", rule_of(1))]
     first, *others = (tiny_engine(strategy=strategy) for strategy in strategies)

@@ -43,6 +43,7 @@ def test_reward_rises(engine):
     engine.update_params(params)
 
 
+@pytest.mark.sweep
 def test_what_is_learnt_from_is_what_was_drawn_and_its_probability_is_the_policys(engine):
     """A step makes no difference between the probability it raises and that by which the engine drew."""
     outputs = grpo.sample(engine, PROMPTS, RECIPE, seed=7)

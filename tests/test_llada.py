@@ -389,6 +389,7 @@ def test_preempted_at_every_step(setup):
     assert same_answer.preempted(engine, requests[:3], every=1) == alone[:3]
 
 
+@pytest.mark.sweep
 def test_restored_in_another_process(setup, tmp_path, request):
     name, engine, requests, alone = setup
     some, cache = slice(2, 4), str(request.config.cache.mkdir("jax"))

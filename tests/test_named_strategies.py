@@ -151,6 +151,7 @@ def test_rules_of_ones_own_side_by_side_here_and_in_a_process(module, golden_mod
     assert process.exitcode == 0
 
 
+@pytest.mark.sweep
 def test_a_request_may_override_what_the_strategy_sets(module, golden_model):
     engine = Engine.from_pretrained(golden_model, strategy="my_rules:greedy_two", **OPTIONS)
     plain, same, slow = engine.generate(

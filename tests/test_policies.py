@@ -79,6 +79,7 @@ def test_a_strategy_brings_its_window_and_attention_along(name, window, attentio
     assert policy.chunkable == (attention == "block_causal")
 
 
+@pytest.mark.sweep
 def test_multi_block_diffusion_in_a_window_of_one_is_single_block_decoding(engine_of):
     settings = SamplingParams(max_tokens=30, ignore_eos=True, accept_threshold=0.5)
     prompts = [prompt(n) for n in (3, 17, 30)]

@@ -97,6 +97,7 @@ def test_a_quantised_model_decodes_what_its_plain_parameters_decode(form):
     engine.abort(id_)
 
 
+@pytest.mark.sweep
 def test_parameters_given_to_an_engine_are_quantised_by_it():
     settings = {"max_slots": 1, "max_model_len": 64, "block_size": 32, "warm_up": False}
     model, params = checkpoint.load(GOLDEN / "tiny-llada2", make_mesh())

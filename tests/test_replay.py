@@ -32,6 +32,7 @@ def run(tmp_path, capsys):
     return call
 
 
+@pytest.mark.sweep
 def test_what_is_equal(run, two_cases):
     assert run(two_cases) == (0, ["2/2 with equal forwards", "2/2 with equal edits", "0 left out", "2/2 token-identical"])
 

@@ -31,6 +31,7 @@ def talker(engine_of):
     return engine_of("embedded", strategy="llada2", max_slots=8, max_model_len=256)
 
 
+@pytest.mark.sweep
 def test_stop_texts_cut_wherever_they_begin(talker):
     question = "What is 12 + 30?"
     whole = talker.generate([question], SamplingParams(max_tokens=60))[0]
@@ -107,6 +108,7 @@ def test_logprobs_and_step_maps_agree_with_the_trace(engine_of):
     assert any(accepted < revised for accepted, revised in output.step_map)  # something was revised
 
 
+@pytest.mark.sweep
 def test_a_salt_keeps_cached_prefixes_apart(engine):
     prompt = [*range(100, 170)]  # two whole blocks
     hits = []

@@ -140,6 +140,7 @@ def test_parameters_come_from_nnx_states(engine, rollout):
     engine.update_params(old)
 
 
+@pytest.mark.sweep
 def test_the_readmes_snippet_runs_as_written(monkeypatch):
     monkeypatch.setattr(Engine, "from_pretrained", functools.partial(Engine.from_pretrained, warm_up=False))
     (snippet,) = re.findall(r"```python\n(.*?)```", (pathlib.Path(tunix.__file__).parent / "README.md").read_text(), re.DOTALL)

@@ -121,6 +121,7 @@ def test_a_snapshot_of_another_engine_is_refused(tmp_path):
         engine.restore(taken)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", sweep(["llada2_edit", "dmax"], but=["dmax"]))
 def test_a_second_turn_reuses_the_first_turns_generated_blocks(name):
     engine = Engine.from_pretrained(**options_of(name))

@@ -10,11 +10,7 @@ import pytest
 from diffulex_jax import SamplingParams
 
 
-@pytest.mark.sweep_but(
-    "families/tiny-sdar-trained-sdar-4",
-    "families/tiny-fast-dllm-v2-trained-fast_dllm_v2-32",
-    "families/tiny-llada-llada_threshold-32",
-)
+@pytest.mark.sweep_but("families/tiny-sdar-trained-sdar-4")
 @pytest.mark.parametrize(
     ("checkpoint", "strategy", "block"),
     [

@@ -16,6 +16,7 @@ MODEL = str(pathlib.Path(__file__).parent / "golden" / "tiny-llada2-trained")
 SMALL = ["--model", MODEL, "--block-size", "8", "--max-model-len", "64", "--max-tokens", "12", "--ignore-eos", "--prompt-ids", "216,206,72"]
 
 
+@pytest.mark.sweep
 def test_strategies_are_played_side_by_side(tmp_path):
     file = tmp_path / "race.html"
     result = CliRunner().invoke(cli.app, ["trace", *SMALL, "--strategy", "llada2", "--strategy", "dmax", "--html", str(file)])

@@ -119,6 +119,7 @@ def test_requests_under_way_and_snapshots_of_them_are_of_the_old_parameters(engi
     assert answers(engine) == expected[0]
 
 
+@pytest.mark.sweep
 def test_quantised_leaves_are_quantised_anew(lowered):
     engine = engine_over(parameters(0), weights="int8")
     want = answers(engine_over(parameters(1), weights="int8"))

@@ -42,7 +42,7 @@ def compiled(every_program):
     return every_program
 
 
-@pytest.mark.sweep_but("prefix_full")
+@pytest.mark.sweep
 @pytest.mark.parametrize("attention", ["block_causal", "prefix_full"])
 def test_an_engine_that_is_built_compiles_nothing_more(compiled, attention):
     """For prompts of any length, greedy and sampled, set aside, and taken to another engine."""

@@ -37,7 +37,7 @@ def kernels(compiled):
 
 
 # The others compile it in the denoise loop.
-@pytest.mark.sweep_but("v5p:2x2x1-bfloat16")
+@pytest.mark.sweep
 @pytest.mark.parametrize("topology, dtype", [("v5e:2x2", jnp.float32), ("v5p:2x2x1", jnp.bfloat16)])
 def test_prediction(topology, dtype):
     def predict(hidden, lm_head, current, key, temperature, top_p, cut, penalized, penalty, banned):
@@ -131,6 +131,7 @@ def test_token_merge(topology, mode, top_k):
     assert compiled.memory_analysis().temp_size_in_bytes < 8 << 20  # the table has 614 MiB
 
 
+@pytest.mark.sweep
 def test_a_block_larger_than_vmem_is_refused():
     def kernel(x_ref, out_ref):
         out_ref[...] = x_ref[...] + 1
@@ -163,7 +164,7 @@ def test_quantised_experts_are_multiplied_as_they_are(topology, form, dtype, bac
     assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 20
 
 
-@pytest.mark.sweep_but("tpu7x:2x2x1-int4-tpu")
+@pytest.mark.sweep
 @pytest.mark.parametrize(("topology", "form", "backend"), [("v5e:2x2", "int4", "ragged"), ("tpu7x:2x2x1", "int4", "tpu")])
 def test_no_layer_of_quantised_experts_is_made_plain(topology, form, backend):
     layers, experts, embed, width, tokens = 3, 128, 512, 512, 64

@@ -54,6 +54,7 @@ def test_the_page_has_every_row():
     assert list(kept()) == [(model, topology, str(slots)) for model, topology, slots in table.ROWS]
 
 
+@pytest.mark.sweep
 def test_a_small_chip(least_effort):
     made = plan("llada2-mini", "v5e:4x4")
     check(made)

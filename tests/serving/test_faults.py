@@ -58,6 +58,7 @@ def test_health_says_that_the_engine_is_down(server, good):
     assert server.post("/generate", **faulty.GOOD).json()["token_ids"] == good
 
 
+@pytest.mark.sweep
 def test_the_engine_does_not_outlive_its_server(server):
     engine = psutil.Process(server.client.get("/server_info").json()["engine"]["pid"])
     server.process.kill()  # the last test: nobody needs it any more

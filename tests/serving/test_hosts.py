@@ -65,6 +65,7 @@ def test_two_hosts_answer_as_one_and_end_together(model, compiled, monkeypatch):
         assert still_alive(both, 5) == []
 
 
+@pytest.mark.sweep
 def test_sigterm_to_all_hosts_ends_them_in_good_order(model, compiled, monkeypatch):
     """The leader answers what it was asked, for which it needs the others."""
     with pair(model, compiled, monkeypatch) as (first, second), concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -367,6 +367,7 @@ def recorded(*windows: str, answer: str) -> Output:
     )
 
 
+@pytest.mark.sweep
 def test_a_replay_is_a_file_with_the_same_canvases_that_reaches_no_host(browser, tmp_path):
     slow, fast = recorded("0ppa_", "0ppaX", "1c___", "1c!__", answer="axc!"), recorded("0ppab", "1c!__", answer="abc!")
     file = tmp_path / "race.html"

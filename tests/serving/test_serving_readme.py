@@ -21,6 +21,7 @@ def server(compiled):
         yield server
 
 
+@pytest.mark.sweep
 def test_python_examples_answer(server, capsys):
     examples = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert len(examples) == 2

@@ -40,6 +40,7 @@ def test_sigterm_without_patience_cuts_streams_off(model, compiled):
     assert seen["seconds"] < 5
 
 
+@pytest.mark.sweep
 def test_a_second_signal_ends_at_once(model, compiled):
     with running.serving(model, *SMALL, "--drain-seconds", "1000", cache=compiled) as server:
 

@@ -35,7 +35,7 @@ def test_the_port_is_open_while_the_engine_loads_and_compiles(model, compiled):
     assert told == [("loading", str(model)), *(("compiling", name) for name in STRATEGIES), ("listening", None)]
 
 
-@pytest.mark.sweep_but("starting-2-130-thread", "starting-15-0-process", "compiling-2-130-process")
+@pytest.mark.sweep_but("compiling-2-130-process")
 @pytest.mark.parametrize("isolation", ["process", "thread"])
 @pytest.mark.parametrize(("sig", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 @pytest.mark.parametrize("until", ["starting", "compiling"])
