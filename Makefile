@@ -11,13 +11,13 @@ QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 ge
 run: $(VENV)/.installed
 	$(VENV)/bin/diffulex-jax generate --model embedded --strategy dmax --accept-threshold 0.5 --chat --prompt "$(QUESTION)"
 
-# Lint, format, types, and of every kind of test one: nine minutes on two cores.
+# Lint, format, types, and of every kind of test one: ten minutes on two cores.
 test: lint
 	$(PYTEST) --one-of-each --compiled users
 	$(PYTEST) --one-of-each --compiled quick
 	$(PYTEST) --one-of-each --compiled least
 
-# The same with every case of every test, which continuous integration runs: half an hour.
+# The same with every case of every test, which continuous integration runs: 21 minutes.
 test-all: lint
 	$(PYTEST) --compiled users
 	$(PYTEST) --compiled quick

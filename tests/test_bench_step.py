@@ -68,6 +68,7 @@ def test_a_tied_output_matrix_is_read_in_every_step():
     assert step_bytes(tied, 2, **sizes) == step_bytes(untied, 2, **sizes) > 3e9
 
 
+@pytest.mark.sweep
 def test_random_params_follow_the_schema():
     tiny = shape_model("tiny")
     params = random_params(tiny, jnp.bfloat16)

@@ -98,6 +98,7 @@ def forward_of(model, params):
     return lambda ids: compiled(len(ids))(ids)
 
 
+@pytest.mark.sweep
 def test_cached_and_batched_as_plainly(engine, network):
     """And without its capacity the model says something else."""
     want = [plainly(network, prompt) for prompt in PROMPTS]

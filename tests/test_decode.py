@@ -61,6 +61,7 @@ def prefilled(program: decode.Program, pool: KVPool, tokens: list[int]) -> KVPoo
     return prefill(program, PARAMS, pool, **rows((0, tokens)))[0]
 
 
+@pytest.mark.sweep
 def test_a_forward_that_commits_a_block_equals_commit_and_decode_apart():
     """One step that fills the whole window, with the block before it in the pool already, or still to be written."""
     program, pool, state = setup(REFERENCE, [1, 2, 3, 4, 5], max_tokens=20, accept_threshold=0.0)

@@ -32,6 +32,7 @@ print(json.dumps([len([name for name in lowered if "halved" in name]), found.tol
 """
 
 
+@pytest.mark.sweep
 def test_another_process_makes_no_program_anew_and_mends_one_that_is_broken(tmp_path):
     def run():
         return look(PROGRAM.format(folder=tmp_path), DIFFULEX_JAX_CACHE="off")[0]

@@ -196,6 +196,7 @@ def test_an_eos_ends_an_output_once_all_before_it_is_filled():
     assert (got.tokens, got.reason, got.nfe) == ([4, 5, 6, 7, 8], "stop", 6)
 
 
+@pytest.mark.sweep
 def test_a_step_is_a_forward_over_the_prompt_and_all_masks():
     """Token by token the most probable of a plain forward over the canvas, whatever else is in the batch; with guidance, of two."""
     network, params = checkpoint.load(DENSE, make_mesh())
@@ -377,6 +378,7 @@ def setup(request):
     return request.param, engine, requests, same_answer.alone(engine, requests)
 
 
+@pytest.mark.sweep
 def test_in_a_batch_and_arriving_at_any_moment(setup):
     _name, engine, requests, alone = setup
     assert same_answer.together(engine, requests) == alone

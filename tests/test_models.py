@@ -206,6 +206,7 @@ def resident_files() -> int:
     return 1024 * sum(map(int, kilobytes))
 
 
+@pytest.mark.sweep
 def test_reading_and_writing_hold_a_part_of_the_model_at_a_time(tmp_path, monkeypatch):
     """A model of 40 MB goes through files of 4 MB and pieces of 1 MB."""
     model = registry.model_of(RAW | {"hidden_size": 64, "num_hidden_layers": 16, "num_experts": 64, "moe_intermediate_size": 48})

@@ -80,6 +80,7 @@ def test_a_page_nobody_holds_cannot_be_published_and_a_switched_off_cache_finds_
     assert pool.match([digest(0)]) == []
 
 
+@pytest.mark.sweep
 def test_accounts_hold_over_a_million_events():
     """No leak, no double hand-out, and idle holds nothing; against a plain count of holders."""
     rng = np.random.default_rng(0)

@@ -152,6 +152,7 @@ def test_a_snapshot_of_a_request_that_ended_meanwhile_is_refused():
 # What is not a number
 
 
+@pytest.mark.sweep
 def test_a_row_that_is_not_a_number_ends_alone_and_leaves_nothing_behind():
     poisoned = PARAMS | {"embed": PARAMS["embed"].at[POISON].set(jnp.nan)}
     settings = SamplingParams(max_tokens=20, ignore_eos=True, accept_threshold=0.6)

@@ -208,6 +208,7 @@ def test_targets_and_ranks_that_will_not_do(lora, message):
         adapters.init(TINY, lora, jax.random.key(0))
 
 
+@pytest.mark.sweep
 def test_adapters_alone_are_trained_over_quantised_experts(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "CHUNK", 2)
     sevens = EXAMPLES._replace(tokens=np.full((6, 32), 7))

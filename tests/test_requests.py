@@ -119,6 +119,7 @@ def test_a_salt_keeps_cached_prefixes_apart(engine):
     assert hits == [0, 0, 2, 2, 0]
 
 
+@pytest.mark.sweep
 def test_each_of_n_outputs_has_a_seed_of_its_own_that_gives_it_again(engine):
     settings = {"max_tokens": 30, "temperature": 1.0, "ignore_eos": True}
     several = engine.generate([PROMPT, PROMPT[:5]], SamplingParams(n=3, seed=5, **settings))

@@ -30,6 +30,7 @@ def alone(engines):
     return {name: engine.generate(["ABC"], SamplingParams(**PARAMS))[0] for name, engine in engines.items()}
 
 
+@pytest.mark.sweep
 def test_engines_of_several_strategies_share_the_parameters(engines):
     first, second = engines.values()
     assert list(engines) == NAMES and [first.strategy, second.strategy] == NAMES
