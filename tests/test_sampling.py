@@ -40,7 +40,6 @@ def test_every_forward_draws_anew(decode):
     assert anew == decode(SDAR, 2.0, accept_threshold=1.0)
 
 
-@pytest.mark.sweep
 def test_a_low_temperature_makes_tempered_confidence_high(decode):
     """Near temperature 0 every drawn token has a probability near 1: a block a forward. The model's own probability is what it was."""
     sure, unsure = (decode(SDAR._replace(confidence=confidence), 0.01) for confidence in ("tempered", "model"))
