@@ -100,9 +100,8 @@ class Scheduler:
         self._root, self._whole_prompts, self._commit_alone, self._paged = root, whole_prompts, commit_alone, paged
         self._keeps_window, self._prompt_apart = keeps_window, prompt_apart
         self._admitted = 0
-        self._owed = (
-            -CREDIT
-        )  # steps that come before the next prompts, where somebody would notice; below 0 prompts have so many in advance
+        # Steps that come before the next prompts, where somebody would notice; below 0 prompts have so many in advance.
+        self._owed = -CREDIT
         self._flight: Flight | None = None
         self._ended: list[Ended] = []
 
