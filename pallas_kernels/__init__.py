@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import block_attention, expert_choice, grouped_matmul, linear, prediction, remask, token_merge
+from pallas_kernels import block_attention, expert_choice, grouped_matmul, linear, prediction, remask, rotary, token_merge
 from pallas_kernels.target import Target, target_of
 
 
@@ -18,7 +18,7 @@ class Kernels(NamedTuple):
     """What an engine computes with on its devices: the backend of each operation by name, and what follows from them.
 
     Attributes:
-      block_attention, expert_choice, grouped_matmul, linear, prediction, remask, token_merge: names of backends.
+      block_attention, expert_choice, grouped_matmul, linear, prediction, remask, rotary, token_merge: names of backends.
       host_drives_loops: every branch and every turn of a loop asks the device something and waits for the answer (XLA on a GPU). Then a
         program should ask as little as it can, at the price of a longer one.
       layers_per_turn: layers in one turn of the loop over layers: where there is a gap between turns, more of them leave fewer gaps.
@@ -42,6 +42,7 @@ class Kernels(NamedTuple):
     linear: str
     prediction: str
     remask: str
+    rotary: str
     token_merge: str
     host_drives_loops: bool = False
     layers_per_turn: int = 1
@@ -75,6 +76,7 @@ REFERENCE = Kernels(
     linear="sliced",
     prediction="reference",
     remask="reference",
+    rotary="reference",
     token_merge="reference",
 )
 """Plain XLA for everything: right everywhere, fast nowhere."""
@@ -96,6 +98,7 @@ def choose_for(target: Target) -> Kernels:
         linear=matrices,
         prediction=prediction.choose_backend(target),
         remask=remask.choose_backend(target),
+        rotary=rotary.choose_backend(target),
         token_merge=token_merge.choose_backend(target),
         host_drives_loops=target.platform == "gpu",
         layers_per_turn=2 if in_place else 1,

@@ -22,6 +22,7 @@ from diffulex_jax.models.base import LayerKind, Model, ModelSpec, init, leaves
 from diffulex_jax.models.names import Names, put, take
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.weights import assembly, checkpoint
+from pallas_kernels import rotary
 
 
 # A family of our own: the layers of a plain SwiGLU transformer, in about twenty lines.
@@ -58,11 +59,12 @@ def draft(raw, name):
 
 
 def run(c, params, x, positions, ops):
-    table, norm = layers.rope_table(positions, 8, 1e4), functools.partial(layers.rms_norm, eps=1e-5)
+    table, norm = rotary.table(positions, 8, 1e4), functools.partial(rotary.rms_norm, eps=1e-5)
 
     def layer(kind, i, at, x):
         p = params[kind]
-        heads = layers.rotated_heads(ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i), p["q_norm"][i], p["k_norm"][i], table, eps=1e-5)
+        norms = rotary.HeadNorms(p["q_norm"], p["k_norm"], i, 1e-5)
+        heads = ops.rotate(ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i), table, norms)
         out, fresh = ops.attend(at, heads)
         x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
         return x + ops.total(ops.mlp(norm(x, p["mlp_norm"][i]), (p["mlp_gate_up"], p["mlp_down"]), i), "mlp"), fresh

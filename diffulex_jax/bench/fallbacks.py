@@ -26,7 +26,7 @@ from pallas_kernels.quantised import Form
 
 
 _EXPERTS = ("expert_choice", "grouped_matmul")
-_OPERATIONS = ("block_attention", *_EXPERTS, "linear", "prediction", "remask", "token_merge")
+_OPERATIONS = ("block_attention", *_EXPERTS, "linear", "prediction", "remask", "rotary", "token_merge")
 _NAMES = {
     "block_attention": "block_attention",
     "write_blocks": "block_attention",
@@ -37,6 +37,7 @@ _NAMES = {
     "prediction": "prediction",
     "lm_head_prediction": "prediction",
     "remask_decide": "remask",
+    "rotate_heads": "rotary",
     "token_merge": "token_merge",
 }
 """The operation of each kernel, by the kernel's name in a traced program."""

@@ -1,4 +1,4 @@
-"""Pieces that families share: norms, rotary positions, packed heads, the loop over layers, and schemas of common parts.
+"""Pieces that families share: the loop over layers, and schemas of common parts.
 
 Letters in shapes: R rows, T tokens, D embed, KV key/value heads, G query heads per key/value head, H head_dim, E experts,
 F hidden width of an MLP, V vocabulary, L layers of one kind.
@@ -62,49 +62,6 @@ def run(layer: Layer, x: jax.Array, spans: Sequence[Span], ops: Ops) -> tuple[ja
     if pool is not None:
         return x, pool
     return x, kept[0] if len(kept) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *kept)
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32."""
-    y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-    return y.astype(x.dtype) * scale
-
-
-def rotated_heads(qkv: jax.Array, q_norm: jax.Array, k_norm: jax.Array, table: tuple[jax.Array, jax.Array], *, eps: float) -> jax.Array:
-    """Queries and keys of ``qkv [R, T, KV, G + 2, H]`` normalised per head and rotated, packed as before; values as they come.
-
-    All heads go through both together, which makes two kernels of it on a GPU; the values then are taken as they came.
-    """
-    queries = (jnp.arange(qkv.shape[-2]) < qkv.shape[-2] - 2)[:, None]
-    scale = jnp.where(queries, q_norm, k_norm)  # selected, not concatenated: no kernel of its own
-    return _rotated(rms_norm(qkv, scale, eps), qkv, table)
-
-
-def rotated(qkv: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Queries and keys of ``qkv [R, T, KV, G + 2, H]`` rotated as they come, packed as before; values as they come."""
-    return _rotated(qkv, qkv, table)
-
-
-def _rotated(heads: jax.Array, values: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """``heads [R, T, KV, G + 2, H]`` rotated, with the last of each group taken from ``values`` instead."""
-    last = (jnp.arange(heads.shape[-2]) == heads.shape[-2] - 1)[:, None]
-    return jnp.where(last, values, rope(heads, *(t[:, :, None, None] for t in table)))
-
-
-def rope_table(positions: jax.Array, dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines ``[R, T, dim]`` (float32) for rotate-half RoPE on ``dim`` dimensions at ``positions [R, T]``."""
-    exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
-    angle = positions[..., None].astype(jnp.float32) / theta**exponent
-    return jnp.concatenate([jnp.cos(angle)] * 2, -1), jnp.concatenate([jnp.sin(angle)] * 2, -1)
-
-
-def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the first ``cos.shape[-1]`` dimensions of the last axis; the rest pass through."""
-    dim = cos.shape[-1]
-    r = x[..., :dim].astype(jnp.float32)
-    half = jnp.concatenate([-r[..., dim // 2 :], r[..., : dim // 2]], -1)
-    return jnp.concatenate([(r * cos + half * sin).astype(x.dtype), x[..., dim:]], -1)
 
 
 Schema = dict[str, Param]

@@ -15,6 +15,7 @@ from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Params
 from diffulex_jax.models.names import Names, Tensor
 from diffulex_jax.models.ops import At, Ops
+from pallas_kernels import rotary
 
 
 MASK_ID = 126_336  # <|mdm_mask|>
@@ -42,13 +43,13 @@ def model(raw: Mapping[str, Any], name: str) -> Model:
 
 def layers(c: LLaDAConfig, params: Params, x: jax.Array, positions: jax.Array, ops: Ops) -> tuple[jax.Array, Any]:
     """All layers and the final norm. See ``models.base.Model.layers``."""
-    table = parts.rope_table(positions, c.head_dim, c.rope_theta)
-    norm = functools.partial(parts.rms_norm, eps=c.rms_norm_eps)
+    table = rotary.table(positions, c.head_dim, c.rope_theta)
+    norm = functools.partial(rotary.rms_norm, eps=c.rms_norm_eps)
 
     def layer(kind: str, i: jax.Array, at: At, x: jax.Array) -> tuple[jax.Array, Any]:
         p = params[kind]
         with jax.named_scope("attention"):
-            heads = parts.rotated(ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i), table)
+            heads = ops.rotate(ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i), table)
             out, fresh = ops.attend(at, heads)
             x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
         with jax.named_scope("mlp"):

@@ -15,7 +15,9 @@ from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Param, Params
 from diffulex_jax.models.layers import Span
 from diffulex_jax.models.names import Names, Tensor
 from diffulex_jax.models.ops import At, Ops
+from pallas_kernels import rotary
 from pallas_kernels.expert_choice import Router
+from pallas_kernels.rotary import HeadNorms
 
 
 BLOCK = 32  # tokens of a block of every published checkpoint; only LLaDA2.2's config says so
@@ -40,8 +42,8 @@ def model(raw: Mapping[str, Any], name: str) -> Model:
 
 def layers(c: LLaDA2Config, params: Params, x: jax.Array, positions: jax.Array, ops: Ops) -> tuple[jax.Array, Any]:
     """All layers and the final norm. See ``models.base.Model.layers``."""
-    table = parts.rope_table(positions, c.rotary_dim, c.rope_theta)
-    norm = functools.partial(parts.rms_norm, eps=c.rms_norm_eps)
+    table = rotary.table(positions, c.rotary_dim, c.rope_theta)
+    norm = functools.partial(rotary.rms_norm, eps=c.rms_norm_eps)
     router = Router(top_k=c.num_experts_per_tok, normalise=c.norm_topk_prob, scale=c.routed_scaling_factor)
     if c.expert_capacity:  # LLaDA2.2 states groups too, and does not use them
         router = router._replace(capacity=c.expert_capacity, block=c.block_size or BLOCK)
@@ -52,8 +54,8 @@ def layers(c: LLaDA2Config, params: Params, x: jax.Array, positions: jax.Array, 
         p = params[kind]
         with jax.named_scope("attention"):
             heads = ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i)
-            heads = parts.rotated_heads(heads, p["q_norm"][i], p["k_norm"][i], table, eps=c.rms_norm_eps)
-            out, fresh = ops.attend(at, heads)
+            norms = HeadNorms(p["q_norm"], p["k_norm"], i, c.rms_norm_eps)
+            out, fresh = ops.attend(at, ops.rotate(heads, table, norms))
             x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
         with jax.named_scope("mlp"):
             h = norm(x, p["mlp_norm"][i])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from diffulex_jax.models.adapted import Adapted, product
 from diffulex_jax.parallel.mesh import add_up, first_index, shared_by
-from pallas_kernels import Kernels, expert_choice, grouped_matmul
+from pallas_kernels import Kernels, expert_choice, grouped_matmul, rotary
 from pallas_kernels import linear as linear_kernels
 from pallas_kernels.expert_choice import Router
 
@@ -44,6 +44,7 @@ class Ops(NamedTuple):
         ``stacks`` has one.
       attend: see :data:`Attend`.
       total: ``total(x, axis)``: the sum of ``x`` over the devices that share a logical axis.
+      rotate: ``rotate(heads, table, norms)``: see ``rotary.rotate``.
       layers_per_turn: layers in each turn of the loop over layers.
       pool: the KV pool, where layers write their keys and values into it: each is given what the one before it made of it.
     """
@@ -53,6 +54,7 @@ class Ops(NamedTuple):
     experts: Callable[[jax.Array, dict[str, jax.Array], jax.Array, Router], jax.Array]
     attend: Attend
     total: Callable[[jax.Array, str], jax.Array] = add_up
+    rotate: Callable[..., jax.Array] = functools.partial(rotary.rotate, backend="reference")
     layers_per_turn: int = 1
     pool: Any = None
 
@@ -126,4 +128,5 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
         ).reshape(x.shape)
         return y + mlp(x, shared, layer) if shared is not None and alone else y
 
-    return Ops(linear, mlp, experts, attend, add_up, kernels.layers_per_turn, pool)
+    rotate = functools.partial(rotary.rotate, backend=kernels.rotary)
+    return Ops(linear, mlp, experts, attend, add_up, rotate, kernels.layers_per_turn, pool)

@@ -16,6 +16,7 @@ from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Params
 from diffulex_jax.models.names import Names, Tensor
 from diffulex_jax.models.ops import At, Ops
+from pallas_kernels import rotary
 
 
 MASK_ID = 151_665  # |<MASK>|; the configs of Fast-dLLM v2 on the hub do not say so
@@ -62,14 +63,14 @@ def network(c: Qwen2Config, spec: ModelSpec) -> Model:
 
 def layers(c: Qwen2Config, params: Params, x: jax.Array, positions: jax.Array, ops: Ops) -> tuple[jax.Array, Any]:
     """All layers and the final norm. See ``models.base.Model.layers``."""
-    table = parts.rope_table(positions, c.head_dim, c.rope_theta)
-    norm = functools.partial(parts.rms_norm, eps=c.rms_norm_eps)
+    table = rotary.table(positions, c.head_dim, c.rope_theta)
+    norm = functools.partial(rotary.rms_norm, eps=c.rms_norm_eps)
     p = params["dense"]
 
     def layer(kind: str, i: jax.Array, at: At, x: jax.Array) -> tuple[jax.Array, Any]:
         with jax.named_scope("attention"):
             heads = ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i) + p["qkv_bias"][i]
-            out, fresh = ops.attend(at, parts.rotated(heads, table))
+            out, fresh = ops.attend(at, ops.rotate(heads, table))
             x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
         with jax.named_scope("mlp"):
             y = ops.mlp(norm(x, p["mlp_norm"][i]), (p["mlp_gate_up"], p["mlp_down"]), i)

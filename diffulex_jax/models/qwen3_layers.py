@@ -12,21 +12,23 @@ from diffulex_jax.models import layers as parts
 from diffulex_jax.models.base import Params
 from diffulex_jax.models.names import Names, Tensor
 from diffulex_jax.models.ops import At, Ops
+from pallas_kernels import rotary
 from pallas_kernels.expert_choice import Router
+from pallas_kernels.rotary import HeadNorms
 
 
 def layers(c: Shape, params: Params, x: jax.Array, positions: jax.Array, ops: Ops) -> tuple[jax.Array, Any]:
     """All layers and the final norm. See ``models.base.Model.layers``."""
-    table = parts.rope_table(positions, c.head_dim, c.rope_theta)
-    norm = functools.partial(parts.rms_norm, eps=c.rms_norm_eps)
+    table = rotary.table(positions, c.head_dim, c.rope_theta)
+    norm = functools.partial(rotary.rms_norm, eps=c.rms_norm_eps)
     router = Router(top_k=c.num_experts_per_tok, score="softmax", normalise=c.norm_topk_prob)
 
     def layer(kind: str, i: jax.Array, at: At, x: jax.Array) -> tuple[jax.Array, Any]:
         p = params[kind]
         with jax.named_scope("attention"):
             heads = ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i)
-            heads = parts.rotated_heads(heads, p["q_norm"][i], p["k_norm"][i], table, eps=c.rms_norm_eps)
-            out, fresh = ops.attend(at, heads)
+            norms = HeadNorms(p["q_norm"], p["k_norm"], i, c.rms_norm_eps)
+            out, fresh = ops.attend(at, ops.rotate(heads, table, norms))
             x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
         with jax.named_scope("mlp"):
             h = norm(x, p["mlp_norm"][i])
