@@ -120,6 +120,7 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_grpo.py",
         "test_lm_eval.py",
         "test_quantised_experts.py",
+        "test_quantised_layers.py",
         "test_readme.py",
         "test_replay.py",
         "test_requests.py",

@@ -40,7 +40,7 @@ from diffulex_jax.training.trainer import train
 from diffulex_jax.weights import adapters, assembly, checkpoint
 from diffulex_jax.weights.adapters import Lora
 from diffulex_jax.weights.convert import convert
-from pallas_kernels import grouped_matmul, prediction
+from pallas_kernels import grouped_matmul, linear, prediction
 
 
 SHAPE = {
@@ -281,6 +281,34 @@ def read_by_one_host(axes):
     return {"same": same, "read": sum(read), "held": held, "all": sum(leaf.nbytes for leaf in jax.tree.leaves(written))}
 
 
+def quantised_layers(axes):
+    """Of matrices of layers that are quantised onto a mesh: whether they are those of one device and compute the same, and how much of
+    each array a device holds."""
+    sizes = {"hidden_size": 64, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    model = model_of(SHAPES["sdar-8b"] | sizes | {"num_hidden_layers": 2, "vocab_size": 64, "mask_token_id": 63, "eos_token_id": 62})
+    mesh = make_mesh(**axes)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(folder, model, init(model, jax.random.key(0), scale=0.3), dtype="float32")
+        one, shared = (checkpoint.load(folder, at, weights="int4")[1] for at in (make_mesh(), mesh))
+
+    def run(x, p):
+        heads = linear.linear(x, p["qkv"], 1)
+        x += add_up(linear.linear(heads[..., :-2, :], p["out"], 1), "kv_heads")
+        return x + add_up(linear.mlp(x, p["mlp_gate_up"], p["mlp_down"], 1), "mlp")
+
+    x, every = np.random.default_rng(0).standard_normal((1, 3, 64)).astype(np.float32), PartitionSpec()
+    with jax.set_mesh(mesh):
+        got = jax.jit(spread(run, (every, programs.param_specs(model, shared)["dense"]), every))(x, shared["dense"])
+    want = run(x, one["dense"])
+    arrays = [jax.tree.leaves(each) for each in (one, shared)]
+    held = {name: [a.addressable_shards[0].data.size / a.size for a in jax.tree.leaves(leaf)] for name, leaf in shared["dense"].items()}
+    return {
+        "same": all(np.array_equal(a, b) for a, b in zip(*arrays, strict=True)),
+        "held": {name: parts for name, parts in held.items() if len(parts) > 1},
+        "computed": bool(np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want)),
+    }
+
+
 def quantised(axes):
     """Whether experts quantised onto a mesh are those of one device, each device with its share, and whether they compute the same."""
     mesh, split = make_mesh(**axes), spec(*leaves(MODEL.schema)["moe", "experts_down"].axes)
@@ -456,6 +484,7 @@ if __name__ == "__main__":
         "one host": {name: read_by_one_host(axes) for name, axes in (meshes | {"2": {"tensor": 2}}).items()},
         "placed": placed_again("data=2,expert=2,tensor=2", meshes["1x4x2"]),
         "quantised": quantised(meshes["1x4x2"]),
+        "quantised layers": quantised_layers(meshes["1x4x2"]),
         "bench": bench({"data": 2, "expert": 2}),
         "trained": trained({"data": 2, "tensor": 2}),
         "engines": engines(asked["engines"]),

@@ -289,8 +289,8 @@ def test_a_host_reads_no_experts_but_those_of_its_devices(tiny, monkeypatch):
     [
         ({}, {"weights": "int8"}, "weights='int8', but .* holds float32; leave it out"),
         ({"weights": "int4"}, {"weights": "int8"}, "weights='int8', but .* holds int4; leave it out"),
-        ({"weights": "int4"}, {"dtype": jnp.bfloat16}, "dtype='bfloat16', but .* holds int4 experts for float32; set dtype='float32'"),
-        ({"weights": "int4", "kernels": "gpu"}, {}, "its int4 experts lie as the 'gpu' kernels read them, not as the 'ragged' ones"),
+        ({"weights": "int4"}, {"dtype": jnp.bfloat16}, "dtype='bfloat16', but .* holds int4 weights for float32; set dtype='float32'"),
+        ({"weights": "int4", "kernels": "gpu"}, {}, "its int4 weights lie as the 'gpu' kernels read them, not as the 'ragged' ones"),
         ({"weights": "int3"}, {}, "placed.json does not say what placed holds"),
         ({}, {}, "placed does not hold the parameters of this model whole"),
     ],

@@ -112,11 +112,6 @@ def test_parameters_given_to_an_engine_are_quantised_by_it():
 def test_what_cannot_be_quantised_is_refused_by_name(tmp_path):
     with pytest.raises(SettingError, match="weights='nf4' must be one of None, int8, int4, fp8"):
         Engine.from_pretrained(str(GOLDEN / "tiny-llada2"), weights="nf4")
-    dense = next(p for p in (GOLDEN / "families").iterdir() if p.is_dir() and not checkpoint.load_model(p).spec.experts_per_token)
-    with pytest.raises(SettingError, match="weights='int8' is for models with experts, and this one has none"):
-        Engine.from_pretrained(str(dense), weights="int8")
-    with pytest.raises(ValueError, match="weights='int4' is for models with experts, and this one has none"):
-        checkpoint.load(dense, make_mesh(), weights="int4")
     _, params = checkpoint.load(GOLDEN / "tiny-llada2", make_mesh(), weights="int8")
     with pytest.raises(ValueError, match="the parameters are quantised, as 'int8', and only plain ones are saved"):
         checkpoint.save(tmp_path, checkpoint.load_model(GOLDEN / "tiny-llada2"), params)

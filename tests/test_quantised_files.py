@@ -260,7 +260,7 @@ def test_a_matrix_of_another_form_than_the_config_says_is_refused(said, stored, 
         (compressed("int-quantized", 8, "int", "channel") | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme="),
         (compressed("int-quantized", 8, "int", "channel") | {"ignore": ["re:("]}, "it is no regular expression"),
         ("int8", "quantization_config.quant_method=None is not implemented"),
-        (compressed("int-quantized", 8, "int", "channel"), "_proj.weight is not stored as int8, as the config says of all experts"),
+        (compressed("int-quantized", 8, "int", "channel"), "_proj.weight is not stored as int8, as the config says, with as many scales"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(config, message, tmp_path):

@@ -101,6 +101,12 @@ def test_quantised_experts_are_shared_as_plain_ones(found):
     assert found["quantised"] == {"same": True, "held": 1 / 8, "computed": True}
 
 
+def test_quantised_layers_are_shared_as_plain_ones(found):
+    """Numbers and scales, of rows too where these are in groups: heads over two devices, the width of an MLP over all eight."""
+    held = {"qkv": [1 / 2, 1 / 2], "out": [1 / 2, 1 / 2], "mlp_gate_up": [1 / 8, 1 / 8], "mlp_down": [1 / 8, 1 / 8]}
+    assert found["quantised layers"] == {"same": True, "held": held, "computed": True}
+
+
 @over_engines
 def test_an_engine_over_a_mesh_that_is_given_as_text(found, engine):
     """Its pool is too small for all at once: requests give way and come back, to another shard perhaps."""

@@ -19,6 +19,7 @@ from diffulex_jax.engine import build
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import empty
 from diffulex_jax.models.base import Model, Param, init, is_param
+from diffulex_jax.parallel.mesh import ONE_DEVICE
 from diffulex_jax.strategies import AnyStrategy, Strategy, for_model
 from diffulex_jax.weights import checkpoint, quantise
 from pallas_kernels import REFERENCE, Kernels
@@ -101,7 +102,7 @@ def kernels_in(model: Model, strategy: Strategy, settings: EngineConfig, kernels
     plain = jax.eval_shape(functools.partial(init, model, dtype=s.jax_dtype), jax.random.key(0))
 
     def kept(param: Param, leaf: Any) -> Any:
-        keep = quantise.store(param, cast(Form | None, s.weights), kernels=kernels, dtype=s.jax_dtype)
+        keep = quantise.store(param, cast(Form | None, s.weights), kernels=kernels, dtype=s.jax_dtype, mesh=ONE_DEVICE)
         return leaf if keep is None else jax.eval_shape(keep, leaf)
 
     params = jax.tree.map(kept, model.schema, plain, is_leaf=is_param)

@@ -102,8 +102,8 @@ def step_bytes(
     kv: KV | None = None,
     mesh: AbstractMesh = ONE_DEVICE,
 ) -> float:
-    """What each device of ``mesh`` must read in a denoise step: each of its weights once, of the routed experts, quantised as ``weights``
-    says, ``experts`` a layer on all devices together, and ``context`` cached positions, held as ``kv`` says, once.
+    """What each device of ``mesh`` must read in a denoise step: each of its weights once, quantised as ``weights`` says, of the routed
+    experts ``experts`` a layer on all devices together, and ``context`` cached positions, held as ``kv`` says, once.
 
     Activations stay in caches and are not counted, nor is the embedding, of which a few rows are looked up, unless it is the output
     matrix too. ``batch`` are the rows of one index of ``data``.

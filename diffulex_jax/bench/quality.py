@@ -29,6 +29,7 @@ from diffulex_jax.state import KVPool
 from diffulex_jax.strategies import for_model
 from diffulex_jax.training.arithmetic import data, evaluate, tasks, tokenizer
 from diffulex_jax.weights import checkpoint
+from diffulex_jax.weights.quantise import what_is_quantised
 from pallas_kernels import choose
 from pallas_kernels.block_attention import Keys
 from pallas_kernels.quantised import Form
@@ -87,11 +88,11 @@ def run(
         raise ValueError(f"problems={problems} must be at least 1")
     sizes: dict[str, Any] = {"dtype": dtype, "max_slots": ROWS, "max_model_len": data.CANVAS, "warm_up": False}
     plain = EngineConfig(**sizes)
-    compared = {dtype: plain}
-    compared |= {f"{form} experts": dataclasses.replace(plain, weights=form) for form in weights}
-    compared |= {f"{form} keys and values": dataclasses.replace(plain, kv=form) for form in kv}
     path = checkpoint.resolve(model)
-    vocabulary = checkpoint.load_model(path).spec.vocab_size
+    network, compared = checkpoint.load_model(path), {dtype: plain}
+    compared |= {f"{form} {what_is_quantised(network)}": dataclasses.replace(plain, weights=form) for form in weights}
+    compared |= {f"{form} keys and values": dataclasses.replace(plain, kv=form) for form in kv}
+    vocabulary = network.spec.vocab_size
     if vocabulary != tokenizer.build().get_vocab_size():
         raise ValueError(
             f"model {model!r} has {vocabulary} tokens, and is no model of the arithmetic problems; train one, or take 'embedded'"

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffulex_jax.models.base import Model, Params, leaves
+from diffulex_jax.models.base import Model, Param, Params, leaves
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import make_mesh, sharding
-from diffulex_jax.weights.quantise import store
+from diffulex_jax.weights.quantise import Store, placement, store
 from pallas_kernels import REFERENCE, Kernels
 from pallas_kernels.quantised import Form
 
@@ -185,7 +185,7 @@ def random_params(
     model: Model, dtype: Any, *, weights: Form | None = None, kernels: Kernels = REFERENCE, mesh: Mesh | None = None, seed: int = 0
 ) -> Params:
     """Random weights made on the devices of ``mesh`` (default: the first device) piece by piece: no copy of a stack of experts, and none
-    in float32, ever exists, and no device holds more of a stack than its part and a layer. With ``weights`` the experts are quantised
+    in float32, ever exists, and no device holds more of a stack than its part and a layer. With ``weights`` what may be is quantised
     layer by layer, in the form that ``kernels`` read.
 
     Tokens choose their experts as if independently. Plain random weights would not do: masks all look alike, attention hardly
@@ -205,9 +205,11 @@ def random_params(
         elif param.axes[0] != "layer":
             made.append(_normal(key, param.shape, kind, where))
         else:
-            form = store(param, weights, kernels=kernels, dtype=dtype) or _same
-            keep, kept = jax.jit(form, out_shardings=one), jax.eval_shape(form, jax.ShapeDtypeStruct(param.shape, kind))
-            stack = jax.tree.map(lambda a, where=where: jnp.zeros(a.shape, a.dtype, device=where), kept)
+            form = store(param, weights, kernels=kernels, dtype=dtype, mesh=mesh) or _same
+            kept = jax.eval_shape(form, jax.ShapeDtypeStruct(param.shape, kind))
+            lies = placement(mesh, param, kept)
+            stack = jax.tree.map(lambda a, at: jnp.zeros(a.shape, a.dtype, device=at), kept, lies)
+            keep = _of_one_layer(form, param, lies)
             for layer, part in enumerate(jax.random.split(key, param.shape[0])):
                 stack = _put(stack, keep(_normal(part, param.shape[1:], kind, one)), layer)
             made.append(stack)
@@ -224,6 +226,15 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, where: NamedShar
     piece = (shape[0] // pieces, *shape[1:])
     made = lax.map(lambda k: jax.random.normal(k, piece, dtype) * jnp.asarray(0.02, dtype), jax.random.split(key, pieces))
     return lax.with_sharding_constraint(made.reshape(shape), where)
+
+
+def _of_one_layer(form: Store, param: Param, lies: Any) -> Any:
+    """What makes of one layer of a leaf that of the leaf as ``form`` keeps it; of experts, one after the other."""
+
+    def alone(layer: jax.Array) -> Any:
+        return form(layer) if "expert" in param.axes else jax.tree.map(lambda a: a[0], form(layer[None]))
+
+    return jax.jit(alone, out_shardings=jax.tree.map(lambda at: NamedSharding(at.mesh, PartitionSpec(*at.spec[1:])), lies))
 
 
 def _same(piece: jax.Array) -> jax.Array:

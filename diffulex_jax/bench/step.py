@@ -33,7 +33,7 @@ from diffulex_jax.planning.exchanges import exchanges_of_step
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import STATE_AXES, DecodeState, KVPool
 from diffulex_jax.strategies import Strategy, for_model
-from diffulex_jax.weights import quantise
+from diffulex_jax.weights.quantise import what_is_quantised
 from pallas_kernels import REFERENCE, choose
 from pallas_kernels.quantised import Form
 
@@ -66,7 +66,7 @@ def run(
       strategies: names of strategies; None for the one that the model's authors decode it with.
       contexts: cached positions in front of the first block, multiples of the block size.
       dtype: of weights, activations and cache: ``"bfloat16"`` or ``"float32"``.
-      weights: ``"int8"``, ``"int4"`` or ``"fp8"`` for quantised experts; None for none.
+      weights: ``"int8"``, ``"int4"`` or ``"fp8"`` for quantised experts, or else layers; None for none.
       cache, sub_block_cache: as in ``EngineConfig``.
       kernels: ``"auto"`` or ``"reference"``, as in ``EngineConfig``.
       mesh: how devices share the work, ``"data=2,expert=2"``; None for one device.
@@ -86,7 +86,6 @@ def run(
     for name, numbers in {"batch": batches, "repeats": (repeats,), "context": contexts}.items():
         if bad := [n for n in numbers if n < 1 or (name == "context" and n % BLOCK)]:
             raise ValueError(f"{name}={bad[0]} must be positive" + (f" and a multiple of {BLOCK}" if name == "context" else ""))
-    quantise.check(model.spec, weights)
     found = [for_model(model.spec, name) for name in strategies]
     for strategy in found:
         build.plan(model.spec, strategy, _sized(settings, strategy, batch=1, context=BLOCK))  # what will not do should not cost the weights
@@ -360,7 +359,7 @@ def _step_columns(mesh: Mesh) -> dict[str, tuple[str, str]]:
 
 
 def _head(report: dict[str, Any], mesh: Mesh) -> str:
-    quantised = f", {report['weights']} experts" if report["weights"] else ""
+    quantised = f", {report['weights']} {what_is_quantised(shape_model(report['shape']))}" if report["weights"] else ""
     split = "".join(f", {axis}={size}" for axis, size in report["mesh"].items() if size > 1)
     used = ", ".join(f"{operation} {backend}" for operation, backend in report["kernels"].items())
     return "\n".join(

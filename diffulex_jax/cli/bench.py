@@ -73,7 +73,7 @@ def bench_step(
     strategy: Annotated[str | None, typer.Option(help=f"Of {_STRATEGIES}, separated by commas. {_USUAL}")] = None,
     context: Annotated[str, typer.Option(help="Cached positions in front of the block: 128,2048.")] = "128,2048",
     dtype: Annotated[str, typer.Option(help="Of weights, activations and cache: bfloat16 or float32.")] = "bfloat16",
-    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8, int4 or fp8. Default: as --dtype.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of experts, or else of all layers: int8, int4 or fp8. Default: as --dtype.")] = None,
     cache: Annotated[str | None, typer.Option(help="Of a model that sees its whole canvas: none, prefix or dual. Default: none.")] = None,
     sub_block_cache: Annotated[int | None, typer.Option(help="Of Fast-dLLM v2: forwards over one sub-block of so many tokens.")] = None,
     kernels: Annotated[str, typer.Option(help="auto (the device's own kernels) or reference (plain XLA).")] = "auto",
@@ -175,11 +175,11 @@ def bench_quality(
     problems: Annotated[int, typer.Option(help="Held-out problems.")] = 1000,
     strategy: Annotated[str, typer.Option(help="llada2, llada2_edit or dmax.")] = "llada2",
     dtype: Annotated[str, typer.Option(help="Of everything that is not quantised: bfloat16 or float32.")] = "float32",
-    weights: Annotated[str, typer.Option(help="Of a mixture's experts, separated by commas; '' for none.")] = "int8,int4,fp8",
+    weights: Annotated[str, typer.Option(help="Of experts, or else of all layers, separated by commas; '' for none.")] = "int8,int4,fp8",
     kv: Annotated[str, typer.Option(help="Of keys and values, separated by commas; '' for none.")] = "int8,fp8",
     as_json: _AsJson = False,
 ) -> None:
-    """How near a model stays to itself with quantised experts, or keys and values: right answers, same answers, tokens a forward."""
+    """How near a model stays to itself with quantised weights, or keys and values: right answers, same answers, tokens a forward."""
     with one_line_errors():
         from diffulex_jax.bench import quality
 

@@ -165,7 +165,7 @@ def convert_(
     model: Model,
     out: Annotated[pathlib.Path, typer.Option(help="The directory to make. Of several hosts, all see it.")],
     dtype: Annotated[str, typer.Option(help="Of parameters: bfloat16 or float32.")] = "bfloat16",
-    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8, int4 or fp8. Default: as --dtype.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of experts, or else of all layers: int8, int4 or fp8. Default: as --dtype.")] = None,
     mesh: Mesh = None,
     distributed: _Distributed = False,
     coordinator: _Coordinator = None,
@@ -199,7 +199,7 @@ def plan_(
     max_len: Annotated[int, typer.Option(help="Most tokens of a prompt and its output.")] = 4096,
     mesh: Annotated[str | None, typer.Option(help=_PLAN_MESH)] = None,
     dtype: Annotated[str, typer.Option(help="Of parameters, activations and the KV pool: bfloat16 or float32.")] = "bfloat16",
-    weights: Annotated[str | None, typer.Option(help="Of a mixture's experts: int8, int4 or fp8. Default: as --dtype.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of experts, or else of all layers: int8, int4 or fp8. Default: as --dtype.")] = None,
     kv: Annotated[str | None, typer.Option(help="Of the KV pool: bfloat16, fp8 or int8. Default: as --dtype.")] = None,
     strategy: Annotated[str | None, typer.Option(help=f"One of {STRATEGIES}. {USUAL}")] = None,
     as_json: AsJson = False,
@@ -226,10 +226,10 @@ def plan_(
 def quantize(
     *,
     model: Model,
-    weights: Annotated[str, typer.Option(help="Of a mixture's experts: int8, int4 or fp8.")],
+    weights: Annotated[str, typer.Option(help="Of experts, or else of all layers: int8, int4 or fp8.")],
     out: Annotated[pathlib.Path, typer.Option(help="The directory to write; it must not be there, or be empty.")],
 ) -> None:
-    """Write a model with quantised experts, which loads as it is.
+    """Write a model with quantised weights, which loads as it is.
 
     The files are compressed-tensors, which other engines read too. Everything else becomes bfloat16.
     """
@@ -238,9 +238,9 @@ def quantize(
         EngineConfig(weights=weights)  # which says what there is
         from diffulex_jax.weights import checkpoint, compressed
 
-        compressed.write(checkpoint.resolve(model), out, cast(Any, weights), progress=True)
+        what = compressed.write(checkpoint.resolve(model), out, cast(Any, weights), progress=True)
     size = sum(file.stat().st_size for file in out.iterdir())
-    typer.echo(f"{out}: {size / 2**30:.2f} GiB, experts in {weights}")
+    typer.echo(f"{out}: {size / 2**30:.2f} GiB, {what} in {weights}")
 
 
 @app.command(cls=PlainCommand)

@@ -48,7 +48,8 @@ def train(
         list[str] | None, typer.Option(help="A leaf of matrices: qkv, out, ... May be given several times.", rich_help_panel=_ADAPTERS)
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Hold experts quantised under the adapters: int8, int4 or fp8.", rich_help_panel=_ADAPTERS)
+        str | None,
+        typer.Option(help="Hold experts, or else all layers, quantised under the adapters: int8, int4 or fp8.", rich_help_panel=_ADAPTERS),
     ] = None,
 ) -> None:
     """Train a model by a recipe, and write it as a Hugging Face directory, or its adapters as PEFT's files.

@@ -32,7 +32,7 @@ from diffulex_jax.parallel.mesh import mesh_of
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import Dims
 from diffulex_jax.strategies import STRATEGIES, AnyStrategy, Strategy, for_model, resolve
-from diffulex_jax.weights import adapter_stacks, adapters, checkpoint, quantise
+from diffulex_jax.weights import adapter_stacks, adapters, checkpoint
 from diffulex_jax.weights.quantise import form_of, quantised
 from pallas_kernels import REFERENCE, Kernels, choose
 from pallas_kernels.block_attention import KV, vector_bytes
@@ -160,7 +160,6 @@ def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[E
     """
     spec = _form_of(spec, strategy, settings)
     whole_canvas, prompt_apart = spec.attention.canvas == "whole", spec.attention == AttentionPolicy("whole")
-    quantise.check(spec, settings.weights)
     _check_canvas(spec, strategy, settings)
     usual = "full" if whole_canvas else "block_causal"
     window, attention = settings.buffer_size or strategy.window, settings.attention or strategy.attention or usual

@@ -25,8 +25,9 @@ class EngineConfig:
 
     Attributes:
       dtype: of parameters and activations, and of the KV pool but for ``kv``: ``"float32"`` or ``"bfloat16"``.
-      weights: ``"int8"``, ``"int4"`` or ``"fp8"`` (e4m3) holds the experts of a mixture quantised: a half, or with int4 a quarter, of
-        bfloat16's bytes. All else is of ``dtype``. Default: all of it is.
+      weights: ``"int8"``, ``"int4"`` or ``"fp8"`` (e4m3) holds the experts of a mixture quantised, and of a model without experts the
+        matrices of attention and MLPs: a half, or with int4 a quarter, of bfloat16's bytes. All else is of ``dtype``. Default: all of
+        it is.
       adapter: directory of a LoRA adapter in PEFT's files, which is merged into the parameters while a model is loaded, in ``dtype``. It
         may adapt no matrix that is held quantised.
       adapters: directories of LoRA adapters in PEFT's files, by names of yours, which stay beside the parameters: a request has the one

@@ -13,7 +13,7 @@ from diffulex_jax.models.base import Model, Params, leaves
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.weights import quantise
 from pallas_kernels import Kernels
-from pallas_kernels.grouped_matmul import is_quantised
+from pallas_kernels.quantised.matrices import is_quantised
 
 
 Leaves = dict[tuple[str, ...], Any]
@@ -64,11 +64,10 @@ def replace(model: Model, held: Leaves, given: Params, *, programs: Programs, ke
     for path, old in held.items():
         leaf, param = new[path], schema[path]
         if is_quantised(old) and not is_quantised(leaf):
-            keep = quantise.store(param, old.form, kernels=kernels, dtype=dtype)
+            keep = quantise.store(param, old.form, kernels=kernels, dtype=dtype, mesh=mesh)
             assert keep is not None, "only what the schema lets be is quantised"
-            where = sharding(mesh, param.axes)
-            program = jax.jit(keep, out_shardings=where)
-            held[path] = programs(("quantise", path), program, jax.device_put(leaf, where))
+            program = jax.jit(keep, out_shardings=quantise.placement(mesh, param, old))
+            held[path] = programs(("quantise", path), program, jax.device_put(leaf, sharding(mesh, param.axes)))
         else:
             where = jax.tree.map(lambda part: part.sharding, old)
             held[path] = jax.device_put(leaf, where, may_alias=None if donate else False)

@@ -18,10 +18,11 @@ from jax.sharding import Mesh, PartitionSpec
 from diffulex_jax import decode
 from diffulex_jax.decode import likelihood
 from diffulex_jax.decode.likelihood import Canvases
-from diffulex_jax.models.adapted import ADAPTERS, Factors, for_rows, with_axes
+from diffulex_jax.models.adapted import ADAPTERS, Factors, for_rows, with_axes, without
 from diffulex_jax.models.base import Model, Params, is_param
 from diffulex_jax.parallel.mesh import first_index, sharding, spec, spread
 from diffulex_jax.state import POOL_AXES, STATE_AXES, DecodeState, KVPool, StepReport, Trace
+from diffulex_jax.weights import quantise
 from pallas_kernels.block_attention import Scaled
 
 
@@ -120,9 +121,12 @@ def pool_placement(mesh: Mesh, program: decode.Program) -> KVPool:
 
 
 def param_specs(model: Model, params: Params | None = None) -> Any:
-    """How the parameters are split, as a tree of their structure, adapters included where ``params`` hold some."""
-    specs = jax.tree.map(lambda param: spec(*param.axes), model.schema, is_leaf=is_param)
-    if params is None or ADAPTERS not in params:
+    """How the parameters are split, as a tree of their structure, adapters included where ``params`` hold some, and quantised ones as they
+    are there."""
+    if params is None:
+        return jax.tree.map(lambda param: spec(*param.axes), model.schema, is_leaf=is_param)
+    specs = jax.tree.map(quantise.specs, model.schema, without(params), is_leaf=is_param)
+    if ADAPTERS not in params:
         return specs
     split = with_axes(lambda _, axes: Factors(spec(*axes.a), spec(*axes.b)), model.schema, params[ADAPTERS])
     return specs | {ADAPTERS: split}

@@ -29,8 +29,8 @@ class Param(NamedTuple):
       init: ``"normal"``, ``"ones"`` or ``"zeros"``.
       dtype: where it is not the model's own.
       decay: whether weight decay applies to it in training.
-      quantisable: whether an engine may hold it quantised: it consists of matrices ``[..., K, N]`` of which products contract K, and no
-        axis but ``"expert"`` is split over devices.
+      quantisable: 0, or an engine may hold it quantised: it consists of matrices of which products contract so many axes, those behind
+        ``"layer"`` and ``"expert"``. Of these the first alone may be split over devices, and none where there are experts.
       adaptable: whether rows of a batch may add low-rank products of their own: it goes to ``Ops.linear`` and ``Ops.mlp`` alone.
     """
 
@@ -39,7 +39,7 @@ class Param(NamedTuple):
     init: str = "normal"
     dtype: str | None = None
     decay: bool = True
-    quantisable: bool = False
+    quantisable: int = 0
     adaptable: bool = False
 
 

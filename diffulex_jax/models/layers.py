@@ -91,28 +91,37 @@ def head(params: Params) -> jax.Array:
     return embed if devices == 1 else lax.dynamic_slice_in_dim(embed, first_index("vocab", rows), rows)
 
 
-def attention(n: int, embed: int, *, kv: int, group: int, head: int, norms: bool = True, bias: bool = False) -> Schema:
+def attention(
+    n: int, embed: int, *, kv: int, group: int, head: int, norms: bool = True, bias: bool = False, quantisable: bool = False
+) -> Schema:
     """Attention of ``n`` layers, and the two norms of a pre-norm layer.
 
     ``qkv`` holds, for each key/value head, its query heads followed by one key and one value: one matmul gives all three, and splitting
     ``KV`` over devices splits them together. ``norms``: queries and keys are normalised per head. ``bias``: all three have one.
+    ``quantisable``: the matrices are; where there are experts, these alone should be.
     """
     heads, axes = (kv, group + 2, head), ("kv_heads", None, "head_dim")
     return {
         "attn_norm": _norm(embed, "embed", n),
-        "qkv": Param((n, embed, *heads), ("layer", "embed", *axes), adaptable=True),
+        "qkv": Param((n, embed, *heads), ("layer", "embed", *axes), quantisable=int(quantisable), adaptable=True),
         **({"qkv_bias": Param((n, *heads), ("layer", *axes), init="zeros", decay=False)} if bias else {}),
         **({"q_norm": _norm(head, "head_dim", n), "k_norm": _norm(head, "head_dim", n)} if norms else {}),
-        "out": Param((n, kv, group, head, embed), ("layer", "kv_heads", None, "head_dim", "embed"), adaptable=True),
+        "out": Param(
+            (n, kv, group, head, embed),
+            ("layer", "kv_heads", None, "head_dim", "embed"),
+            quantisable=3 * quantisable,
+            adaptable=True,
+        ),
         "mlp_norm": _norm(embed, "embed", n),
     }
 
 
-def swiglu(n: int, embed: int, prefix: str, width: int) -> Schema:
-    """A gated MLP of ``n`` layers."""
+def swiglu(n: int, embed: int, prefix: str, width: int, *, quantisable: bool = False) -> Schema:
+    """A gated MLP of ``n`` layers; ``quantisable`` as for :func:`attention`."""
+    one = int(quantisable)
     return {
-        f"{prefix}_gate_up": Param((n, embed, 2, width), ("layer", "embed", None, "mlp"), adaptable=True),
-        f"{prefix}_down": Param((n, width, embed), ("layer", "mlp", "embed"), adaptable=True),
+        f"{prefix}_gate_up": Param((n, embed, 2, width), ("layer", "embed", None, "mlp"), quantisable=one, adaptable=True),
+        f"{prefix}_down": Param((n, width, embed), ("layer", "mlp", "embed"), quantisable=one, adaptable=True),
     }
 
 
@@ -120,8 +129,8 @@ def mixture(n: int, embed: int, *, experts: int, width: int) -> Schema:
     """A router and its gated experts, of ``n`` layers."""
     return {
         "router": Param((n, embed, experts), ("layer", "embed", None)),
-        "experts_gate_up": Param((n, experts, embed, 2 * width), ("layer", "expert", "embed", None), quantisable=True),
-        "experts_down": Param((n, experts, width, embed), ("layer", "expert", None, "embed"), quantisable=True),
+        "experts_gate_up": Param((n, experts, embed, 2 * width), ("layer", "expert", "embed", None), quantisable=1),
+        "experts_down": Param((n, experts, width, embed), ("layer", "expert", None, "embed"), quantisable=1),
     }
 
 

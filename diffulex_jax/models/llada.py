@@ -63,8 +63,8 @@ def layers(c: LLaDAConfig, params: Params, x: jax.Array, positions: jax.Array, o
 def schema(c: LLaDAConfig) -> dict[str, Any]:
     """The parameter tree."""
     group = c.n_heads // c.n_kv_heads
-    attention = parts.attention(c.n_layers, c.d_model, kv=c.n_kv_heads, group=group, head=c.head_dim, norms=False)
-    dense = attention | parts.swiglu(c.n_layers, c.d_model, "mlp", c.mlp_hidden_size)
+    attention = parts.attention(c.n_layers, c.d_model, kv=c.n_kv_heads, group=group, head=c.head_dim, norms=False, quantisable=True)
+    dense = attention | parts.swiglu(c.n_layers, c.d_model, "mlp", c.mlp_hidden_size, quantisable=True)
     return parts.ends(c.vocab_size, c.d_model) | {"dense": dense}
 
 

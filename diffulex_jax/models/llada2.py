@@ -68,10 +68,13 @@ def layers(c: LLaDA2Config, params: Params, x: jax.Array, positions: jax.Array, 
 
 def schema(c: LLaDA2Config) -> dict[str, Any]:
     """The parameter tree: dense layers first, then those with experts."""
-    attention = functools.partial(parts.attention, embed=c.hidden_size, kv=c.num_key_value_heads, group=c.queries_per_kv, head=c.head_dim)
+    alone = c.first_k_dense_replace == c.num_hidden_layers
+    attention = functools.partial(
+        parts.attention, embed=c.hidden_size, kv=c.num_key_value_heads, group=c.queries_per_kv, head=c.head_dim, quantisable=alone
+    )
     tree: dict[str, Any] = parts.ends(c.vocab_size, c.hidden_size)
     if n := c.first_k_dense_replace:
-        tree["dense"] = attention(n) | parts.swiglu(n, c.hidden_size, "mlp", c.intermediate_size)
+        tree["dense"] = attention(n) | parts.swiglu(n, c.hidden_size, "mlp", c.intermediate_size, quantisable=alone)
     if n := c.num_hidden_layers - c.first_k_dense_replace:
         tree["moe"] = attention(n) | parts.mixture(n, c.hidden_size, experts=c.num_experts, width=c.moe_intermediate_size)
         tree["moe"]["router_bias"] = Param((n, c.num_experts), ("layer", None), init="zeros", dtype="float32", decay=False)

@@ -38,6 +38,7 @@ class Ops(NamedTuple):
 
     Attributes:
       linear: ``linear(x [R, T, ...], stack [L, ..., ...], layer)``: the last axes of ``x`` contracted with the first of matrix ``layer``.
+        The stack may be quantised, as ``weights.quantise`` keeps it, here and below.
       mlp: ``mlp(x [R, T, D], stacks, layer) -> [R, T, D]``: ``(silu(x Wg) * (x Wu)) Wd``; ``stacks`` are ``[L, D, 2, F]``, which holds
         Wg and Wu, and ``[L, F, D]``.
       experts: ``experts(x [R, T, D], stacks, layer, router) -> [R, T, D]``: a mixture of experts, its router and its shared expert, if

@@ -83,8 +83,9 @@ def layers(c: Qwen2Config, params: Params, x: jax.Array, positions: jax.Array, o
 def schema(c: Qwen2Config) -> dict[str, Any]:
     """The parameter tree; without an output matrix where that is the embeddings'."""
     n, embed, kv = c.num_hidden_layers, c.hidden_size, c.num_key_value_heads
-    heads = parts.attention(n, embed, kv=kv, group=c.num_attention_heads // kv, head=c.head_dim, norms=False, bias=True)
-    mlp = parts.swiglu(n, embed, "mlp", c.intermediate_size)
+    group = c.num_attention_heads // kv
+    heads = parts.attention(n, embed, kv=kv, group=group, head=c.head_dim, norms=False, bias=True, quantisable=True)
+    mlp = parts.swiglu(n, embed, "mlp", c.intermediate_size, quantisable=True)
     return {**parts.ends(c.vocab_size, embed, tied=c.tie_word_embeddings), "dense": heads | mlp}
 
 

@@ -42,14 +42,15 @@ def layers(c: Shape, params: Params, x: jax.Array, positions: jax.Array, ops: Op
 def schema(c: Shape) -> dict[str, Any]:
     """The parameter tree: the layers of each kind, dense or with experts, in a stack of their own."""
     tree: dict[str, Any] = parts.ends(c.vocab_size, c.hidden_size)
+    group, alone = c.num_attention_heads // c.num_key_value_heads, "moe" not in c.kinds
+    heads: dict[str, Any] = {"kv": c.num_key_value_heads, "group": group, "head": c.head_dim, "quantisable": alone}
     mlps = {
-        "dense": lambda n: parts.swiglu(n, c.hidden_size, "mlp", c.intermediate_size),
+        "dense": lambda n: parts.swiglu(n, c.hidden_size, "mlp", c.intermediate_size, quantisable=alone),
         "moe": lambda n: parts.mixture(n, c.hidden_size, experts=c.num_experts, width=c.moe_intermediate_size),
     }
     for kind, mlp in mlps.items():
         if n := c.kinds.count(kind):
-            group = c.num_attention_heads // c.num_key_value_heads
-            tree[kind] = parts.attention(n, c.hidden_size, kv=c.num_key_value_heads, group=group, head=c.head_dim) | mlp(n)
+            tree[kind] = parts.attention(n, c.hidden_size, **heads) | mlp(n)
     return tree
 
 

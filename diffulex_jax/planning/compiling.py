@@ -70,7 +70,7 @@ def compile_denoise(
       dtype: of parameters, activations and the pool.
       num_pages: pages of the pool, on all devices together.
       steps: denoise steps of a dispatch.
-      weights: the form of quantised experts.
+      weights: the form of what is quantised.
 
     Raises:
       OutOfMemory: where the compiler refuses the program for its size.
@@ -105,12 +105,16 @@ def compile_denoise(
 def arguments(program: decode.Program, mesh: Mesh, *, dtype: Any, num_pages: int, weights: Form | None = None) -> tuple[Any, ...]:
     """What ``dispatch.jit_denoise`` takes, as shapes and where they lie: parameters, pool, state, packed plan."""
 
+    def at(a: Any, where: Any) -> Any:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+
     def placed(tree: Any, where: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
+        return jax.tree.map(lambda a: at(a, where), tree)
 
     def kept(param: Param, leaf: jax.ShapeDtypeStruct) -> Any:
-        keep = quantise.store(param, weights, kernels=program.kernels, dtype=dtype)
-        return placed(leaf if keep is None else jax.eval_shape(keep, leaf), sharding(mesh, param.axes))
+        keep = quantise.store(param, weights, kernels=program.kernels, dtype=dtype, mesh=mesh)
+        made = leaf if keep is None else jax.eval_shape(keep, leaf)
+        return jax.tree.map(at, made, quantise.placement(mesh, param, made))
 
     params = jax.eval_shape(functools.partial(init, program.model, dtype=dtype), jax.random.key(0))
     params = jax.tree.map(kept, program.model.schema, params, is_leaf=is_param)

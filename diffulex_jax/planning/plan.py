@@ -111,7 +111,7 @@ def plan(
       max_len: most tokens of a prompt and its output.
       mesh: ``"data=4,expert=2,tensor=2"``; without ``data``, that is what the others leave. Default: see :func:`propose`.
       dtype: of parameters, activations and the KV pool.
-      weights: ``"int8"``, ``"int4"`` or ``"fp8"`` for quantised experts.
+      weights: ``"int8"``, ``"int4"`` or ``"fp8"`` for quantised experts, or else layers.
       kv: ``"fp8"`` or ``"int8"`` for a KV pool in 8 bits, ``"bfloat16"``; default: ``dtype``.
       strategy: a name from ``diffulex_jax.strategies``; default: the one that the model's authors decode it with.
 
@@ -326,7 +326,7 @@ def text(plan: Plan) -> str:
         return f"{size / 2**30:.2f} GiB"
 
     p = plan
-    kind = p.dtype + (f" with experts in {p.quantised}" if p.quantised else "") + (f", KV in {p.kv}" if p.kv != p.dtype else "")
+    kind = p.dtype + (f" with weights in {p.quantised}" if p.quantised else "") + (f", KV in {p.kv}" if p.kv != p.dtype else "")
     exchanges = [f"{e.count} {kind} of {e.bytes / 1e6:.1f} MB together" for kind, e in p.exchanges.items()]
     rows = {
         "slice": f"{p.topology}, {p.devices} device(s) as {' x '.join(f'{name} {n}' for name, n in p.mesh.items())}",

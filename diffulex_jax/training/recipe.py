@@ -99,7 +99,8 @@ class Recipe:
       balance: weight of the gradient that balances the load of experts.
       dtype: of the computation, ``"bfloat16"`` or ``"float32"``; parameters and optimiser are float32.
       lora: train adapters of these matrices alone; None: all parameters.
-      weights: with ``lora``, hold a mixture's experts quantised, ``"int8"``, ``"int4"`` or ``"fp8"``; they stay as they are.
+      weights: with ``lora``, hold a mixture's experts, or the matrices of a model without, quantised: ``"int8"``, ``"int4"`` or ``"fp8"``.
+        They stay as they are.
       finish: ``finish(folder, trained)`` writes the result; None: a Hugging Face directory, or PEFT's files of adapters.
     """
 

@@ -18,6 +18,7 @@ from diffulex_jax.models import names
 from diffulex_jax.models.base import Param
 from diffulex_jax.parallel.mesh import parts as parts_over
 from diffulex_jax.parallel.mesh import sharding
+from diffulex_jax.weights.quantise import placement
 from diffulex_jax.weights.source import Source
 from pallas_kernels.quantised import Form, dtype_of
 
@@ -40,30 +41,39 @@ class Kept(NamedTuple):
     keep: Callable[..., Any] | None
 
 
-def stored(param: Param, parts: list[tuple[names.Tensor, names.Part]], source: Source, *, form: Form) -> Kept:
-    """A leaf of which the files hold the values and scales of ``form``.
+def groups(parts: list[tuple[names.Tensor, names.Part]], source: Source, *, form: Form) -> int:
+    """In how many groups the scales of each column of a leaf are, of which the files hold the values and scales of ``form``.
 
     Raises:
       ValueError: where they hold something else of a tensor, naming it.
     """
-
-    def read(name: str, region: names.Region) -> tuple[np.ndarray, ...]:
-        found, (rows, _) = source.matrix(name), region  # no device has a part of a column
-        return found.values[rows], found.scales[rows].astype(ml_dtypes.bfloat16)
-
     count = source.groups(parts[0][0].name, form)
     for tensor, _ in parts:
         if (found := source.groups(tensor.name, form)) is None or found != count or (form != "int4" and found != 1):
-            raise ValueError(f"{tensor.name} is not stored as {form}, as the config says of all experts, with as many scales as the others")
+            raise ValueError(f"{tensor.name} is not stored as {form}, as the config says, with as many scales as the others")
     assert count is not None
-    scales = (*param.shape[:-2], count, param.shape[-1])
+    return count
+
+
+def stored(param: Param, source: Source, *, form: Form, groups: int, keep: Callable[..., Any]) -> Kept:
+    """A leaf of which the files hold the values and scales of ``form``: as many scales as values, but for experts one for each group."""
     values = dtype_of("fp8" if form == "fp8" else "int8")  # the host has no int4
-    return Kept([(param.shape, values), (scales, np.dtype(ml_dtypes.bfloat16))], read, None)
+    of_group = "expert" in param.axes
+
+    def read(name: str, region: names.Region) -> tuple[np.ndarray, ...]:
+        found = source.matrix(name)
+        scales = found.scales.astype(ml_dtypes.bfloat16)
+        if of_group:
+            return found.values[region[0]], scales[region[0]]  # no device has a part of a column
+        return found.values[region], np.repeat(scales, found.block[1], axis=1)[region]
+
+    shape = (*param.shape[:-2], groups, param.shape[-1]) if of_group else param.shape
+    return Kept([(param.shape, values), (shape, np.dtype(ml_dtypes.bfloat16))], read, keep)
 
 
 def built(param: Param, parts: list[tuple[names.Tensor, names.Part]], kept: Kept, mesh: Mesh, *, step: Callable[[int], Any]) -> Any:
     """A leaf on ``mesh``, put together piece by piece: runs of layers, or of a layer's experts, that the host has room for."""
-    where = sharding(mesh, param.axes)
+    where = sharding(mesh, param.axes)  # of what it is put together from
     sizes = _piece_sizes(param, parts, sum(math.prod(shape) * dtype.itemsize for shape, dtype in kept.planes), mesh)
     here = _held_here(where, param.shape)
     of_piece: dict[tuple[int, ...], list[tuple[names.Tensor, names.Part]]] = collections.defaultdict(list)
@@ -92,6 +102,7 @@ def built(param: Param, parts: list[tuple[names.Tensor, names.Part]], kept: Kept
     if len(of_piece) == 1 and kept.keep is None:
         return piece(*of_piece)[0]
     whole = jax.eval_shape(keep, *(jax.ShapeDtypeStruct(*plane) for plane in kept.planes))
+    lies = placement(mesh, param, whole)
 
     def put(leaf: Any, first: tuple[jax.Array, ...], *planes: jax.Array) -> Any:
         def into(a: jax.Array, new: jax.Array) -> jax.Array:
@@ -100,8 +111,8 @@ def built(param: Param, parts: list[tuple[names.Tensor, names.Part]], kept: Kept
         return jax.tree.map(into, leaf, keep(*planes))
 
     with jax.set_mesh(mesh):
-        leaf = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), whole), out_shardings=where)()
-        jitted = jax.jit(put, donate_argnums=0, out_shardings=where)
+        leaf = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), whole), out_shardings=lies)()
+        jitted = jax.jit(put, donate_argnums=0, out_shardings=lies)
         for first in sorted(of_piece):
             leaf = jitted(leaf, first, *piece(first))
     return leaf

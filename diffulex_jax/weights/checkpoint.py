@@ -24,9 +24,9 @@ from diffulex_jax.models import hf_config, names
 from diffulex_jax.models.base import Model, Params, leaves
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import check_split
-from diffulex_jax.weights import assembly, formats, placed, quantise
+from diffulex_jax.weights import assembly, formats, placed
 from diffulex_jax.weights.folder import SMALL, check_pointer, read_json, tokenizer_end_ids
-from diffulex_jax.weights.quantise import form_of, keep, store
+from diffulex_jax.weights.quantise import form_of, keep, store, what_is_quantised
 from diffulex_jax.weights.source import Read, open_source
 from pallas_kernels import REFERENCE, Kernels
 from pallas_kernels.quantised import Form
@@ -87,19 +87,20 @@ def load_model(path: str | pathlib.Path) -> Model:
 
 
 def form_in(path: str | pathlib.Path, weights: str | None = None) -> Form | None:
-    """The form in which an engine holds the experts of a directory: ``weights``, else that of its files, if it is one of ours.
+    """The form in which an engine holds what it may quantise of a directory: ``weights``, else that of its files, if it is one of ours.
 
     Raises:
-      SettingError: where the files have them in one form, and ``weights`` names another.
+      SettingError: where the files have it in one form, and ``weights`` names another.
       ValueError: naming a file and what is wrong with it.
     """
     model, scheme = load_model(path), formats.scheme_of(read_json(pathlib.Path(path) / "config.json"))
     schema = leaves(model.schema)
-    experts = [tensor.name for tensor in model.tensors if schema[tensor.parts[0].leaf].quantisable]
-    whole = scheme is not None and bool(experts) and all(scheme.covers(name.removesuffix(".weight")) for name in experts)
+    ours = [tensor.name for tensor in model.tensors if schema[tensor.parts[0].leaf].quantisable]
+    whole = scheme is not None and all(scheme.covers(name.removesuffix(".weight")) for name in ours)
     found = scheme.form if scheme is not None and whole else None
     if found is not None and weights not in (None, found):
-        raise SettingError("weights", f"weights={weights!r}, but the experts of {path} are quantised already, as {found!r}; leave it out")
+        what = what_is_quantised(model)
+        raise SettingError("weights", f"weights={weights!r}, but the {what} of {path} are quantised already, as {found!r}; leave it out")
     return found or cast(Form | None, weights)
 
 
@@ -153,7 +154,6 @@ def load(
     path = pathlib.Path(path)
     model = load_model(path)
     params = leaves(model.schema)
-    quantise.check(model.spec, weights)
     for leaf, param in params.items():
         check_split(mesh, param.shape, param.axes, leaf[-1])
     if placed.is_placed(path):
@@ -170,10 +170,12 @@ def load(
         for leaf, param in sorted(params.items(), key=lambda item: item[1].axes[0] == "layer"):
             node = functools.reduce(lambda node, key: node.setdefault(key, {}), leaf[:-1], tree)
             if there is not None and param.quantisable:
-                kept = assembly.stored(param, parts[leaf], source, form=there)._replace(keep=keep(there, kernels=kernels, dtype=dtype))
+                groups = assembly.groups(parts[leaf], source, form=there)
+                made = keep(param, there, groups=groups, kernels=kernels, dtype=dtype, mesh=mesh)
+                kept = assembly.stored(param, source, form=there, groups=groups, keep=made)
             else:
-                planes = [(param.shape, np.dtype(param.dtype or dtype))]
-                kept = assembly.Kept(planes, lambda *of: (source.read(*of),), store(param, weights, kernels=kernels, dtype=dtype))
+                planes, how = [(param.shape, np.dtype(param.dtype or dtype))], {"kernels": kernels, "dtype": dtype, "mesh": mesh}
+                kept = assembly.Kept(planes, lambda *of: (source.read(*of),), store(param, weights, **how))
             node[leaf[-1]] = assembly.built(param, parts[leaf], kept, mesh, step=bar.update)
     return model, tree
 

@@ -1,4 +1,4 @@
-"""Writes a model directory anew with its experts quantised, tensor by tensor, as compressed-tensors lays them out."""
+"""Writes a model directory anew with its weights quantised, tensor by tensor, as compressed-tensors lays them out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from diffulex_jax.models.base import Model, leaves
 from diffulex_jax.models.names import Tensor
-from diffulex_jax.weights import checkpoint, formats, quantise
+from diffulex_jax.weights import checkpoint, formats
 from diffulex_jax.weights.folder import read_json
+from diffulex_jax.weights.quantise import what_is_quantised
 from pallas_kernels.quantised import Form
 from pallas_kernels.quantised import quantise as quantised
 
@@ -29,19 +30,21 @@ FILE_BYTES = 2**30
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf")
 
 
-def write(source: str | pathlib.Path, out: str | pathlib.Path, weights: Form, *, progress: bool = False) -> None:
-    """Writes the model directory ``source`` to ``out`` with quantised experts, which an engine then loads as they are.
+def write(source: str | pathlib.Path, out: str | pathlib.Path, weights: Form, *, progress: bool = False) -> str:
+    """Writes the model directory ``source`` to ``out`` with quantised matrices, which an engine then loads as they are: those of a
+    mixture's experts, or, where there are none, of all layers.
 
     All other tensors are written in bfloat16, and the small files beside them copied. The values and scales are those that an engine
     with ``weights`` makes of ``source`` itself in bfloat16. The host holds one file of :data:`FILE_BYTES` at a time.
 
+    Returns:
+      What is quantised: "experts" or "matrices".
+
     Raises:
-      SettingError: where the model has no experts.
       ValueError: for a directory that is not a model's, or quantised already, and for an ``out`` that holds files.
     """
     source, out = pathlib.Path(source), pathlib.Path(out)
     raw, model = read_json(source / "config.json"), checkpoint.load_model(source)
-    quantise.check(model.spec, weights)
     if formats.scheme_of(raw) is not None:
         raise ValueError(f"{source} is quantised already; take the checkpoint that it was made from")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -83,10 +86,11 @@ def write(source: str | pathlib.Path, out: str | pathlib.Path, weights: Form, *,
     said = formats.config_of(weights, max(groups), targets=_targets(model))
     config = raw | {"torch_dtype": "bfloat16", formats.KEY: said}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # the last: without it, the directory is no model
+    return what_is_quantised(model)
 
 
 def _quantised(tensor: Tensor, weight: np.ndarray, form: Form) -> tuple[dict[str, np.ndarray], int]:
-    """The tensors that stand for an expert's matrix ``[N, K]``, and how many numbers of a row share a scale."""
+    """The tensors that stand for a matrix ``[N, K]``, and how many numbers of a row share a scale."""
     values, scales = map(np.asarray, _quantise(weight.astype(ml_dtypes.bfloat16), form=form))
     module, group = tensor.name.removesuffix(".weight"), weight.shape[1] // scales.shape[1]
     if form != "int4":
@@ -106,7 +110,7 @@ def _quantise(weight: jax.Array, *, form: Form) -> tuple[jax.Array, jax.Array]:
 
 
 def _targets(model: Model) -> tuple[str, ...]:
-    """The experts' modules as one regular expression: their names without their numbers."""
+    """The modules of what is quantised as regular expressions: their names without their numbers."""
     schema: dict[Any, Any] = leaves(model.schema)
     modules = [tensor.name.removesuffix(".weight") for tensor in model.tensors if schema[tensor.parts[0].leaf].quantisable]
     shapes = {".".join(r"\d+" if part.isdecimal() else part for part in module.split(".")) for module in modules}

@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models.base import Model, Params
 from diffulex_jax.parallel import hosts
-from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.weights.folder import INDEX, SINGLE, read_json
-from diffulex_jax.weights.quantise import form_of, store
+from diffulex_jax.weights.quantise import form_of, placement, store
 from pallas_kernels import Kernels
 from pallas_kernels.quantised import FORMS, Form
 
@@ -94,16 +93,16 @@ def restore(path: pathlib.Path, model: Model, mesh: Mesh, *, dtype: Any, weights
     if form is not None and made_for != kernels.grouped_matmul:
         here = kernels.grouped_matmul
         raise ValueError(
-            f"{path}: its {form} experts lie as the {made_for!r} kernels read them, not as the {here!r} ones of this machine do"
+            f"{path}: its {form} weights lie as the {made_for!r} kernels read them, not as the {here!r} ones of this machine do"
         )
     if form is not None and jnp.dtype(kind) != dtype:
-        raise SettingError("dtype", f"dtype={jnp.dtype(dtype).name!r}, but {path} holds {form} experts for {kind}; set dtype={kind!r}")
+        raise SettingError("dtype", f"dtype={jnp.dtype(dtype).name!r}, but {path} holds {form} weights for {kind}; set dtype={kind!r}")
 
     def wanted(param: Any) -> Any:
         leaf = jax.ShapeDtypeStruct(param.shape, param.dtype or dtype)
-        keep, where = store(param, form, kernels=kernels, dtype=dtype), sharding(mesh, param.axes)
+        keep = store(param, form, kernels=kernels, dtype=dtype, mesh=mesh)
         made = leaf if keep is None else jax.eval_shape(keep, leaf)
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), made)
+        return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), made, placement(mesh, param, made))
 
     shapes = jax.tree.map(wanted, model.schema, is_leaf=lambda node: not isinstance(node, dict))
     try:

@@ -106,7 +106,7 @@ def tiles(weights: jax.Array, extra: jax.Array | None, *, parts: int, columns: i
 
 
 def words(weights: Packed, *, parts: int, columns: int) -> Weights:
-    """Quantised ``weights [L, G, K, parts * N]``.
+    """Quantised ``weights [L, G, K, parts * N]``. Scales of columns may be those of all groups, ``[L, 1, 1, parts * N]``.
 
     A scale for a column multiplies its sum; scales for groups multiply weights in registers, rounded to bfloat16 once more.
     """
@@ -139,7 +139,7 @@ def words(weights: Packed, *, parts: int, columns: int) -> Weights:
             return sums
         done = []
         for part in range(parts):
-            where = at.layer, at.group, 0, pl.ds(at.column + part * width + worker * UNIT, UNIT)
+            where = at.layer, at.group if weights.scales.shape[1] > 1 else 0, 0, pl.ds(at.column + part * width + worker * UNIT, UNIT)
             scale = _load(arrays[1].at[where], layout=_COLUMN, optimized=False).astype(jnp.float32)
             done.append(sums[part] * lax.broadcast_in_dim(scale, sums[part].shape, (0,)))
         return done

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantised import Form, Quantised, dequantise, dtype_of, in_int8, quantise
+from pallas_kernels.quantised.matrices import is_quantised
 from pallas_kernels.quantised.words import STEP, Packed, pack, packs, unpack
 
+
+__all__ = ["Stack", "arranged", "is_quantised", "plain", "stored"]
 
 Stack = jax.Array | Quantised | Packed
 
@@ -34,8 +37,3 @@ def plain(stack: Stack, dtype: jax.typing.DTypeLike) -> jax.Array:
     if isinstance(stack, Packed):
         stack = unpack(stack)
     return dequantise(stack, dtype) if isinstance(stack, Quantised) else stack
-
-
-def is_quantised(stack: Stack) -> bool:
-    """Whether a stack is one of the quantised forms."""
-    return isinstance(stack, (Quantised, Packed))

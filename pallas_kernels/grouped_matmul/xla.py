@@ -98,8 +98,8 @@ def _few_at_a_time(x: jax.Array, routing: Routing, gate_up: Stack, down: Stack, 
 
     def few(begin: jax.Array, token: jax.Array) -> jax.Array:
         """``[C, R, D]``: rows ``token [C, R]`` of ``x`` through the experts from ``begin`` on."""
-        gate, up = jnp.split(_product(x[token], _part(gate_up, layer, begin, chunk)), 2, axis=-1)
-        return _product((jax.nn.silu(gate) * up).astype(x.dtype), _part(down, layer, begin, chunk))
+        gate, up = jnp.split(product(x[token], _part(gate_up, layer, begin, chunk)), 2, axis=-1)
+        return product((jax.nn.silu(gate) * up).astype(x.dtype), _part(down, layer, begin, chunk))
 
     def one_tile(i: jax.Array, rows: jax.Array) -> jax.Array:
         at = first[:, None] + i * tile + jnp.arange(tile)
@@ -130,7 +130,7 @@ def _part_of_layer(layer: jax.Array, begin: jax.Array, count: int, array: jax.Ar
     return lax.dynamic_slice(array, start, (1, count, *array.shape[2:]))[0]
 
 
-def _product(rows: jax.Array, stack: Stack) -> jax.Array:
+def product(rows: jax.Array, stack: Stack) -> jax.Array:
     """``[C, R, N]`` float32: ``rows [C, R, K]`` times the matrices ``[C, K, N]`` of ``stack``."""
     if not isinstance(stack, Quantised):
         matrices, scales = plain(stack, rows.dtype).astype(rows.dtype), None

@@ -10,10 +10,11 @@ import jax
 from jax.typing import ArrayLike
 
 from pallas_kernels.linear import reference
+from pallas_kernels.linear.stacks import Stack, arranged, stored
 from pallas_kernels.target import Target, is_hopper, pick
 
 
-__all__ = ["Backend", "choose_backend", "linear", "mlp"]
+__all__ = ["Backend", "Stack", "arranged", "choose_backend", "linear", "mlp", "stored"]
 
 Backend = Literal["sliced", "gpu"]
 
@@ -34,15 +35,16 @@ def choose_backend(target: Target) -> Backend:
     return "gpu" if is_hopper(target) else "sliced"
 
 
-def linear(x: jax.Array, stack: jax.Array, layer: ArrayLike, *, backend: str | None = None) -> jax.Array:
+def linear(x: jax.Array, stack: Stack, layer: ArrayLike, *, backend: str | None = None) -> jax.Array:
     """``x`` times matrix ``layer`` of ``stack``: the last axes of x contracted with the first of the matrix.
 
     Args:
       x: ``[R, T, ...]``.
-      stack: ``[L, ..., ...]``: behind L the axes of x behind T, and then those of the result.
+      stack: ``[L, ..., ...]``: behind L the axes of x behind T, and then those of the result. Or quantised, as :func:`stored` makes it.
       layer: int32 scalar, may be traced.
       backend: ``"sliced"`` slices the matrix out, which a loop over layers on a GPU pays for with a copy; ``"gpu"`` reads few rows'
-        matrices where they lie (Hopper, bfloat16). None chooses by the current mesh's devices, else the default one.
+        matrices where they lie (Hopper; in bfloat16, or quantised and made of whole tiles). None chooses by the current mesh's
+        devices, else the default one.
 
     Returns:
       ``[R, T, ...]`` in the dtype of ``x``.
@@ -53,12 +55,12 @@ def linear(x: jax.Array, stack: jax.Array, layer: ArrayLike, *, backend: str | N
     return pick("linear", backend, choose_backend, _LINEAR)(x, stack, layer)
 
 
-def mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array, layer: ArrayLike, *, backend: str | None = None) -> jax.Array:
+def mlp(x: jax.Array, gate_up: Stack, down: Stack, layer: ArrayLike, *, backend: str | None = None) -> jax.Array:
     """``(silu(x Wg) * (x Wu)) Wd`` with the matrices of one layer of a stack.
 
     Args:
       x: ``[R, T, D]``.
-      gate_up: ``[L, D, 2, F]``, Wg and Wu side by side.
+      gate_up: ``[L, D, 2, F]``, Wg and Wu side by side; quantised or not, as is
       down: ``[L, F, D]``.
       layer, backend: as for :func:`linear`. ``"gpu"`` gates before the first product leaves the registers.
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu
 from jax.test_util import check_grads
 from rows_by_group import sort_rows
+from words_in_memory import operand_in_shared_memory
 
-from pallas_kernels.grouped_matmul import choose_backend, dense, expert_mlp, gpu, gpu_kernel, gpu_weights, stored, tpu
-from pallas_kernels.quantised import dequantise
-from pallas_kernels.quantised.words import STEP, TILE, Packed, unpack
+from pallas_kernels.grouped_matmul import choose_backend, dense, expert_mlp, gpu, gpu_kernel, stored, tpu
+from pallas_kernels.quantised.words import Packed
 from pallas_kernels.target import Target, current_target
 
 
@@ -244,34 +244,11 @@ def test_devices_that_share_the_experts_of_a_gpu_add_up(tokens, shared, monkeypa
     assert float(error) < 1.2e-2
 
 
-def _operand_in_shared_memory(weights, *, parts, columns):
-    """``gpu_weights.words`` where no product has an operand in registers, as in the simulator: unpacked by plain code and stored first."""
-    stream = gpu_weights.words(weights, parts=parts, columns=columns)
-
-    def multiply(sums, shared, rows, slot, worker):
-        left = shared["left_s"].at[worker]
-
-        def product(sums, packed, scales, rows, form):
-            tile = dequantise(unpack(Packed(packed[...][None], jnp.ones((1, TILE), jnp.bfloat16), form))).T
-            if scales:
-                tile *= jnp.repeat(jnp.stack(scales, 1).astype(jnp.float32), STEP // len(scales), axis=1)
-            left[...] = tile.astype(jnp.bfloat16)
-            mosaic_gpu.wgmma(sums, left, rows.T)
-            mosaic_gpu.wgmma_wait(0)
-
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(gpu_weights, "unpacked_product", product)
-            stream.multiply(sums, shared, rows, slot, worker)
-
-    left = gpu_weights.staged((columns // TILE, TILE, STEP))
-    return stream._replace(multiply=multiply, scratch=lambda stages: stream.scratch(stages) | {"left_s": left})
-
-
 @simulated
 @pytest.mark.parametrize(("tokens", "form"), [(3, "int8"), (40, "int4"), (3, "fp8")])
 def test_the_hopper_kernels_read_packed_words_in_the_simulator(tokens, form, monkeypatch):
     monkeypatch.setattr(gpu_kernel, "num_multiprocessors", lambda: 2)
-    monkeypatch.setattr(gpu_kernel, "words", _operand_in_shared_memory)
+    monkeypatch.setattr(gpu_kernel, "words", operand_in_shared_memory)
     monkeypatch.setattr(gpu, "sort_rows", sort_rows)
     x, ids, weights, gate_up, down = make(3, tokens=tokens, embed=256, width=128, dtype=jnp.bfloat16)
     stacks = [stored(jnp.stack([-a, a]), form, backend="gpu", dtype=jnp.bfloat16) for a in (gate_up, down)]

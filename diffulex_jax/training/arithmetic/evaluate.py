@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=PROBLEMS)
     parser.add_argument("--seed", type=int, default=SEED, help="of the held-out problems")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--weights", choices=("int8", "int4", "fp8"), help="quantised experts")
+    parser.add_argument("--weights", choices=("int8", "int4", "fp8"), help="quantised experts, or else layers")
     parser.add_argument("--strategy", nargs="+", default=list(SETTINGS), choices=SETTINGS, dest="strategies")
     parser.add_argument("--form", nargs="+", default=list(PROMPTS), choices=PROMPTS, dest="forms", help="of the question")
     parser.add_argument("--buffer-size", nargs="+", default=[1], type=int, dest="buffer_sizes", help="blocks denoised together")
