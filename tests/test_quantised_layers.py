@@ -20,7 +20,9 @@ from diffulex_jax.models.base import leaves
 from diffulex_jax.parallel.mesh import abstract_mesh, make_mesh
 from diffulex_jax.planning.plan import plan
 from diffulex_jax.training.layout import predict
-from diffulex_jax.weights import assembly, checkpoint
+from diffulex_jax.weights import adapters, assembly, checkpoint
+from diffulex_jax.weights.adapter_stacks import beside
+from diffulex_jax.weights.adapters import Lora
 from diffulex_jax.weights.quantise import form_of, placement, quantised, store
 from pallas_kernels import REFERENCE
 from pallas_kernels.grouped_matmul import plain
@@ -148,3 +150,26 @@ def test_matrices_that_a_config_leaves_out_keep_all_plain(tmp_path):
     assert checkpoint.form_in(tmp_path / "out") is None and checkpoint.form_in(tmp_path / "out", "int4") == "int4"
     _, params = checkpoint.load(tmp_path / "out", make_mesh())
     assert form_of(params) is None
+
+
+def test_adapters_beside_quantised_matrices_add_what_merged_ones_do():
+    """To logits, and to their gradient; in every layer of each of the leaves."""
+    model, params = checkpoint.load(SDAR, make_mesh(), weights="int8")
+    lora = Lora(2, 3.0, tuple(ROWS))
+    trained = jax.tree.map(
+        lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), adapters.init(model, lora, jax.random.key(0))
+    )
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 200, (1, 4 * model.spec.block_size)), jnp.int32)
+
+    def found(add, base):
+        def lost(trained):
+            return (predict(add(model, lora, base, trained), model, tokens, tokens)[..., :200] ** 2).mean()
+
+        return jax.jit(jax.value_and_grad(lost))(trained)
+
+    (got, gradient), (want, its) = found(beside, params), found(adapters.merge, meant(model, params))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), gradient, its)
+    assert all(float(jnp.abs(a).max()) > 0 for a in jax.tree.leaves(gradient))
+    with pytest.raises(SettingError, match="targets: dense.qkv is quantised, and only plain leaves are adapted"):
+        adapters.merge(model, lora, params, trained)

@@ -34,7 +34,7 @@ class Adapted(NamedTuple):
     Attributes:
       matrix: the leaf itself.
       factors: see :class:`Factors`.
-      rows: ``[R]`` int32, the adapter of each row of the batch, counted from 1; 0: none.
+      rows: ``[R]`` int32, or ``[1]`` for all, the adapter of each row of the batch, counted from 1; 0: none.
     """
 
     matrix: Any

@@ -78,22 +78,11 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
         first, rest = (jax.tree.map(lambda a, at=at: a[:, at], arrays) for at in (slice(pending), slice(pending, None)))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), f(*first), f(*rest))
 
-    def times(x: jax.Array, stack: Any, layer: jax.Array) -> jax.Array:
-        if isinstance(stack, Adapted):
-            return times(x, stack.matrix, layer) + product(x, stack, layer)
-        return linear_kernels.linear(x, stack, layer, backend=kernels.linear)
-
     def linear(x: jax.Array, stack: Any, layer: jax.Array) -> jax.Array:
-        return apart(lambda x: times(x, stack, layer), x)
+        return apart(lambda x: times(x, stack, layer, backend=kernels.linear), x)
 
     def mlp(x: jax.Array, stacks: tuple[Any, Any], layer: jax.Array) -> jax.Array:
-        def gated(x: jax.Array) -> jax.Array:
-            if not any(isinstance(stack, Adapted) for stack in stacks):
-                return linear_kernels.mlp(x, *stacks, layer, backend=kernels.linear)
-            h = times(x, stacks[0], layer)
-            return times(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], stacks[1], layer)
-
-        return apart(gated, x)
+        return apart(lambda x: gated(x, stacks, layer, backend=kernels.linear), x)
 
     def experts(x: jax.Array, stacks: dict[str, jax.Array], layer: jax.Array, router: Router) -> jax.Array:
         def flat(a: jax.Array) -> jax.Array:
@@ -131,3 +120,18 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
 
     rotate = functools.partial(rotary.rotate, backend=kernels.rotary)
     return Ops(linear, mlp, experts, attend, add_up, rotate, kernels.layers_per_turn, pool)
+
+
+def times(x: jax.Array, stack: Any, layer: jax.Array, *, backend: str) -> jax.Array:
+    """``Ops.linear`` by one backend of the ``linear`` kernels."""
+    if isinstance(stack, Adapted):
+        return times(x, stack.matrix, layer, backend=backend) + product(x, stack, layer)
+    return linear_kernels.linear(x, stack, layer, backend=backend)
+
+
+def gated(x: jax.Array, stacks: tuple[Any, Any], layer: jax.Array, *, backend: str) -> jax.Array:
+    """``Ops.mlp`` by one backend of the ``linear`` kernels."""
+    if not any(isinstance(stack, Adapted) for stack in stacks):
+        return linear_kernels.mlp(x, *stacks, layer, backend=backend)
+    h = times(x, stacks[0], layer, backend=backend)
+    return times(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], stacks[1], layer, backend=backend)

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 
 from diffulex_jax.models.attention import AttentionPolicy, positions_of
 from diffulex_jax.models.base import Model, Params, logits
-from diffulex_jax.models.ops import At, Ops
+from diffulex_jax.models.ops import At, Ops, gated, times
 from pallas_kernels import expert_choice, grouped_matmul
 from pallas_kernels.block_attention import masked_attention, split_heads
-from pallas_kernels.linear import linear, mlp
 
 
 SCORED_EOS = 32  # trailing end-of-sequence tokens that count, as in DMax's training
@@ -75,7 +74,7 @@ def predict(
     """Logits of the noisy half.
 
     Args:
-      params, model: the network; stacks of experts may be quantised, and have no gradient then.
+      params, model: the network; what is quantised has no gradient, and may be adapted (``models.adapted``).
       noisy, clean: ``[R, L]`` token ids, whole blocks of the model's.
       first: ``[R, N]``, the groups of noisy blocks; see :func:`attention_mask`.
       balance: see :func:`dense_experts`.
@@ -122,12 +121,9 @@ def differentiable_ops(mask: jax.Array, *, balance: float = 0.0) -> Ops:
         y = compute(flat, ids, weights, gate_up, down, balance=balance)
         y = y.reshape(x.shape)
         shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None
-        return y if shared is None else y + mlp(x, *shared, layer, backend="sliced")
+        return y if shared is None else y + gated(x, shared, layer, backend="sliced")
 
-    def plain_mlp(x: jax.Array, stacks: tuple[jax.Array, jax.Array], layer: jax.Array) -> jax.Array:
-        return mlp(x, *stacks, layer, backend="sliced")
-
-    return Ops(functools.partial(linear, backend="sliced"), plain_mlp, experts, attend, lambda x, axis: x)
+    return Ops(functools.partial(times, backend="sliced"), functools.partial(gated, backend="sliced"), experts, attend, lambda x, axis: x)
 
 
 def dense_experts(

@@ -24,7 +24,7 @@ from diffulex_jax.models.base import Model, Params
 from diffulex_jax.parallel.mesh import check_split, mesh_of, sharding
 from diffulex_jax.training.layout import Batch
 from diffulex_jax.training.recipe import About, Recipe, Term, Trained
-from diffulex_jax.weights import adapters, checkpoint
+from diffulex_jax.weights import adapter_stacks, adapters, checkpoint
 from diffulex_jax.weights.adapters import Lora
 
 
@@ -144,7 +144,7 @@ def loss(params: Params, frozen: Params | None, model: Model, batch: Batch, key:
     """The weighted mean of the objectives, each on its rows of the batch with a key of its own, in ``how.dtype``."""
     if how.lora is not None:
         assert frozen is not None, "adapters are added to something"
-        params = adapters.merge(model, how.lora, frozen, params)
+        params = adapter_stacks.beside(model, how.lora, frozen, params)
     half = jax.tree.map(lambda x: x.astype(how.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
     metrics: Metrics = {}
     total, first = jnp.float32(0), 0

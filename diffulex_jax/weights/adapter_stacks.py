@@ -1,8 +1,10 @@
-"""Several LoRA adapters side by side, for a batch each of whose rows has its own: PEFT's files become ``models.adapted.Factors``."""
+"""LoRA adapters beside the matrices that they adapt, as ``models.adapted.Factors``: several, for a batch each of whose rows has its own, or
+one that is trained."""
 
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import pathlib
 import re
@@ -11,16 +13,18 @@ from typing import Any, NamedTuple
 
 import einops
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from diffulex_jax.errors import SettingError
-from diffulex_jax.models.adapted import Factors, with_axes
-from diffulex_jax.models.base import Model, Param, leaves
+from diffulex_jax.models.adapted import Adapted, Factors, with_axes
+from diffulex_jax.models.base import Model, Param, Params, leaves
 from diffulex_jax.models.names import Part, Path, spelt_out
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.weights import adapters
 from diffulex_jax.weights.adapters import Lora, Site
+from pallas_kernels.quantised.matrices import Matrices
 
 
 Loaded = list[tuple[Lora, adapters.Adapters]]
@@ -90,6 +94,41 @@ def stacked(model: Model, each: Loaded) -> dict[str, Any]:
             node = node.setdefault(name, {})
         node[path[-1]] = factors
     return tree
+
+
+def beside(model: Model, lora: Lora, params: Params, trained: adapters.Adapters) -> Params:
+    """``adapters.merge``, but for quantised matrices of layers: these have their products beside them, for all rows.
+
+    Raises:
+      SettingError: for a target whose leaf is quantised, and no such matrices.
+    """
+    schema, flat = leaves(model.schema), leaves(params)
+    quantised = [path for path, leaf in flat.items() if isinstance(leaf, Matrices)]
+    found: dict[Path, list[Factors]] = collections.defaultdict(list)
+    for site in adapters.sites(model, lora):
+        if (path := site.tensors[0].parts[0].leaf) in quantised:
+            found[path].append(_factors(schema[path], site, trained[site.name], lora.alpha / lora.rank))
+    tree = adapters.merge(model, lora, params, trained, but=quantised)
+    for path, factors in found.items():
+        a, b = zip(*factors, strict=True)
+        every = Adapted(flat[path], Factors(jnp.concatenate(a, -1), jnp.concatenate(b, 2)), jnp.ones(1, jnp.int32))
+        functools.reduce(lambda node, name: node[name], path[:-1], tree)[path[-1]] = every
+    return tree
+
+
+def _factors(param: Param, site: Site, pair: dict[str, jax.Array], scale: float) -> Factors:
+    """The factors of one site, which has a matrix in every layer of its leaf: what :func:`_put` writes, for one adapter."""
+    layers, *rest = param.shape
+    assert len(site.tensors) == layers
+    b = jnp.zeros((layers, pair["b"].shape[-1], *rest[param.quantisable :]))
+    for part in site.tensors[0].parts:
+        axes = _Axes.of(part)
+        into_a, into_b = f"n r {axes.columns} -> n {' '.join(axes.inputs)} r", f"n {axes.rows} r -> n r {' '.join(axes.outputs)}"
+        inputs = einops.rearrange(pair["a"], into_a, **_known(part, into_a))
+        _, *at = spelt_out(part.at, len(param.shape))
+        rows = einops.rearrange(scale * pair["b"][:, part.rows], into_b, **_known(part, into_b))
+        b = b.at[(slice(None), slice(None), *at[param.quantisable :])].set(rows)
+    return Factors(inputs[..., None, :], b[:, None])
 
 
 def _changed(model: Model, each: Loaded) -> Iterator[tuple[Site, int, Lora, dict[str, Any]]]:

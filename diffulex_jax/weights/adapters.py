@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import einops
@@ -23,8 +24,8 @@ from safetensors.numpy import load_file, save_file
 
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models.base import Model, Params, leaves
-from diffulex_jax.models.names import Tensor
-from pallas_kernels import grouped_matmul
+from diffulex_jax.models.names import Path, Tensor
+from pallas_kernels.quantised.matrices import is_quantised
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -70,8 +71,9 @@ def init(model: Model, lora: Lora, key: jax.Array) -> Adapters:
     return found
 
 
-def merge(model: Model, lora: Lora, params: Params, adapters: Adapters) -> Params:
-    """``params`` with the adapters' products added: a new tree, whose other leaves are the same arrays. It can be differentiated.
+def merge(model: Model, lora: Lora, params: Params, adapters: Adapters, *, but: Collection[Path] = ()) -> Params:
+    """``params`` with the adapters' products added: a new tree, whose other leaves are the same arrays. It can be differentiated. The
+    leaves ``but`` stay as they are.
 
     Raises:
       SettingError: for a target whose leaf is quantised.
@@ -82,7 +84,9 @@ def merge(model: Model, lora: Lora, params: Params, adapters: Adapters) -> Param
         layers = np.array([tensor.parts[0].at[0] for tensor in site.tensors])
         for part in site.tensors[0].parts:
             leaf = flat[part.leaf]
-            if grouped_matmul.is_quantised(leaf):
+            if part.leaf in but:
+                continue
+            if is_quantised(leaf):
                 raise SettingError("targets", f"targets: {'.'.join(part.leaf)} is quantised, and only plain leaves are adapted")
             one = functools.partial(einops.rearrange, pattern=part.pattern, **part.sizes)
             change = jax.vmap(lambda d, one=one, rows=part.rows: one(d[rows]))(delta)

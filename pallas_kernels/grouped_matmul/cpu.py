@@ -84,7 +84,7 @@ def _product(x: jax.Array, stack: Stack, expert: jax.Array) -> jax.Array:
     values, scales = in_int8(stack).values.reshape(-1, width), stack.scales.reshape(-1, width).astype(jnp.float32)
     groups = stack.scales.shape[-2]
     if stack.form == "fp8":
-        return _matmul(x, values, expert * depth, read=_float8) * scales[expert]
+        return _matmul(x, values, expert * depth, read=float8) * scales[expert]
     if groups == 1:  # of a whole column: the sum is scaled
         return _matmul(x, values, expert * depth) * scales[expert]
     return _matmul(x, values, expert * depth, scales=scales, first_scale=expert * groups, group=depth // groups)
@@ -127,7 +127,7 @@ def _matmul(
     return lax.fori_loop(0, depth // step, body, jnp.zeros((rows, w.shape[1]), jnp.float32))
 
 
-def _float8(bits: jax.Array) -> jax.Array:
+def float8(bits: jax.Array) -> jax.Array:
     """The float32 that float8_e4m3fn ``bits`` (int8) mean, in operations that LLVM vectorises: XLA's own take twice as long."""
     wide = bits.astype(jnp.int32)
     size = wide & 127

@@ -9,14 +9,14 @@ from typing import Any, Literal, get_args
 import jax
 from jax.typing import ArrayLike
 
-from pallas_kernels.linear import reference
+from pallas_kernels.linear import cpu, reference
 from pallas_kernels.linear.stacks import Stack, arranged, stored
 from pallas_kernels.target import Target, is_hopper, pick
 
 
 __all__ = ["Backend", "Stack", "arranged", "choose_backend", "linear", "mlp", "stored"]
 
-Backend = Literal["sliced", "gpu"]
+Backend = Literal["sliced", "cpu", "gpu"]
 
 
 def _hopper(function: str, *args: Any) -> jax.Array:
@@ -25,14 +25,14 @@ def _hopper(function: str, *args: Any) -> jax.Array:
     return getattr(gpu, function)(*args)
 
 
-_LINEAR: dict[str, Callable[..., jax.Array]] = {"sliced": reference.linear, "gpu": functools.partial(_hopper, "linear")}
-_MLP: dict[str, Callable[..., jax.Array]] = {"sliced": reference.mlp, "gpu": functools.partial(_hopper, "mlp")}
+_LINEAR: dict[str, Callable[..., jax.Array]] = {"sliced": reference.linear, "cpu": cpu.linear, "gpu": functools.partial(_hopper, "linear")}
+_MLP: dict[str, Callable[..., jax.Array]] = {"sliced": reference.mlp, "cpu": cpu.mlp, "gpu": functools.partial(_hopper, "mlp")}
 assert tuple(_LINEAR) == tuple(_MLP) == get_args(Backend)
 
 
 def choose_backend(target: Target) -> Backend:
     """The backend used on ``target`` unless told otherwise."""
-    return "gpu" if is_hopper(target) else "sliced"
+    return "cpu" if target.platform == "cpu" else "gpu" if is_hopper(target) else "sliced"
 
 
 def linear(x: jax.Array, stack: Stack, layer: ArrayLike, *, backend: str | None = None) -> jax.Array:
@@ -42,9 +42,9 @@ def linear(x: jax.Array, stack: Stack, layer: ArrayLike, *, backend: str | None 
       x: ``[R, T, ...]``.
       stack: ``[L, ..., ...]``: behind L the axes of x behind T, and then those of the result. Or quantised, as :func:`stored` makes it.
       layer: int32 scalar, may be traced.
-      backend: ``"sliced"`` slices the matrix out, which a loop over layers on a GPU pays for with a copy; ``"gpu"`` reads few rows'
-        matrices where they lie (Hopper; in bfloat16, or quantised and made of whole tiles). None chooses by the current mesh's
-        devices, else the default one.
+      backend: ``"sliced"`` slices the matrix out, which a loop over layers on a GPU pays for with a copy; ``"cpu"`` does so too, but
+        makes of quantised ones some rows at a time plain; ``"gpu"`` reads few rows' matrices where they lie (Hopper; in bfloat16, or
+        quantised and made of whole tiles). None chooses by the current mesh's devices, else the default one.
 
     Returns:
       ``[R, T, ...]`` in the dtype of ``x``.

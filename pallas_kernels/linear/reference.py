@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -22,7 +24,7 @@ def linear(x: jax.Array, stack: Stack, layer: ArrayLike) -> jax.Array:
     return product(rows, jax.tree.map(lambda a: a[None], matrix)).astype(x.dtype).reshape(*x.shape[:2], *stack.columns)
 
 
-def mlp(x: jax.Array, gate_up: Stack, down: Stack, layer: ArrayLike) -> jax.Array:
-    """See the package's ``mlp``."""
+def mlp(x: jax.Array, gate_up: Stack, down: Stack, layer: ArrayLike, *, linear: Callable[..., jax.Array] = linear) -> jax.Array:
+    """See the package's ``mlp``; both products by ``linear``."""
     h = linear(x, gate_up, layer)
     return linear(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], down, layer)

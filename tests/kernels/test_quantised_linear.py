@@ -61,7 +61,7 @@ def test_numbers_of_a_file_are_kept_as_they_are(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("order", ["cpu", "ragged", "gpu"])
-@pytest.mark.parametrize("backend", ["sliced", "gpu"])
+@pytest.mark.parametrize("backend", ["sliced", "cpu", "gpu"])
 def test_a_product_is_that_with_what_they_stand_for(form, order, backend):
     w, x = normal(3, 2, 2, 64, 3, 64), normal(4, 2, 5, 2, 64)
     stack = stored(w, form, rows=2, backend=order, dtype=jnp.bfloat16, part=(128, 64))
@@ -71,23 +71,37 @@ def test_a_product_is_that_with_what_they_stand_for(form, order, backend):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_gated_mlp_is_that_of_what_they_stand_for(form):
+@pytest.mark.parametrize("backend", ["sliced", "cpu"])
+def test_a_gated_mlp_is_that_of_what_they_stand_for(form, backend):
     arrays = normal(5, 2, 64, 2, 48), normal(6, 2, 48, 64)
     stacks = [stored(w, form, rows=1, backend="cpu", dtype=jnp.float32, part=(1, 1)) for w in arrays]
-    got = jax.jit(lambda *a: mlp(*a, backend="sliced"))(x := normal(7, 2, 3, 64), *stacks, jnp.int32(1))
+    got = jax.jit(lambda *a: mlp(*a, backend=backend))(x := normal(7, 2, 3, 64), *stacks, jnp.int32(1))
     want = mlp(x, *(meant(stack, w.shape) for stack, w in zip(stacks, arrays, strict=True)), 1, backend="sliced")
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_no_layer_but_one_is_made_plain():
-    """Nor that one's neighbours: a stack of eight takes as much more as it holds itself, and no more."""
+@pytest.mark.parametrize(("depth", "groups"), [(48, 1), (48, 3), (96, 4), (320, 2), (320, 5), (512, 1), (512, 2), (512, 8), (768, 2)])
+def test_a_cpu_goes_through_rows_and_groups_of_any_length(depth, groups):
+    """Of a file a group may have any length: steps of rows are a part of one, one, several, or the whole matrix."""
+    rng = np.random.default_rng(groups)
+    numbers = jnp.asarray(rng.integers(-8, 8, (2, depth, 5)), jnp.int8)
+    scales = jnp.repeat(jnp.asarray(rng.random((2, groups, 5)), jnp.bfloat16), depth // groups, 1)
+    stack = arranged(numbers, scales, "int4", rows=1, groups=groups, backend="cpu", dtype=jnp.float32, part=(1, 1))
+    x = normal(9, 1, 3, depth)
+    want = x @ (numbers[1].astype(jnp.float32) * scales[1].astype(jnp.float32))
+    np.testing.assert_allclose(jax.jit(lambda *a: linear(*a, backend="cpu"))(x, stack, jnp.int32(1)), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("backend", "most"), [("sliced", 2), ("cpu", 1 / 2)])
+def test_no_layer_but_one_is_made_plain(backend, most):
+    """Whatever number of them a stack has; on a CPU a part of the layer at a time. In layers of float32."""
 
     def temporaries(layers):
-        stack = stored(normal(8, layers, 256, 256), "int8", rows=1, backend="cpu", dtype=jnp.float32, part=(1, 1))
-        lowered = jax.jit(lambda *a: linear(*a, backend="sliced")).lower(normal(9, 1, 4, 256), stack, jnp.int32(0))
+        stack = stored(normal(8, layers, 1024, 64), "int8", rows=1, backend="cpu", dtype=jnp.float32, part=(1, 1))
+        lowered = jax.jit(lambda *a: linear(*a, backend=backend)).lower(normal(9, 1, 4, 1024), stack, jnp.int32(0))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(8) == temporaries(2) < 2 * 4 * 256 * 256
+    assert temporaries(8) == temporaries(2) < most * 4 * 1024 * 64
 
 
 # JAX 0.10, the only one for Python 3.11, has no simulator for Hopper kernels.
