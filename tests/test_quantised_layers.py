@@ -132,6 +132,8 @@ def test_a_mesh_that_would_split_a_group_is_refused():
     assert where.numbers.spec == PartitionSpec(None, ("expert", "tensor"), None) and not any(where.scales.spec)
     with pytest.raises(SettingError, match="weights='int4': the 5 groups of a matrix .160, 64. cannot be split over 2 devices"):
         placement(mesh, param, kept["int4"])
+    with pytest.raises(ValueError, match="5 groups of a matrix .160, 64. cannot be split over 2 devices"):
+        plan(str(FAMILIES / "tiny-sdar"), "v5e:2x4", slots=8, max_len=64, weights="int4", mesh="tensor=2")
 
 
 def test_parameters_that_are_quantised_stay_so():

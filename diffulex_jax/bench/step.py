@@ -33,7 +33,7 @@ from diffulex_jax.planning.exchanges import exchanges_of_step
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import STATE_AXES, DecodeState, KVPool
 from diffulex_jax.strategies import Strategy, for_model
-from diffulex_jax.weights.quantise import what_is_quantised
+from diffulex_jax.weights.quantise import check_groups, what_is_quantised
 from pallas_kernels import REFERENCE, choose
 from pallas_kernels.quantised import Form
 
@@ -89,7 +89,7 @@ def run(
     found = [for_model(model.spec, name) for name in strategies]
     for strategy in found:
         build.plan(model.spec, strategy, _sized(settings, strategy, batch=1, context=BLOCK))  # what will not do should not cost the weights
-    _check_mesh(model, batches, devices)
+    _check_mesh(model, batches, devices, weights)
     device = devices.devices.flat[0]
     chosen = choose(device) if settings.kernels == "auto" else REFERENCE
     bandwidth, rate = traffic.copy_bandwidth(device), traffic.matmul_rate(device, settings.jax_dtype)
@@ -268,12 +268,13 @@ def exchanged(compiled: Any, mesh: Mesh) -> dict[str, float]:
     }
 
 
-def _check_mesh(model: Model, batches: Sequence[int], mesh: Mesh) -> None:
+def _check_mesh(model: Model, batches: Sequence[int], mesh: Mesh, weights: Form | None) -> None:
     """Checks that rows and parameters can be split over ``mesh``; raises ValueError."""
     for batch in batches:
         check_split(mesh, (batch,), ("slot",), f"batch={batch}")
     for path, param in leaves(model.schema).items():
         check_split(mesh, param.shape, param.axes, path[-1])
+    check_groups(model, weights, mesh)
 
 
 def _fed_and_cached(program: decode.Program, context: int) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from diffulex_jax.planning.exchanges import Exchange, Exchanges
 from diffulex_jax.state import Dims
 from diffulex_jax.strategies import Strategy, for_model
 from diffulex_jax.weights import checkpoint
-from diffulex_jax.weights.quantise import stored_bytes
+from diffulex_jax.weights.quantise import check_groups, stored_bytes
 from pallas_kernels import choose
 from pallas_kernels.block_attention import KV, vector_bytes
 from pallas_kernels.quantised import Form
@@ -275,6 +275,7 @@ def _check(wanted: Wanted, mesh: AbstractMesh) -> None:
     check_split(mesh, (wanted.dims.slots,), ("slot",), "slots")
     for path, param in leaves(wanted.model.schema).items():
         check_split(mesh, param.shape, param.axes, path[-1])
+    check_groups(wanted.model, _form(wanted.settings), mesh)
 
 
 def _compile(wanted: Wanted, mesh: Mesh) -> Compiled:

@@ -26,7 +26,7 @@ from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import check_split
 from diffulex_jax.weights import assembly, formats, placed
 from diffulex_jax.weights.folder import SMALL, check_pointer, read_json, tokenizer_end_ids
-from diffulex_jax.weights.quantise import form_of, keep, store, what_is_quantised
+from diffulex_jax.weights.quantise import check_groups, form_of, keep, store, what_is_quantised
 from diffulex_jax.weights.source import Read, open_source
 from pallas_kernels import REFERENCE, Kernels
 from pallas_kernels.quantised import Form
@@ -159,6 +159,8 @@ def load(
     if placed.is_placed(path):
         return model, placed.restore(path, model, mesh, dtype=dtype, weights=weights, kernels=kernels)
     there, weights = form_in(path), form_in(path, weights)
+    if there is None:
+        check_groups(model, weights, mesh)
     source = open_source(path, model, host_bytes=assembly.HOST_BYTES)
     parts: dict[names.Path, list[tuple[names.Tensor, names.Part]]] = collections.defaultdict(list)
     for tensor in model.tensors:

@@ -60,7 +60,7 @@ def specs(param: Param, kept: Any) -> Any:
     return jax.tree.map(lambda axes: spec(*axes), named, is_leaf=lambda node: isinstance(node, tuple))
 
 
-def placement(mesh: Mesh, param: Param, kept: Any) -> Any:
+def placement(mesh: Mesh | AbstractMesh, param: Param, kept: Any) -> Any:
     """Where each array of a leaf, as it is kept, lies on ``mesh``.
 
     Raises:
@@ -74,6 +74,13 @@ def placement(mesh: Mesh, param: Param, kept: Any) -> Any:
                 "weights", f"weights={kept.form!r}: the {groups} groups of a matrix {shape} cannot be split over {devices} devices"
             )
     return jax.tree.map(lambda split: NamedSharding(mesh, split), specs(param, kept))
+
+
+def check_groups(model: Model, weights: Form | None, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that no device of ``mesh`` would hold a part of the rows that share a scale; raises what :func:`placement` does."""
+    for param in leaves(model.schema).values():
+        if (keep := store(param, weights, kernels=REFERENCE, dtype=jnp.bfloat16, mesh=mesh)) is not None:
+            placement(mesh, param, jax.eval_shape(keep, jax.ShapeDtypeStruct(param.shape, jnp.bfloat16)))
 
 
 def stored_bytes(param: Param, weights: Form | None, itemsize: int) -> int:
