@@ -98,8 +98,8 @@ def _few_at_a_time(x: jax.Array, routing: Routing, gate_up: Stack, down: Stack, 
 
     def few(begin: jax.Array, token: jax.Array) -> jax.Array:
         """``[C, R, D]``: rows ``token [C, R]`` of ``x`` through the experts from ``begin`` on."""
-        gate, up = jnp.split(product(x[token], _part(gate_up, layer, begin, chunk)), 2, axis=-1)
-        return product((jax.nn.silu(gate) * up).astype(x.dtype), _part(down, layer, begin, chunk))
+        gate, up = jnp.split(_product(x[token], _part(gate_up, layer, begin, chunk)), 2, axis=-1)
+        return _product((jax.nn.silu(gate) * up).astype(x.dtype), _part(down, layer, begin, chunk))
 
     def one_tile(i: jax.Array, rows: jax.Array) -> jax.Array:
         at = first[:, None] + i * tile + jnp.arange(tile)
@@ -130,7 +130,7 @@ def _part_of_layer(layer: jax.Array, begin: jax.Array, count: int, array: jax.Ar
     return lax.dynamic_slice(array, start, (1, count, *array.shape[2:]))[0]
 
 
-def product(rows: jax.Array, stack: Stack) -> jax.Array:
+def _product(rows: jax.Array, stack: Stack) -> jax.Array:
     """``[C, R, N]`` float32: ``rows [C, R, K]`` times the matrices ``[C, K, N]`` of ``stack``."""
     if not isinstance(stack, Quantised):
         matrices, scales = plain(stack, rows.dtype).astype(rows.dtype), None
@@ -138,12 +138,12 @@ def product(rows: jax.Array, stack: Stack) -> jax.Array:
         matrices = plain(Quantised(stack.values, jnp.ones_like(stack.scales), stack.form), rows.dtype)
         scales = stack.scales.astype(jnp.float32)
     else:
-        matrices, scales = plain(_read_in_bytes(stack), rows.dtype), None
+        matrices, scales = plain(read_in_bytes(stack), rows.dtype), None
     out = jnp.einsum("crk,ckn->crn", rows, matrices, preferred_element_type=jnp.float32)
     return out if scales is None else out * scales
 
 
-def _read_in_bytes(stack: Quantised) -> Quantised:
+def read_in_bytes(stack: Quantised) -> Quantised:
     """``stack`` with int4 made int8 on a GPU, by shifts. XLA would put a whole stack of int4 into another order there, beside the first."""
     if stack.values.dtype != jnp.int4 or current_target().platform != "gpu":
         return stack

@@ -25,7 +25,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 
-__all__ = ["FORMS", "GROUP", "Form", "Quantised", "dequantise", "dtype_of", "in_int8", "quantise"]
+__all__ = ["FORMS", "GROUP", "Form", "Quantised", "dequantise", "dtype_of", "in_int8", "of_bits", "quantise"]
 
 Form = Literal["int8", "int4", "fp8"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -79,6 +79,13 @@ def in_int8(q: Quantised) -> Quantised:
     return Quantised(q.values.astype(jnp.int8), q.scales, q.form)
 
 
+def of_bits(q: Quantised) -> Quantised:
+    """``q`` with values of fp8 in float8: those held as its bits in int8 become it."""
+    if q.form != "fp8" or q.values.dtype != jnp.int8:
+        return q
+    return Quantised(lax.bitcast_convert_type(q.values, dtype_of("fp8")), q.scales, q.form)
+
+
 def quantise(w: jax.Array, form: Form, *, dtype: jax.typing.DTypeLike | None = None) -> Quantised:
     """The nearest values of ``w [..., K, N]`` in units of scales that the largest weight of a column, or of a group, decides.
 
@@ -108,7 +115,5 @@ def dequantise(q: Quantised, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.A
     """The matrices ``[..., K, N]`` that ``q`` stands for; exact in float32, else the nearest that there are."""
     *others, depth, width = q.shape
     wide = jnp.promote_types(dtype, jnp.bfloat16)  # which holds all values and scales
-    held_as_bits = q.form == "fp8" and q.values.dtype == jnp.int8
-    values = lax.bitcast_convert_type(q.values, dtype_of("fp8")) if held_as_bits else q.values
-    parts = values.astype(wide).reshape(*others, q.scales.shape[-2], -1, width)
+    parts = of_bits(q).values.astype(wide).reshape(*others, q.scales.shape[-2], -1, width)
     return (parts * q.scales.astype(wide)[..., None, :]).astype(dtype).reshape(*others, depth, width)

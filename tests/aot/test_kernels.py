@@ -12,9 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.planning.chips import slice_of
 from diffulex_jax.planning.compiling import _missing
-from pallas_kernels import block_attention, grouped_matmul, prediction, remask, token_merge
+from pallas_kernels import block_attention, grouped_matmul, linear, prediction, remask, token_merge
 from pallas_kernels.block_attention.tpu import POOL_ORDER
 from pallas_kernels.quantised import GROUP, Quantised, dtype_of
+from pallas_kernels.quantised.matrices import Matrices
 
 
 GENERATIONS = ["v5e:2x2", "tpu7x:2x2x1", *(pytest.param(there, marks=pytest.mark.pods) for there in ("v6e:2x2", "v5p:2x2x1", "v4:2x2x1"))]
@@ -184,6 +185,30 @@ def test_no_layer_of_quantised_experts_is_made_plain(topology, form, backend):
     rows = ((tokens, embed), jnp.bfloat16), ((tokens, 4), jnp.int32), ((tokens, 4), jnp.float32)
     memory = compile_for(topology, run, *rows, *stack(embed, 2 * width), *stack(width, embed)).memory_analysis()
     assert memory.temp_size_in_bytes < 2 * experts * embed * 3 * width / 2  # of bfloat16
+
+
+@pytest.mark.sweep_but("v5e:2x2-int4")
+@pytest.mark.parametrize(("topology", "form"), [("v5e:2x2", "int8"), ("v5e:2x2", "int4"), ("tpu7x:2x2x1", "fp8"), ("tpu7x:2x2x1", "int4")])
+def test_quantised_layers_are_made_plain_inside_the_product(topology, form):
+    """Neither the stack, nor one layer of it."""
+    layers, embed, width, tokens = 4, 1024, 2048, 64
+
+    def run(x, *arrays):
+        qkv, gate_up, down = (Matrices(*arrays[i : i + 2], form, packed=False) for i in (0, 2, 4))
+
+        def layer(x, i):
+            x += linear.linear(x, qkv, i)[..., 0, :]
+            return x + linear.mlp(x, gate_up, down, i), None
+
+        return jax.lax.scan(layer, x, jnp.arange(layers))[0]
+
+    def stack(depth, *columns):
+        groups = depth // GROUP if form == "int4" else 1
+        return ((layers, depth, *columns), dtype_of(form)), ((layers, groups, *columns), jnp.bfloat16)
+
+    arrays = *stack(embed, 3, embed), *stack(embed, 2, width), *stack(width, embed)
+    memory = compile_for(topology, run, ((1, tokens, embed), jnp.bfloat16), *arrays).memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * embed * width  # one matrix in bfloat16
 
 
 def test_a_program_larger_than_the_memory_says_how_much_is_missing():
