@@ -28,9 +28,11 @@ from diffulex_jax.weights import compressed as files
 from diffulex_jax.weights.quantise import form_of
 from pallas_kernels import REFERENCE
 from pallas_kernels.quantised import FORMS, Quantised
+from pallas_kernels.quantised.matrices import is_quantised
 
 
 TINY = pathlib.Path(__file__).parent / "golden" / "tiny-llada2"
+SDAR = pathlib.Path(__file__).parent / "golden" / "families" / "tiny-sdar"
 FP8 = ml_dtypes.float8_e4m3fn
 EXPERTS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 
@@ -40,10 +42,10 @@ def tensors_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def written(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: dict | None) -> pathlib.Path:
-    """The tiny checkpoint with other tensors, of which float8 is written as any tool does: bytes and the name of their type."""
+def written(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: dict | None, model: pathlib.Path = TINY) -> pathlib.Path:
+    """A tiny checkpoint with other tensors, of which float8 is written as any tool does: bytes and the name of their type."""
     folder.mkdir(parents=True)
-    raw = json.loads((TINY / "config.json").read_text())
+    raw = json.loads((model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw if config is None else raw | {"quantization_config": config}))
     header, body = {}, b""
     names = {"float8_e4m3fn": "F8_E4M3", "int8": "I8", "int32": "I32", "int64": "I64"}
@@ -194,29 +196,36 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_a_public_layout_is_what_its_description_says(kind, tmp_path):
-    """All matrices but the router, the embedding and lm_head are quantised; experts stay so where there is a form for it."""
+LAYERS = ("fp8-block", "ct-fp8-channel", "ct-int8-channel", "ct-int4-group", "gptq-sym", "gptq", "awq")
+CASES = [(TINY, kind) for kind in CONFIGS] + [(SDAR, kind) for kind in LAYERS]
+
+
+@pytest.mark.sweep_but(*(f"tiny-llada2-{kind}" for kind in CONFIGS), "tiny-sdar-gptq-sym")
+@pytest.mark.parametrize(("model", "kind"), CASES, ids=[f"{model.name}-{kind}" for model, kind in CASES])
+def test_a_public_layout_is_what_its_description_says(model, kind, tmp_path):
+    """All matrices but the router, the embedding and lm_head are quantised. Experts, or where there are none the layers, stay so where
+    there is a form for it."""
     stored, meant = {}, {}
-    for name, array in tensors_of(TINY).items():
+    for name, array in tensors_of(model).items():
         stored[name] = meant[name] = array.astype(np.float32)
         if is_matrix(name):
             del stored[name]
             parts, meant[name] = quantised_by(kind, array.astype(np.float32))
             stored |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
     assert len(stored) > len(meant)
-    _, got = checkpoint.load(written(tmp_path / "stored", stored, CONFIGS[kind]), make_mesh())
-    _, want = checkpoint.load(written(tmp_path / "meant", meant, None), make_mesh())
+    _, got = checkpoint.load(written(tmp_path / "stored", stored, CONFIGS[kind], model), make_mesh())
+    _, want = checkpoint.load(written(tmp_path / "meant", meant, None, model), make_mesh())
     form = {"ct-int8-channel": "int8", "ct-int4-group": "int4", "ct-fp8-channel": "fp8", "gptq-sym": "int4"}.get(kind)
     assert form_of(got) == form
     for path, leaf in leaves(want).items():
         found = leaves(got)[path]
-        if isinstance(found, Quantised):
-            assert path[-1].startswith("experts_")
+        if is_quantised(found):
+            assert path[-1].startswith("experts_") == (model == TINY)
+            found = found if isinstance(found, Quantised) else found.flat()
             found = found.values.astype(jnp.float32) * jnp.repeat(
                 found.scales.astype(jnp.float32), found.shape[-2] // found.scales.shape[-2], -2
             )
-        np.testing.assert_array_equal(found, leaf, err_msg=str(path))
+        np.testing.assert_array_equal(found.reshape(leaf.shape), leaf, err_msg=str(path))
     if form is None:
         _, again = checkpoint.load(tmp_path / "stored", make_mesh(), weights="int8")
         assert form_of(again) == "int8"
