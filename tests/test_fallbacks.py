@@ -37,6 +37,10 @@ def facts(checkpoint: str, target: Target, **settings):
         pytest.param(SDAR, HOPPER, {"dtype": "bfloat16"}, "linear prediction", "block_attention remask rotary", marks=needs_11),
         (LLADA2, TPU, {"kv": "int8"}, "prediction remask", "block_attention expert_choice grouped_matmul linear rotary"),
         (LLADA2, TPU, {"weights": "int8"}, "block_attention prediction remask", "expert_choice grouped_matmul linear rotary"),
+        (SDAR, TPU, {"weights": "int4"}, "block_attention prediction remask", "linear rotary"),
+        pytest.param(  # of its matrices one consists of whole tiles
+            SDAR, HOPPER, {"dtype": "bfloat16", "weights": "int8"}, "linear prediction", "block_attention remask rotary", marks=needs_11
+        ),
         pytest.param(
             LLADA2,
             HOPPER,
