@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import pathlib
+from typing import Any
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
@@ -23,6 +24,8 @@ from diffulex_jax.cli.surroundings import compile_sooner
 # The same examples in every run: a failure is there for whoever looks.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("tests")
+
+gc.set_threshold(10_000)  # at 700 a twentieth of the time goes into looking for garbage among what JAX traces
 
 pytest.register_assert_rewrite("recorded")  # asserts of tests that several files import say what they compared
 
@@ -53,6 +56,7 @@ SLOW = (
     "test_golden_llada.py",
     "aot",
     "test_requests.py",
+    "test_several_hosts.py",
     "kernels/test_block_attention.py",
     "test_bench_e2e.py",
     "test_properties.py",
@@ -99,6 +103,18 @@ SLOW = (
     "test_trace.py",
     "test_executables.py",
     "test_weight_folders.py",
+)
+
+# Files whose tests share nothing and take long: any worker takes the next.
+ONE_BY_ONE = ("test_notebooks.py",)
+
+# Files whose tests ask one server: one worker takes them all, so that it starts once.
+ONE_SERVER = (
+    "serving/test_bench_serve.py",
+    "serving/test_http.py",
+    "serving/test_load.py",
+    "serving/test_openai.py",
+    "serving/test_seeds.py",
 )
 
 # How XLA compiles for the files and folders named, and for the processes that they start; for all others, as it does for users. Each way is
@@ -150,7 +166,13 @@ COMPILED: dict[str, tuple[str, ...]] = {
 }
 
 # With `--one-of-each` of the files that are compiled as for users only these are so; some least, and all others quick.
-USERS = ("test_same_answer.py", "test_golden_llada2.py", "kernels/test_grouped_matmul.py", "kernels/test_quantised.py")
+USERS = (
+    "test_notebooks.py",
+    "test_same_answer.py",
+    "test_golden_llada2.py",
+    "kernels/test_grouped_matmul.py",
+    "kernels/test_quantised.py",
+)
 LEAST = (
     "kernels",
     "test_bfloat16_memory.py",
@@ -212,7 +234,7 @@ def _is_among(file: pathlib.Path, names: tuple[str, ...]) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """What one worker compiled the others read from disk, and so do processes that tests start, and the next run. The key holds program,
     flags and versions."""
-    named = {*SLOW, *USERS, *LEAST, *(name for names in COMPILED.values() for name in names)}
+    named = {*SLOW, *ONE_BY_ONE, *ONE_SERVER, *USERS, *LEAST, *(name for names in COMPILED.values() for name in names)}
     if missing := sorted(name for name in named if not (TESTS / name).exists()):
         raise pytest.UsageError(f"tests/conftest.py lists {', '.join(missing)}, which are not there")
     if config.getoption("one_of_each"):
@@ -228,6 +250,22 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in cache.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile`` as it is, but for the files of ``ONE_BY_ONE``, and for those of ``ONE_SERVER``, which count as one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            path = config.rootpath / file
+            return nodeid if _is_among(path, ONE_BY_ONE) else "one server" if _is_among(path, ONE_SERVER) else file
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -267,6 +305,7 @@ def _no_file_vanishes(pytestconfig):
 @pytest.fixture(scope="module", autouse=True)
 def _a_file_leaves_nothing_behind():
     """Compiled programs live as long as JAX remembers them, hundreds of megabytes a file. The next file reads what it needs from disk."""
+    gc.freeze()  # garbage is looked for hundreds of times while JAX traces: not among the modules, which stay
     yield
     jax.clear_caches()
     gc.collect()

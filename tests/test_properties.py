@@ -115,6 +115,7 @@ def test_rules_on_any_prediction(name, alone, window, pair):
                 assert one.revised == 0
 
 
+@pytest.mark.sweep_but("llada2_edit", "llada2_levenshtein", "dmax", "fast_dllm_v2 with edit")
 @pytest.mark.parametrize("name", RULES)
 @settings(max_examples=20)
 @given(pair=st.tuples(requests(), requests()))

@@ -27,14 +27,17 @@ def default_server(model: pathlib.Path, compiled: pathlib.Path) -> Iterator[Call
 def server_of(
     default_server: Callable[[], running.Server], model: pathlib.Path, compiled: pathlib.Path
 ) -> Iterator[Callable[..., running.Server]]:
-    """``server_of("--option", ...)``: a server of the tiny model; one for the tests of a file for each choice of options."""
+    """``server_of("--option", ...)``: a server of the tiny model; one for the tests of a file for each choice of options.
+
+    With options it is a single process, which starts sooner; the one with default settings has its engine in a process of its own.
+    """
     with contextlib.ExitStack() as stack:
 
         @functools.cache
         def start(*options: str) -> running.Server:
             if not options:
                 return default_server()
-            return stack.enter_context(running.serving(model, *SMALL, *options, cache=compiled))
+            return stack.enter_context(running.serving(model, *SMALL, "--isolation", "thread", *options, cache=compiled))
 
         yield start
 

@@ -21,6 +21,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 COMMAND = [sys.executable, "-c", "from diffulex_jax.cli import app; app()", "serve"]
 START_SECONDS = 120
 SMALL = ["--block-size", "8", "--max-model-len", "128", "--max-slots", "4"]
+# Of all servers of the embedded model, so that one reads what another compiled; they are single processes, which start sooner.
+EMBEDDED = ["--max-slots", "2", "--max-model-len", "512", "--steps-per-dispatch", "2", "--isolation", "thread"]
 
 
 class Server:

@@ -252,6 +252,12 @@ def test_metrics(server):
     assert server.metric("engine_up") == 1
 
 
+def test_a_server_that_may_not_write_profiles_says_how_it_could(server):
+    for path in ("/start_profile", "/stop_profile"):
+        answer = server.client.post(path)
+        assert answer.status_code == 400 and "--profile-directory" in answer.json()["error"]["message"]
+
+
 @pytest.fixture
 def strict(server_of):
     """A server with keys, CORS, no queue, and little patience with silence."""

@@ -22,7 +22,7 @@ from diffulex_jax.engine.tokenizer import Part
 KEY = "open-sesame"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--window-size=1280,1400"]
-SETTINGS = ["--max-slots", "2", "--max-model-len", "512", "--steps-per-dispatch", "2", "--api-key", KEY]
+SETTINGS = [*running.EMBEDDED, "--api-key", KEY]
 QUESTION = "A farm has 40 cows and 12 sheep. 9 cows are sold. How many animals are left?"
 
 

@@ -8,7 +8,7 @@ import re
 import subprocess
 
 import pytest
-from running import serving
+from running import EMBEDDED, serving
 
 
 TEXT = (pathlib.Path(__file__).parent.parent.parent / "diffulex_jax" / "async_serving" / "README.md").read_text()
@@ -17,7 +17,7 @@ HERE = "http://127.0.0.1:8000"
 
 @pytest.fixture(scope="module")
 def server(compiled):
-    with serving("embedded", "--strategy", "dmax", "--max-model-len", "256", cache=compiled) as server:
+    with serving("embedded", "--strategy", "dmax", *EMBEDDED, cache=compiled) as server:
         yield server
 
 
