@@ -14,6 +14,7 @@ from sweep import sweep
 from typer.testing import CliRunner
 
 from diffulex_jax import SamplingParams
+from diffulex_jax.bench.shapes import random_params
 from diffulex_jax.cli.commands import app
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models.base import leaves
@@ -175,3 +176,12 @@ def test_adapters_beside_quantised_matrices_add_what_merged_ones_do():
     assert all(float(jnp.abs(a).max()) > 0 for a in jax.tree.leaves(gradient))
     with pytest.raises(SettingError, match="targets: dense.qkv is quantised, and only plain leaves are adapted"):
         adapters.merge(model, lora, params, trained)
+
+
+def test_random_parameters_are_quantised_layer_by_layer():
+    """Those that ``bench step`` makes, as they are when all layers are quantised at once."""
+    model = checkpoint.load_model(SDAR)
+    params, plain_ones = (random_params(model, jnp.bfloat16, weights=form) for form in ("int4", None))
+    want = quantised(model, plain_ones, "int4", kernels=REFERENCE, mesh=make_mesh())
+    assert jax.tree.structure(params) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, params, want)
