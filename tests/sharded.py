@@ -299,7 +299,7 @@ def quantised_layers(axes):
     x, every = np.random.default_rng(0).standard_normal((1, 3, 64)).astype(np.float32), PartitionSpec()
     with jax.set_mesh(mesh):
         got = jax.jit(spread(run, (every, programs.param_specs(model, shared)["dense"]), every))(x, shared["dense"])
-    want = run(x, one["dense"])
+    got, want = np.asarray(got), np.asarray(run(x, one["dense"]))
     arrays = [jax.tree.leaves(each) for each in (one, shared)]
     held = {name: [a.addressable_shards[0].data.size / a.size for a in jax.tree.leaves(leaf)] for name, leaf in shared["dense"].items()}
     return {
