@@ -25,15 +25,16 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 HOST = """
 import sys
 from diffulex_jax.parallel import hosts
-hosts._MEET_SECONDS, hosts._PATIENCE_SECONDS = map(float, sys.argv[4:6])
-address, count, index, job = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[6]
+hosts._PATIENCE_SECONDS = float(sys.argv[5])
+address, count, index, meet, job = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[6]
+this = hosts.Hosts(coordinator=address, count=count, index=index, meet_seconds=meet)
 if job == "no devices":
-    hosts.Hosts(coordinator=address, count=count, index=index).connect()
+    this.connect()
     if index:
         hosts.fail("there is no device")
         raise SystemExit
     hosts.several()  # where JAX asks the others for their devices
-with hosts.Hosts(coordinator=address, count=count, index=index).joined():
+with this.joined():
     hosts.agree({"slots": "4", "mesh": "data=2"})
     if job == "differ":
         hosts.agree({"slots": str(4 + index), "mesh": f"data={2 + index}"})
@@ -109,6 +110,45 @@ def test_who_is_waited_for_is_said_and_not_for_ever(address):
     assert f"the hosts have not met in 1 s: host 0 does not answer at {address}" in said
 
 
+def test_a_host_waits_no_longer_than_it_is_told(address):
+    """Shorter than the time after which it would first say for whom."""
+    host, began = start(address, 1, "nothing", meet=0.5), time.monotonic()
+    said = host.communicate(timeout=60)[1]
+    assert host.returncode == 1 and time.monotonic() - began < 25
+    assert f"the hosts have not met in 0.5 s: host 0 does not answer at {address} (Connection refused)" in said
+
+
+@pytest.fixture
+def resolver(monkeypatch):
+    """``resolver(error)``: no name is found, for that reason."""
+    asked: list[str] = []
+
+    def fails(number: int) -> list[str]:
+        def getaddrinfo(host, *_):
+            asked.append(host)
+            raise socket.gaierror(number, "so it is")
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+        return asked
+
+    return fails
+
+
+def test_a_name_that_nobody_knows(resolver, monkeypatch):
+    monkeypatch.setattr(hosts, "_NAME_SECONDS", 0.05)
+    asked = resolver(socket.EAI_NONAME)
+    with pytest.raises(OSError, match=re.escape("nobody knows the coordinator's name 'frist' (so it is); it must be that of host 0")):
+        Hosts(coordinator="frist:80", count=2, index=1).connect()
+    assert len(asked) > 1 and set(asked) == {"frist"}  # a pod's name is known some seconds after the pod is there
+
+
+def test_where_no_name_can_be_looked_up_hosts_wait(resolver):
+    asked = resolver(socket.EAI_AGAIN)
+    hosts._check_known("first")
+    assert asked == ["first"]
+
+
 def test_a_port_that_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -128,10 +168,18 @@ def test_what_is_not_said_is_in_the_environment(monkeypatch):
         Hosts()
 
 
-@pytest.mark.parametrize("wrong", ["10.0.0.1", "first:", ":80", "first:0", "first:65536", "http://first:80", "::1:80", "a b:80"])
+@pytest.mark.parametrize(
+    "wrong", ["10.0.0.1", "first:", ":80", "first:0", "first:65536", "http://first:80", "::1:80", "a b:80", "a..b:80", f"{'a' * 64}:80"]
+)
 def test_addresses_that_are_none(wrong):
     with pytest.raises(ValueError, match="the coordinator .* must be HOST:PORT of host 0"):
         Hosts(coordinator=wrong)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("inf"), float("nan")])
+def test_times_to_wait_that_are_none(wrong):
+    with pytest.raises(ValueError, match=f"meet_seconds={wrong} must be a number above 0"):
+        Hosts(meet_seconds=wrong)
 
 
 def test_what_hosts_compare(monkeypatch, tmp_path):

@@ -90,6 +90,7 @@ _Distributed = Annotated[bool, typer.Option("--distributed", help=_DISTRIBUTED, 
 _Coordinator = Annotated[str | None, typer.Option(help="HOST:PORT of the first.", rich_help_panel=_HOSTS)]
 _Hosts = Annotated[int | None, typer.Option(min=1, help="How many there are.", rich_help_panel=_HOSTS)]
 _HostIndex = Annotated[int | None, typer.Option(min=0, help="Which this is, from 0 on.", rich_help_panel=_HOSTS)]
+_MeetSeconds = Annotated[float | None, typer.Option(help="How long the first may wait for the last. Default: 300.", rich_help_panel=_HOSTS)]
 _CACHE = "Keeps compiled programs. Default: $DIFFULEX_JAX_CACHE, or the user's cache."
 
 
@@ -114,11 +115,12 @@ def serve(
     coordinator: _Coordinator = None,
     hosts: _Hosts = None,
     host_index: _HostIndex = None,
+    meet_seconds: _MeetSeconds = None,
     **settings: Any,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, and some of its own."""
     with one_line_errors():
-        job = _job(distributed, coordinator, hosts, host_index)
+        job = _job(distributed, coordinator=coordinator, count=hosts, index=host_index, meet_seconds=meet_seconds)
         if job is not None and isolation is Isolation.THREAD:
             raise ValueError("--isolation thread is not for several hosts: one that is lost ends the engine's process")
         from diffulex_jax.async_serving import http  # late: its packages come with the extra "serve"
@@ -171,13 +173,14 @@ def convert_(
     coordinator: _Coordinator = None,
     hosts: _Hosts = None,
     host_index: _HostIndex = None,
+    meet_seconds: _MeetSeconds = None,
 ) -> None:
     """Make a model directory for fast restarts: parameters as devices hold them, which every host reads its part of, on any mesh.
 
     It takes the place of --model, with the same --dtype and --weights. It needs diffulex-jax[orbax].
     """
     with one_line_errors():
-        job = _job(distributed, coordinator, hosts, host_index)
+        job = _job(distributed, coordinator=coordinator, count=hosts, index=host_index, meet_seconds=meet_seconds)
         settings = EngineConfig(dtype=dtype, weights=weights)
         from diffulex_jax.weights.convert import convert
 
@@ -266,13 +269,13 @@ def doctor(
     typer.echo(json.dumps(facts) if as_json else "\n".join(lines))
 
 
-def _job(distributed: bool, coordinator: str | None, count: int | None, index: int | None) -> Hosts | None:
-    """How this process meets the others; None where it is the only one."""
-    told = coordinator, count, index
-    if not distributed and None in told:
-        if any(value is not None for value in told):
+def _job(distributed: bool, **told: Any) -> Hosts | None:
+    """How this process meets the others, by what is ``told`` of ``Hosts``; None where it is the only one."""
+    said = {name: value for name, value in told.items() if value is not None}
+    if not distributed and not {"coordinator", "count", "index"} <= said.keys():
+        if said:
             raise ValueError("--coordinator, --hosts and --host-index go together, or with --distributed")
         return None
     from diffulex_jax.parallel.hosts import Hosts  # late: it imports JAX
 
-    return Hosts(coordinator=coordinator, count=count, index=index)
+    return Hosts(**said)

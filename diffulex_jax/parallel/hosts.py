@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -31,7 +32,7 @@ from jax.experimental import multihost_utils
 _PART = 2**20  # bytes of a value; a gRPC message holds at most 4 MiB
 _FORGET_EVERY = 64  # messages
 _BEAT_SECONDS = 1.0
-_MEET_SECONDS = 300.0  # the first host waits so long for the last
+_NAME_SECONDS = 15.0  # a name that nobody knows so long is a wrong one
 _PATIENCE_SECONDS = 10.0  # who is waited for so long is named, and then again and again
 SILENCE_SECONDS = 6.0  # a host that says nothing for so long is lost
 _JAX_SILENCE_SECONDS = 20  # then JAX ends those that are left, if they are still there
@@ -52,6 +53,7 @@ class Hosts:
       coordinator: ``"host:port"`` of process 0.
       count: processes of the job.
       index: of this one.
+      meet_seconds: how long the first may wait for the last.
 
     Raises:
       ValueError: for what will not do.
@@ -60,6 +62,7 @@ class Hosts:
     coordinator: str | None = None
     count: int | None = None
     index: int | None = None
+    meet_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         set_ = functools.partial(object.__setattr__, self)
@@ -70,19 +73,23 @@ class Hosts:
             raise ValueError(f"the coordinator {self.coordinator!r} must be HOST:PORT of host 0, like 10.0.0.1:1234")
         if self.count is not None and self.index is not None and not 0 <= self.index < self.count:
             raise ValueError(f"the host index {self.index} must be one of 0 to {self.count - 1}: there are {self.count} hosts")
+        if not 0 < self.meet_seconds < math.inf:
+            raise ValueError(f"meet_seconds={self.meet_seconds} must be a number above 0")
 
     def connect(self) -> None:
         """Meets the others, and ends this process when one of them is lost: what they compute together cannot go on.
 
         Call it before JAX computes anything. Where process 0 is gone, or this is one too many, it is JAX that ends this process. So does
-        this, with exit code 1, where the others do not come in five minutes; meanwhile the log says who is waited for.
+        this, with exit code 1, where the others do not come in ``meet_seconds``; meanwhile the log says who is waited for.
 
         Raises:
           ValueError: where the environment does not say what is left out.
-          OSError: where this is host 0 and the coordinator's port is taken.
+          OSError: where this is host 0 and the coordinator's port is taken, or another and nobody knows the coordinator's name.
         """
         told = None not in (self.coordinator, self.count, self.index)
-        if self.index == 0 and self.coordinator and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+        if self.coordinator and self.index:
+            _check_known(_place(self.coordinator)[0])
+        elif self.coordinator and self.index == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
             _check_free(_place(self.coordinator)[1])
         met = threading.Event()
         threading.Thread(target=self._wait, args=(met,), name="meeting", daemon=True).start()
@@ -92,7 +99,7 @@ class Hosts:
                 self.count,
                 self.index,
                 cluster_detection_method="deactivate" if told else None,  # which would leave this process one of several GPUs
-                initialization_timeout=int(_MEET_SECONDS) + 60,  # then JAX would end this process without saying why
+                initialization_timeout=int(self.meet_seconds) + 60,  # then JAX would end this process without saying why
                 heartbeat_timeout_seconds=_JAX_SILENCE_SECONDS,
             )
         except ValueError as error:
@@ -115,15 +122,15 @@ class Hosts:
 
     def _wait(self, met: threading.Event) -> None:
         """Says who is waited for until all have ``met``, and ends this process where that takes too long."""
-        began = time.monotonic()
-        while not met.wait(_PATIENCE_SECONDS):
+        ends = time.monotonic() + self.meet_seconds
+        while not met.wait(min(_PATIENCE_SECONDS, max(0.0, ends - time.monotonic()))):
             missing = self._missing()
-            if time.monotonic() - began > _MEET_SECONDS:
-                _lose(f"the hosts have not met in {_MEET_SECONDS:.0f} s: {missing}")
+            if time.monotonic() > ends:
+                _lose(f"the hosts have not met in {self.meet_seconds:g} s: {missing}")
             logger.warning("waiting for the other hosts: %s", missing)
 
     def _missing(self) -> str:
-        all_ = f"all {self.count}" if self.count else "all"
+        all_ = f"all {self.count}, each with an index of its own," if self.count else "all"
         if self.coordinator is None:
             return f"not {all_} have come to the address that JAX found out"
         if self.index == 0:
@@ -145,12 +152,34 @@ def _number(variable: str) -> int | None:
 
 
 def _is_address(text: str) -> bool:
-    return re.fullmatch(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):[0-9]{1,5}", text) is not None and 0 < _place(text)[1] < 2**16
+    if not re.fullmatch(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):[0-9]{1,5}", text):
+        return False
+    host, port = _place(text)
+    try:
+        host.encode("idna")  # which looking up a name begins with
+    except UnicodeError:
+        return False
+    return 0 < port < 2**16
 
 
 def _place(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def _check_known(host: str) -> None:
+    """Raises OSError for a name that no resolver knows, and does not come to know: JAX would try again for minutes."""
+    ends = time.monotonic() + _NAME_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except socket.gaierror as error:
+            if error.errno != socket.EAI_NONAME:
+                return  # nobody could be asked: the log says so, if it stays so
+            if time.monotonic() > ends:
+                raise OSError(f"nobody knows the coordinator's name {host!r} ({error.strerror}); it must be that of host 0") from error
+        time.sleep(1)
 
 
 def _check_free(port: int) -> None:

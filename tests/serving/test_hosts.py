@@ -87,6 +87,8 @@ def test_sigterm_to_all_hosts_ends_them_in_good_order(model, compiled, monkeypat
         (["--coordinator", "10.0.0.1", "--hosts", "2", "--host-index", "0"], "the coordinator '10.0.0.1' must be HOST:PORT of host 0"),
         (["--coordinator", "10.0.0.1:80", "--hosts", "2", "--host-index", "2"], "the host index 2 must be one of 0 to 1"),
         (["--hosts", "2"], "--coordinator, --hosts and --host-index go together"),
+        (["--meet-seconds", "5"], "--coordinator, --hosts and --host-index go together"),
+        (["--coordinator", "10.0.0.1:80", "--hosts", "2", "--host-index", "1", "--meet-seconds", "0"], "meet_seconds=0.0 must be a number"),
         (["--distributed", "--isolation", "thread"], "--isolation thread is not for several hosts"),
     ],
 )
