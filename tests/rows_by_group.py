@@ -1,15 +1,16 @@
-"""What ``pallas_kernels.grouped_matmul.gpu_dispatch.sort_rows`` is to compute, in plain code."""
+"""What ``pallas_kernels.grouped_matmul.gpu_dispatch.place_rows`` is to compute, in plain code."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.gpu_dispatch import Placed
 from pallas_kernels.grouped_matmul.gpu_kernel import ALIGN, Groups
 
 
-def sort_rows(x, ids, valid, *, groups, shared, tile_rows):
-    """Rows that are not written are NaN."""
-    tokens, valid = len(x), jnp.ones(len(x), bool) if valid is None else valid
+def place_rows(ids, valid, *, groups, shared, tile_rows):
+    """The tokens of rows that are not written are -1."""
+    tokens, valid = len(ids), jnp.ones(len(ids), bool) if valid is None else valid
     there = valid[:, None] & (ids >= 0) & (ids < groups)
     of = jnp.where(there, ids, groups).reshape(-1)
     place = jnp.argsort(jnp.argsort(of, stable=True)).reshape(ids.shape)
@@ -19,9 +20,10 @@ def sort_rows(x, ids, valid, *, groups, shared, tile_rows):
         begin = size.sum()
         start, size = jnp.append(start, begin), jnp.append(size, tokens)
         place = jnp.concatenate([place, begin + jnp.arange(tokens)[:, None]], 1)
-        there = jnp.concatenate([there, valid[:, None]], 1)
+        there = jnp.concatenate([there, jnp.ones((tokens, 1), bool)], 1)
     room = -(-place.size // ALIGN) * ALIGN
-    rows = jnp.full((room, x.shape[1]), jnp.nan, x.dtype).at[jnp.where(there, place, room)].set(x[:, None], mode="drop")
+    token = jnp.full(room, -1).at[jnp.where(there, place, room)].set(jnp.arange(tokens)[:, None], mode="drop")
     tiles = jnp.where(size > 0, -(-(start % ALIGN + size) // tile_rows), 0)
     counted = [a.astype(jnp.int32) for a in (start, size, jnp.cumsum(tiles))]
-    return rows, jnp.where(there, place, 0).astype(jnp.int32), Groups(*counted)
+    row = jnp.where(there & valid[:, None], place, 0).astype(jnp.int32)
+    return Placed(token.astype(jnp.int32), row), Groups(*counted)

@@ -1,10 +1,10 @@
 """The experts on a Hopper GPU: routing by counting, then two grouped matmuls that stream each wanted expert once.
 
 With a few tokens an expert, a layer costs what reading its experts costs, so everything here serves that one stream. The tokens'
-rows, sorted by expert, are the narrow operand of the tensor cores and the weights the wide one (a tile of 64 output columns by as
-few as 16 rows), one warpgroup copies tiles from memory while the others multiply, and blocks go on from tile to tile without a
-pause. SwiGLU happens before the first product leaves the registers. A shared expert, if there is one, is one more group that
-every token belongs to.
+rows, expert by expert, are the narrow operand of the tensor cores and the weights the wide one (a tile of 64 output columns by as
+few as 16 rows), one warpgroup copies tiles of weights and fetches rows by their numbers while the others multiply, and blocks go on
+from tile to tile without a pause. SwiGLU happens before the first product leaves the registers. A shared expert, if there is one, is
+one more group that every token belongs to.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels.grouped_matmul.gpu_dispatch import sort_rows
+from pallas_kernels.grouped_matmul.gpu_dispatch import place_rows
 from pallas_kernels.grouped_matmul.gpu_kernel import Tile, fits, matmul
 from pallas_kernels.grouped_matmul.reference import add_shared
 from pallas_kernels.grouped_matmul.routing import combine, held_here
@@ -50,11 +50,11 @@ def hopper(
     if first_expert is not None:
         expert_ids, held = held_here(expert_ids, first_expert, num_groups)
         expert_ids = jnp.where(held, expert_ids, -1)  # ``num_groups`` is the shared expert's
-    rows, place, groups = sort_rows(x, expert_ids, valid, groups=num_groups, shared=along, tile_rows=tile)
+    placed, groups = place_rows(expert_ids, valid, groups=num_groups, shared=along, tile_rows=tile)
     index, extra = jnp.asarray(layer, jnp.int32), shared or (None, None)
-    hidden = matmul(rows, gate_up, extra[0], index, groups, swiglu=True, tile=Tile(tile, 128))
+    hidden = matmul(x, gate_up, extra[0], index, groups, swiglu=True, tile=Tile(tile, 128), numbers=placed.token)
     out = matmul(hidden, down, extra[1], index, groups, swiglu=False, tile=Tile(tile, 256))
-    return combine(out, place, weights, valid=valid, held=held).astype(x.dtype)
+    return combine(out, placed.row, weights, valid=valid, held=held).astype(x.dtype)
 
 
 def _streams(gate_up: Stack, down: Stack) -> bool:

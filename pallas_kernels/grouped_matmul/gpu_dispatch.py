@@ -1,4 +1,4 @@
-"""Where each token's row lies among those of its experts, and the copy that puts it there, with Mosaic GPU."""
+"""Where each token's row lies among those of its experts, with Mosaic GPU."""
 
 from __future__ import annotations
 
@@ -18,24 +18,31 @@ from pallas_kernels.grouped_matmul.gpu_kernel import ALIGN, Groups
 
 
 _WARPS, _LANES = 4, 32
+_THREADS = _WARPS * _LANES
 
 
-def sort_rows(
-    x: jax.Array, ids: jax.Array, valid: jax.Array | None, *, groups: int, shared: bool, tile_rows: int
-) -> tuple[jax.Array, jax.Array, Groups]:
+def place_rows(ids: jax.Array, valid: jax.Array | None, *, groups: int, shared: bool, tile_rows: int) -> tuple[Placed, Groups]:
     """The tokens' rows by group, in the order of the tokens, behind them those of all tokens for a shared group.
 
     Args:
-      x, ids, valid, groups, shared: see :func:`count` and :func:`dispatch`.
-      tile_rows: of the tiles that the groups are counted in.
-
-    Returns:
-      ``(rows [M, D], place, groups)``, see :func:`dispatch`; M is a multiple of 8.
+      ids, valid, groups, shared: see :func:`count`.
+      tile_rows: of the tiles that ``Groups.upto`` counts.
     """
-    room = ids.size + shared * len(x)
     counted = count(ids, valid, groups=groups, shared=shared)
-    rows, place, upto = dispatch(x, ids, counted, valid, room=-(-room // ALIGN) * ALIGN, shared=shared, tile_rows=tile_rows)
-    return rows, place, Groups(counted.start, counted.size, upto)
+    placed, upto = place(ids, counted, valid, shared=shared, tile_rows=tile_rows)
+    return placed, Groups(counted.start, counted.size, upto)
+
+
+class Placed(NamedTuple):
+    """Where the rows of tokens lie among those of their groups.
+
+    Attributes:
+      token: ``[M]`` int32, M a multiple of 8, the token of each row; means nothing for rows of no group.
+      row: ``[T, k]`` int32, the row of each pair, with ``shared`` a column more for the shared group; 0 for pairs that count nowhere.
+    """
+
+    token: jax.Array
+    row: jax.Array
 
 
 class Counted(NamedTuple):
@@ -53,7 +60,7 @@ class Counted(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("groups", "shared"))  # traced once for all its uses
 def count(ids: jax.Array, valid: jax.Array | None, *, groups: int, shared: bool) -> Counted:
-    """Counts the (token, group) pairs of each group, a warp a group: each looks at all pairs, 32 lanes at a time.
+    """Counts the (token, group) pairs of each group, a thread block a group, whose warps look at a part of all pairs each.
 
     Args:
       ids: ``[T, k]`` int32, the groups of each token, all different; one that is no group's number counts nowhere.
@@ -65,27 +72,28 @@ def count(ids: jax.Array, valid: jax.Array | None, *, groups: int, shared: bool)
     pairs, every = ids.size, groups + shared
     at_once = 4 if top_k % 4 == 0 else 1  # pairs that a lane loads together: of one token
     chunk = _LANES * at_once
-    together = min(16, 1 << (-(-pairs // chunk) - 1).bit_length())  # chunks
+    per_warp = -(-pairs // (chunk * _WARPS))  # chunks
+    together = min(16, 1 << (per_warp - 1).bit_length())
 
-    def body(ids_g: Any, *refs: Any) -> None:
+    def body(ids_g: Any, *refs: Any, counts_s: Any) -> None:
         *valid_g, start_g, size_g, nth_g = refs
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 1))
-        def count_group(_: Any, ids: Any, *refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(refs) + 2))
+        def count_group(_: Any, ids: Any, counts: Any, *refs: Any) -> None:
             *valid, start, size, nth = refs
             i32 = ir.IntegerType.get_signless(32)
-
-            def sum_of(values: list[Any]) -> Any:
-                return functools.reduce(arith.addi, values)
-
-            lane = arith.remui(utils.thread_idx(), _number(_LANES))
-            group = arith.addi(arith.muli(utils.block_idx(), _number(_WARPS)), utils.warp_idx())
+            group, warp, lane = utils.block_idx(), utils.warp_idx(), arith.remui(utils.thread_idx(), _number(_LANES))
             lanes_before = arith.subi(arith.shli(_number(1), lane), _number(1))
 
-            def looked_up(chunk_at: Any) -> tuple[Any, list[Any]]:
-                """The first pair of this lane in a chunk, and the groups of all that it has there."""
-                first = arith.addi(arith.muli(chunk_at, _number(chunk)), arith.muli(lane, _number(at_once)))
-                there = _less(first, _number(pairs))
+            def looked_up(i: Any) -> list[tuple[Any, list[Any]]]:
+                """Of chunks that are looked at together: the first pair of this lane, and the groups of all that it has there."""
+                return [one_chunk(arith.addi(arith.muli(i, _number(together)), _number(c))) for c in range(together)]
+
+            def one_chunk(nth_chunk: Any) -> tuple[Any, list[Any]]:
+                of_warp = _less(nth_chunk, _number(per_warp))
+                at = arith.addi(arith.muli(warp, _number(per_warp)), nth_chunk)
+                first = arith.addi(arith.muli(at, _number(chunk)), arith.muli(lane, _number(at_once)))
+                there = arith.andi(of_warp, _less(first, _number(pairs)))
                 from_ = arith.select(there, first, _number(0))
                 if valid:
                     token_valid = memref.load(valid[0], [_index(arith.divui(from_, _number(top_k)))])
@@ -93,97 +101,124 @@ def count(ids: jax.Array, valid: jax.Array | None, *, groups: int, shared: bool)
                 loaded = vector.load(ir.VectorType.get((at_once,), i32), ids, [_index(from_)])
                 return first, [arith.select(there, vector.extract(loaded, [], [j]), _no_group()) for j in range(at_once)]
 
-            @utils.fori(_number(-(-pairs // (chunk * together))), [_number(0), _number(0)])
-            def counts(i: Any, carry: list[Any]) -> list[Any]:
-                before, own = carry
-                # All is loaded before anything is stored: a load takes longer than all that is done with it.
-                chunks = [looked_up(arith.addi(arith.muli(i, _number(together)), _number(c))) for c in range(together)]
+            def counted(chunks: list[tuple[Any, list[Any]]], so_far: list[Any]) -> list[Any]:
+                """This lane's pairs of lower groups and of this one."""
+                found = [id_ for _, of_chunk in chunks for id_ in of_chunk]
+                lower, own = ([arith.extui(i32, has(id_, group)) for id_ in found] for has in (_less, _equal))
+                return [_sum([so_far[0], *lower]), _sum([so_far[1], *own])]
+
+            def rank(chunks: list[tuple[Any, list[Any]]], own: Any) -> Any:
+                """Writes which of the group's pairs each in ``chunks`` is, ``own`` being before; how many are before the next."""
                 for first, found in chunks:
                     hits = [_equal(id_, group) for id_ in found]
                     voted = [nvvm.vote_sync(_every_lane(), hit, nvvm.VoteSyncKind.ballot) for hit in hits]
                     with utils.when(_less(_number(0), functools.reduce(arith.ori, voted))):
-                        rank = arith.addi(own, sum_of([math.ctpop(arith.andi(votes, lanes_before)) for votes in voted]))
+                        mine = arith.addi(own, _sum([math.ctpop(arith.andi(votes, lanes_before)) for votes in voted]))
                         for j, hit in enumerate(hits):
                             with utils.when(hit):
-                                memref.store(rank, nth, [_index(arith.addi(first, _number(j)))])
-                            rank = arith.addi(rank, arith.extui(i32, hit))
-                    before = sum_of([before, *(arith.extui(i32, _less(id_, group)) for id_ in found)])
-                    own = sum_of([own, *map(math.ctpop, voted)])
-                return [before, own]
+                                memref.store(mine, nth, [_index(arith.addi(first, _number(j)))])
+                            mine = arith.addi(mine, arith.extui(i32, hit))
+                    own = _sum([own, *map(math.ctpop, voted)])
+                return own
 
-            before, own = counts.results
-            before = utils.redux(before, _every_lane(), utils.ReductionKind.ADD)
-            if shared:
-                own = arith.select(_equal(group, _number(groups)), _number(tokens), own)
-            first_lane = _equal(lane, _number(0))
-            with utils.when(arith.andi(first_lane, _less(group, _number(every)))):
-                memref.store(before, start, [_index(group)])
-                memref.store(own, size, [_index(group)])
+            turns = -(-per_warp // together)
+            once = looked_up(_number(0)) if turns == 1 else []  # else they are looked at twice
+            if turns == 1:
+                lanes_counts = counted(once, [_number(0), _number(0)])
+            else:
+                loop = utils.fori(_number(turns), [_number(0), _number(0)])
+                lanes_counts = loop(lambda i, so_far: counted(looked_up(i), so_far)).results
+            lower, own = (utils.redux(value, _every_lane(), utils.ReductionKind.ADD) for value in lanes_counts)
+            with utils.when(_equal(lane, _number(0))):
+                for kind, value in enumerate((lower, own)):
+                    memref.store(value, counts, [_index(arith.addi(warp, _number(kind * _WARPS)))])
+            utils.warpgroup_barrier()
+            lower, own = ([memref.load(counts, [_index(_number(kind * _WARPS + w))]) for w in range(_WARPS)] for kind in range(2))
+            before = _sum([arith.select(_less(_number(w), warp), own[w], _number(0)) for w in range(_WARPS)])
+            if turns == 1:
+                rank(once, before)
+            else:
+                utils.fori(_number(turns), [before])(lambda i, carry: [rank(looked_up(i), *carry)])
+            with utils.when(_equal(utils.thread_idx(), _number(0))):
+                of_group = _sum(own)
+                if shared:
+                    of_group = arith.select(_equal(group, _number(groups)), _number(tokens), of_group)
+                memref.store(_sum(lower), start, [_index(group)])
+                memref.store(of_group, size, [_index(group)])
 
-        count_group(ids_g, *refs)
+        count_group(ids_g, counts_s, *refs)
 
     kernel = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((length,), jnp.int32) for length in (every, every, pairs)],
-        grid=(-(-every // _WARPS),),
-        grid_names=("block",),
+        grid=(every,),
+        grid_names=("group",),
         kernel_name="count_pairs",
+        scratch_types={"counts_s": plgpu.SMEM((2 * _WARPS,), jnp.int32)},
     )
     start, size, nth = kernel(ids.reshape(-1), *([] if valid is None else [valid]))
     return Counted(start, size, nth.reshape(ids.shape))
 
 
-@functools.partial(jax.jit, static_argnames=("room", "shared", "tile_rows"))  # traced once for all its uses
-def dispatch(
-    x: jax.Array, ids: jax.Array, counted: Counted, valid: jax.Array | None, *, room: int, shared: bool, tile_rows: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Copies each token's row to the rows of its groups, a thread block a token; one block more adds up the groups' tiles.
+@functools.partial(jax.jit, static_argnames=("shared", "tile_rows"))  # traced once for all its uses
+def place(ids: jax.Array, counted: Counted, valid: jax.Array | None, *, shared: bool, tile_rows: int) -> tuple[Placed, jax.Array]:
+    """Says where each pair's row lies, a thread a pair; one block more adds up the groups' tiles.
 
     Args:
-      x: ``[T, D]``, D a multiple of 128.
-      ids, counted, valid, shared: as given to :func:`count`, and what that gave. Pairs that count nowhere are not copied.
-      room: M, rows there is room for.
+      ids, counted, valid, shared: as given to :func:`count`, and what that gave.
       tile_rows: of the tiles that ``Groups.upto`` counts.
 
     Returns:
-      ``(rows [M, D], place [T, k] int32, upto [G] int32)``: the rows by group, of which those of no token are not written; the row of each
-      pair, 0 for those not copied, with a column more for the shared group; and ``Groups.upto``.
+      ``(placed, upto)``; ``upto [G]`` int32 as in ``Groups``.
     """
-    tokens, width = x.shape
-    top_k, every = ids.shape[1], len(counted.start)
+    tokens, top_k = ids.shape
+    every = len(counted.start)
     groups, columns = every - shared, top_k + shared
+    pairs = tokens * columns
+    blocks = -(-pairs // _THREADS)
 
-    def body(x_g: Any, ids_g: Any, nth_g: Any, start_g: Any, size_g: Any, valid_g: Any, rows_g: Any, place_g: Any, upto_g: Any) -> None:
-        token = lax.axis_index("token")
+    def body(ids_g: Any, nth_g: Any, start_g: Any, size_g: Any, *refs: Any) -> None:
+        *valid_g, token_g, row_g, upto_g = refs
+        block = lax.axis_index("block")
+        pl.when(block == blocks)(lambda: add_up_tiles(start_g, size_g, upto_g))
+        pl.when(block < blocks)(lambda: place_pair(ids_g, nth_g, start_g, *valid_g, token_g, row_g))
 
-        @pl.when(token == tokens)
-        def add_up() -> None:
-            add_up_tiles(start_g, size_g, upto_g)
-
-        @pl.when(token < tokens)
-        def copy_row() -> None:
-            row, valid = x_g[token], valid_g[token]
-            group = [ids_g[token * top_k + j] for j in range(top_k)]
-            there = [valid & (g >= 0) & (g < groups) for g in group] + [valid] * shared
-            nth = [nth_g[token * top_k + j] for j in range(top_k)] + [token] * shared
-            start = [start_g[jnp.where(t, g, 0)] for t, g in zip(there, group, strict=False)] + [start_g[groups]] * shared
-            # All is loaded before anything is stored: the compiler moves no load to before a store.
-            at = [jnp.where(t, s + n, 0) for t, s, n in zip(there, start, nth, strict=True)]
-            for j in range(columns):
-                place_g[token * columns + j] = at[j]
-                pl.when(there[j])(functools.partial(rows_g.__setitem__, at[j], row))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (5 + (valid is not None)))
+    def place_pair(_: Any, ids: Any, nth: Any, start: Any, *refs: Any) -> None:
+        *valid, token_of, row_of = refs
+        pair = arith.addi(arith.muli(utils.block_idx(), _number(_THREADS)), utils.thread_idx())
+        with utils.when(_less(pair, _number(pairs))):
+            token, choice = arith.divui(pair, _number(columns)), arith.remui(pair, _number(columns))
+            routed = _less(choice, _number(top_k))
+            chosen = _index(arith.addi(arith.muli(token, _number(top_k)), arith.select(routed, choice, _number(0))))
+            group = arith.select(routed, memref.load(ids, [chosen]), _number(groups))
+            own = arith.select(routed, memref.load(nth, [chosen]), token)
+            # The shared group's number is no routed pair's.
+            there = _less(group, arith.select(routed, _number(groups), _number(every)))
+            row = arith.addi(memref.load(start, [_index(arith.select(there, group, _number(0)))]), own)
+            counts = there
+            if valid:
+                token_valid = _less(_number(0), arith.extui(group.type, memref.load(valid[0], [_index(token)])))
+                counts = arith.andi(there, token_valid)
+                # The shared group has a row of every token.
+                there = arith.select(routed, counts, there)
+            memref.store(arith.select(counts, row, _number(0)), row_of, [_index(pair)])
+            with utils.when(there):
+                memref.store(token, token_of, [_index(row)])
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
     def add_up_tiles(_: Any, start: Any, size: Any, upto: Any) -> None:
         """One warp, 32 groups at a time."""
         lane = arith.remui(utils.thread_idx(), _number(_LANES))
         first_warp = _less(utils.thread_idx(), _number(_LANES))
-        before = _number(0)
+        before, loaded = _number(0), []
+        # All is loaded before anything is stored: the compiler moves no load to before a store.
         for first in range(0, every, _LANES):
             group = arith.addi(lane, _number(first))
             there = _less(group, _number(every))
             at = _index(arith.select(there, group, _number(0)))
-            own, start_row = (memref.load(ref, [at]) for ref in (size, start))
+            loaded.append((group, there, memref.load(start, [at]), memref.load(size, [at])))
+        for group, there, start_row, own in loaded:
             spread = arith.addi(arith.addi(arith.remui(start_row, _number(ALIGN)), own), _number(tile_rows - 1))
             wanted = arith.andi(there, _less(_number(0), own))
             tiles = arith.select(wanted, arith.divui(spread, _number(tile_rows)), _number(0))
@@ -197,18 +232,18 @@ def dispatch(
 
     kernel = plgpu.kernel(
         body,
-        out_type=[
-            jax.ShapeDtypeStruct((room, width), x.dtype),
-            jax.ShapeDtypeStruct((tokens * columns,), jnp.int32),
-            jax.ShapeDtypeStruct((every,), jnp.int32),
-        ],
-        grid=(tokens + 1,),
-        grid_names=("token",),
-        kernel_name="dispatch_rows",
+        out_type=[jax.ShapeDtypeStruct((length,), jnp.int32) for length in (-(-pairs // ALIGN) * ALIGN, pairs, every)],
+        grid=(blocks + 1,),
+        grid_names=("block",),
+        kernel_name="place_pairs",
     )
-    every_pair = ids.reshape(-1), counted.nth.reshape(-1)
-    rows, place, upto = kernel(x, *every_pair, counted.start, counted.size, jnp.ones(tokens, bool) if valid is None else valid)
-    return rows, place.reshape(tokens, columns), upto
+    inputs = [ids.reshape(-1), counted.nth.reshape(-1), counted.start, counted.size, *([] if valid is None else [valid])]
+    token, row, upto = kernel(*inputs)
+    return Placed(token, row.reshape(tokens, columns)), upto
+
+
+def _sum(values: list[Any]) -> Any:
+    return functools.reduce(arith.addi, values)
 
 
 def _number(value: int) -> Any:

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.grouped_matmul.gpu_fetch import choose, fetch, settle
 from pallas_kernels.grouped_matmul.gpu_weights import UNIT, At, staged, tiles, words
 from pallas_kernels.quantised.words import Packed
 
@@ -67,6 +68,7 @@ def matmul(
     *,
     swiglu: bool,
     tile: Tile,
+    numbers: jax.Array | None = None,
 ) -> jax.Array:
     """Each group's rows times its weights, in bfloat16 with float32 sums; or all rows, a part of their depth with each group's weights.
 
@@ -78,12 +80,13 @@ def matmul(
       groups: of G groups, or G + 1 with ``extra``; None where they are parts of the depth.
       swiglu: gate columns come first, then as many up columns; the result is ``silu(gate) * up``.
       tile: columns are cut down to what divides the result's width.
+      numbers: ``[M]`` int32, M a multiple of 8, with ``groups``: row m is ``x[numbers[m]]``, and x ``[T, K]`` has any number of rows.
 
     Returns:
       ``[M, N]``, or ``[M, N / 2]`` with ``swiglu``, where rows of no group are not written; ``[G * M, N]`` of parts of the depth, to be
       added up.
     """
-    size, parts = x.shape[0], 2 if swiglu else 1
+    size, parts = x.shape[0] if numbers is None else len(numbers), 2 if swiglu else 1
     num_groups, depth = (weights.shape[1], x.shape[1] // weights.shape[1]) if groups is None else (len(groups.upto), x.shape[1])
     width = weights.shape[-1] // parts
     rows, columns = tile.rows, next(c for c in (256, 128, 64) if c <= tile.columns and width % c == 0)
@@ -94,10 +97,12 @@ def matmul(
     workers, across, steps = columns // UNIT, width // columns, depth // stream.step
     stages = min((_SHARED_MEMORY - 2 * rows * columns) // (stream.step_bytes + 2 * stream.step * rows), _STAGES)
     blocks = num_multiprocessors()
+    of_groups = len(groups or ())
+    fetched = of_groups + (numbers is not None)
     search = [1 << bit for bit in reversed(range((num_groups - 1).bit_length()))]
 
     def body(x_g: Any, layer_g: Any, *refs: Any, **scratch: Any) -> None:
-        groups_g, arrays_g, out_g = refs[: len(groups or ())], refs[len(groups or ()) : -1], refs[-1]
+        groups_g, numbers_g, arrays_g, out_g = refs[:of_groups], refs[of_groups:fetched], refs[fetched:-1], refs[-1]
         x_s, out_s, full, free = (scratch.pop(name) for name in ("x_s", "out_s", "full", "free"))
         worker, block, layer = lax.axis_index("worker"), lax.axis_index("block"), layer_g[0]
         of_rows = num_groups * -(-size // rows) if groups is None else groups_g[2][num_groups - 1]
@@ -107,6 +112,8 @@ def matmul(
             """Tile i of this block: its group, first column, first row, and which of its rows are the group's."""
             at = block + i * blocks
             nth, column = lax.div(at, across), lax.rem(at, across) * columns
+            if extra is not None:  # first what all tokens belong to: it is one matrix for many tiles, and no memory is waited for
+                nth = lax.rem(nth + groups_g[2][num_groups - 2], of_rows)
             if groups is None:
                 group, of_group = lax.div(nth, -(-size // rows)), lax.rem(nth, -(-size // rows)) * rows
                 first = pl.multiple_of(group * size + of_group, ALIGN)
@@ -128,6 +135,8 @@ def matmul(
         def copy() -> None:
             def one_tile(i: jax.Array, step: jax.Array) -> jax.Array:
                 group, column, first, begin, wanted = locate(i)
+                if numbers is not None:
+                    chosen = choose(numbers_g[0], first, begin, begin + wanted, rows=rows, step=stream.step)
 
                 def one_step(k: jax.Array, step: jax.Array) -> jax.Array:
                     slot = lax.rem(step, stages)
@@ -146,12 +155,20 @@ def matmul(
 
                         now() if count == rows else lax.cond(begin + wanted <= count, now, lambda: copy_rows(2 * count))
 
-                    copy_rows(ALIGN)
+                    if numbers is None:
+                        copy_rows(ALIGN)
+                    else:
+                        fetch(x_g.at[:, depths], chosen, x_s.at[slot])
+                        settle(1)  # the rows of the step before: they had its time to arrive
+                        pl.when(step > 0)(lambda: plgpu.barrier_arrive(full.at[lax.rem(step + stages - 1, stages)]))
                     return step + 1
 
                 return lax.fori_loop(0, steps, one_step, step)
 
             done = lax.fori_loop(0, tiles, one_tile, jnp.int32(0))
+            if numbers is not None:
+                settle(0)
+                pl.when(done > 0)(lambda: plgpu.barrier_arrive(full.at[lax.rem(done - 1, stages)]))
             for left in range(stages, 0, -1):  # no barrier is left half-way
 
                 @pl.when(done >= left)
@@ -186,7 +203,7 @@ def matmul(
                 out_s.at[worker].T[...] = plgpu.layout_cast(result.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
                 plgpu.commit_smem()
                 # A copy has a static size: the group's rows leave in powers of two.
-                count, at = 1 << (min(rows, x.shape[0]).bit_length() - 1), begin
+                count, at = 1 << (min(rows, size).bit_length() - 1), begin
                 while count:
 
                     @pl.when((wanted & count) != 0)
@@ -219,4 +236,4 @@ def matmul(
         },
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    return kernel(x, layer.reshape(1), *(groups or ()), *stream.arrays)
+    return kernel(x, layer.reshape(1), *(groups or ()), *(() if numbers is None else (numbers,)), *stream.arrays)

@@ -65,9 +65,13 @@ class Weights(NamedTuple):
     finish: Callable[..., list[jax.Array]]
 
 
+STAGED = (plgpu.TilingTransform((8, UNIT)), plgpu.SwizzleTransform(128))
+"""How bfloat16 tiles lie in shared memory where the tensor cores read them."""
+
+
 def staged(shape: tuple[int, ...]) -> Any:
     """Shared memory for bfloat16 tiles as the tensor cores read them."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, UNIT)), plgpu.SwizzleTransform(128)))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=STAGED)
 
 
 def tiles(weights: jax.Array, extra: jax.Array | None, *, parts: int, columns: int, groups: int) -> Weights:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jax.test_util import check_grads
-from rows_by_group import sort_rows
+from rows_by_group import place_rows
 from words_in_memory import operand_in_shared_memory
 
 from pallas_kernels.grouped_matmul import choose_backend, dense, expert_mlp, gpu, gpu_kernel, stored, tpu
@@ -187,17 +188,36 @@ def test_errors_name_what_is_wrong():
 
 
 # Hopper kernels run nowhere else without a Hopper GPU. JAX 0.10, the only one for Python 3.11, has no simulator for them. What
-# sorts their rows, ``gpu_dispatch.sort_rows``, runs in no simulator: plain code does it here, and tests/gpu holds the one to the other.
+# places rows and what fetches them, ``gpu_dispatch`` and ``gpu_fetch``, run in no simulator: plain code does it here, and tests/gpu holds
+# the one to the other.
 simulated = pytest.mark.skipif(
     not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)"
 )
 
 
+def _fetch(x, chosen, to):
+    """``gpu_fetch.fetch`` by plain loads and stores, where ``choose`` gives what it is given."""
+    numbers, first, begin, end = chosen
+    for row in range(to.shape[0]):
+
+        @pl.when((row >= begin) & (row < end))
+        def copy(row=row):
+            to[row] = x[numbers[first + row]]
+
+
+@pytest.fixture
+def two_multiprocessors(monkeypatch):
+    """What the simulator does not know, written by the thread that asks for it, is done in plain code."""
+    monkeypatch.setattr(gpu_kernel, "num_multiprocessors", lambda: 2)
+    monkeypatch.setattr(gpu_kernel, "choose", lambda *args, rows, step: args)
+    monkeypatch.setattr(gpu_kernel, "fetch", _fetch)
+    monkeypatch.setattr(gpu_kernel, "settle", lambda late: None)
+    monkeypatch.setattr(gpu, "place_rows", place_rows)
+
+
 @simulated
 @pytest.mark.parametrize("tokens", [3, 70])
-def test_the_hopper_kernels_in_the_simulator(tokens, monkeypatch):
-    monkeypatch.setattr(gpu_kernel, "num_multiprocessors", lambda: 2)
-    monkeypatch.setattr(gpu, "sort_rows", sort_rows)
+def test_the_hopper_kernels_in_the_simulator(tokens, two_multiprocessors):
     x, ids, weights, gate_up, down = make(3, tokens=tokens, embed=128, width=128, dtype=jnp.bfloat16)
     stacks = [jnp.stack([jnp.full_like(a, jnp.nan), a]) for a in (gate_up, down)]
     shared = (stacks[0][:, 0].reshape(2, 128, 2, 128), stacks[1][:, 0])
@@ -209,8 +229,9 @@ def test_the_hopper_kernels_in_the_simulator(tokens, monkeypatch):
     assert float(error) < 8e-3
 
 
-def _rows_times_groups(x, weights, extra, layer, groups, *, swiglu, tile):
+def _rows_times_groups(x, weights, extra, layer, groups, *, swiglu, tile, numbers=None):
     """What ``gpu_kernel.matmul`` is to compute: rows of no group are not written, and may hold anything."""
+    x = x if numbers is None else jnp.where(numbers[:, None] < 0, jnp.nan, x[numbers])
     weights = weights[layer] if extra is None else jnp.concatenate([weights[layer], extra[layer][None]])
     start, size = (a[: len(groups.upto), None] for a in (groups.start, groups.size))
     mine = (jnp.arange(len(x)) >= start) & (jnp.arange(len(x)) < start + size)
@@ -227,7 +248,7 @@ def _rows_times_groups(x, weights, extra, layer, groups, *, swiglu, tile):
 def test_devices_that_share_the_experts_of_a_gpu_add_up(tokens, shared, monkeypatch):
     """Around the kernels: what belongs to another device goes nowhere and adds nothing, and what is not written is not read."""
     monkeypatch.setattr(gpu, "matmul", _rows_times_groups)
-    monkeypatch.setattr(gpu, "sort_rows", sort_rows)
+    monkeypatch.setattr(gpu, "place_rows", place_rows)
     x, ids, weights, gate_up, down = make(3, tokens=tokens, experts=6, embed=128, width=128, dtype=jnp.bfloat16)
     along = (gate_up[:1].reshape(1, 128, 2, 128), down[:1]) if shared else None
     valid = jnp.arange(tokens) != 2
@@ -246,10 +267,8 @@ def test_devices_that_share_the_experts_of_a_gpu_add_up(tokens, shared, monkeypa
 
 @simulated
 @pytest.mark.parametrize(("tokens", "form"), [(3, "int8"), (40, "int4"), (3, "fp8")])
-def test_the_hopper_kernels_read_packed_words_in_the_simulator(tokens, form, monkeypatch):
-    monkeypatch.setattr(gpu_kernel, "num_multiprocessors", lambda: 2)
+def test_the_hopper_kernels_read_packed_words_in_the_simulator(tokens, form, two_multiprocessors, monkeypatch):
     monkeypatch.setattr(gpu_kernel, "words", operand_in_shared_memory)
-    monkeypatch.setattr(gpu, "sort_rows", sort_rows)
     x, ids, weights, gate_up, down = make(3, tokens=tokens, embed=256, width=128, dtype=jnp.bfloat16)
     stacks = [stored(jnp.stack([-a, a]), form, backend="gpu", dtype=jnp.bfloat16) for a in (gate_up, down)]
     assert all(isinstance(stack, Packed) for stack in stacks)
