@@ -10,8 +10,8 @@ import same_answer
 from scripted import RAW
 
 from diffulex_jax import Engine, SamplingParams
-from diffulex_jax.engine.build import plan
 from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.settle import plan
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models.base import init
 from diffulex_jax.models.registry import model_of

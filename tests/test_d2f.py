@@ -13,8 +13,8 @@ from scripted import play, script
 from sweep import sweep
 
 from diffulex_jax import Engine, SettingError
-from diffulex_jax.engine.build import plan
 from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.settle import plan
 from diffulex_jax.models.attention import AttentionPolicy, Where
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.strategies import STRATEGIES

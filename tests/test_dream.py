@@ -20,7 +20,7 @@ from sweep import sweep
 
 from diffulex_jax import SamplingParams, SettingError
 from diffulex_jax.bench.shapes import shape_model
-from diffulex_jax.engine import build
+from diffulex_jax.engine import settle
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import leaves
@@ -283,7 +283,7 @@ def test_behind_a_cache_blocks_are_as_long_as_fast_dllms_unless_told_otherwise()
     spec = checkpoint.load_model(DREAM).spec
     for settings, want in (({}, 512), ({"cache": "dual"}, 32), ({"cache": "dual", "block_size": 64}, 64)):
         for strategy in ("dream", "dream_threshold"):
-            settings_, _policy, dims = build.plan(spec, STRATEGIES[strategy], EngineConfig(max_model_len=256, **settings))
+            settings_, _policy, dims = settle.plan(spec, STRATEGIES[strategy], EngineConfig(max_model_len=256, **settings))
             assert (settings_.block_size, dims.one_block) == (want, "cache" not in settings)
 
 

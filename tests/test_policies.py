@@ -12,8 +12,8 @@ import pytest
 from plain import attend_to, probabilities
 
 from diffulex_jax import Engine, SamplingParams
-from diffulex_jax.engine.build import plan
 from diffulex_jax.engine.config import EngineConfig
+from diffulex_jax.engine.settle import plan
 from diffulex_jax.errors import SettingError
 from diffulex_jax.parallel.mesh import make_mesh, mesh_of
 from diffulex_jax.strategies import STRATEGIES

@@ -16,7 +16,7 @@ from sweep import sweep
 
 from diffulex_jax import decode
 from diffulex_jax.bench.shapes import shape_model
-from diffulex_jax.engine import build
+from diffulex_jax.engine import settle
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.dispatch import jit_denoise
 from diffulex_jax.parallel.mesh import MESH_AXES, add_up, make_mesh, spec, spread
@@ -38,7 +38,7 @@ def found(request):
     programs, engines = ([name for name in names if {kind: name} in here] for kind, names in (("program", PROGRAMS), ("engine", ENGINES)))
     asked = json.dumps({"programs": programs, "engines": list(dict.fromkeys(ENGINES[:1] + engines))})
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    child = [sys.executable, str(pathlib.Path(__file__).parent / "sharded.py"), asked]
+    child = [sys.executable, str(pathlib.Path(__file__).parent / "sharded" / "eight_devices.py"), asked]
     ran = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
@@ -160,7 +160,7 @@ def test_a_denoise_program_writes_by_no_index_without_elements():
     """XLA for GPUs crashes on such arrays where devices share a program; ``at[:n].set`` makes them."""
     model, mesh = shape_model("tiny"), make_mesh()
     strategy = for_model(model.spec, "llada2_edit")
-    _, policy, dims = build.plan(model.spec, strategy, EngineConfig(max_slots=4, max_model_len=64))
+    _, policy, dims = settle.plan(model.spec, strategy, EngineConfig(max_slots=4, max_model_len=64))
     program = decode.Program(model, dims, strategy.rule, REFERENCE, policy)
     with jax.set_mesh(mesh):
         given = arguments(program, mesh, dtype=jnp.float32, num_pages=8)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from diffulex_jax import decode
 from diffulex_jax.decode.loop import step
-from diffulex_jax.engine import build
+from diffulex_jax.engine import settle
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import empty
 from diffulex_jax.models.base import Model, Param, init, is_param
@@ -63,7 +63,7 @@ def describe(model: str, strategy: AnyStrategy | None, settings: EngineConfig, k
     path = checkpoint.resolve(model)
     network, settings = checkpoint.load_model(path), dataclasses.replace(settings, weights=checkpoint.form_in(path, settings.weights))
     chosen = for_model(network.spec, strategy)
-    filled = build.plan(network.spec, chosen, settings)[0]
+    filled = settle.plan(network.spec, chosen, settings)[0]
     kernels = REFERENCE if settings.kernels == "reference" else kernels
     found = kernels_in(network, chosen, settings, kernels)
     layers = kernels.for_layers(settings.jax_dtype)._asdict()
@@ -96,7 +96,7 @@ def text(facts: dict[str, Any]) -> str:
 
 def kernels_in(model: Model, strategy: Strategy, settings: EngineConfig, kernels: Kernels) -> set[str]:
     """The operations for which a step of an engine's program holds a kernel, ours or cuDNN's."""
-    s, policy, dims = build.plan(model.spec, strategy, settings)
+    s, policy, dims = settle.plan(model.spec, strategy, settings)
     kinds: dict[str, Any] = {"draws": strategy.draws, "confidence": strategy.confidence, "kv": s.kv}
     program = decode.Program(model, dims, strategy.rule, kernels, policy, **kinds)
     plain = jax.eval_shape(functools.partial(init, model, dtype=s.jax_dtype), jax.random.key(0))

@@ -13,9 +13,9 @@ from jax.sharding import AbstractMesh
 from diffulex_jax.decode.canvas import canvas_forward
 from diffulex_jax.decode.forward import forward
 from diffulex_jax.decode.program import Program
-from diffulex_jax.engine.build import plan
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.programs import own_pages, param_specs
+from diffulex_jax.engine.settle import plan
 from diffulex_jax.models.base import Model, Params, leaves
 from diffulex_jax.models.ops import Ops
 from diffulex_jax.parallel.mesh import ONE_DEVICE, parts, spec, spread

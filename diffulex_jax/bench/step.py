@@ -21,7 +21,7 @@ from diffulex_jax import decode, request_state
 from diffulex_jax.bench import forward, traffic
 from diffulex_jax.bench import kernels as kernel_times
 from diffulex_jax.bench.shapes import random_params, shape_model
-from diffulex_jax.engine import build
+from diffulex_jax.engine import settle
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import empty
 from diffulex_jax.engine.dispatch import Plan, jit_denoise
@@ -87,8 +87,8 @@ def run(
         if bad := [n for n in numbers if n < 1 or (name == "context" and n % BLOCK)]:
             raise ValueError(f"{name}={bad[0]} must be positive" + (f" and a multiple of {BLOCK}" if name == "context" else ""))
     found = [for_model(model.spec, name) for name in strategies]
-    for strategy in found:
-        build.plan(model.spec, strategy, _sized(settings, strategy, batch=1, context=BLOCK))  # what will not do should not cost the weights
+    for strategy in found:  # what will not do should not cost the weights
+        settle.plan(model.spec, strategy, _sized(settings, strategy, batch=1, context=BLOCK))
     _check_mesh(model, batches, devices, weights)
     device = devices.devices.flat[0]
     chosen = choose(device) if settings.kernels == "auto" else REFERENCE

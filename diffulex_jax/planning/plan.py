@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from diffulex_jax import decode
 from diffulex_jax.bench.forward import step_bytes, step_operations
 from diffulex_jax.bench.shapes import SHAPES, shape_model
-from diffulex_jax.engine import build
+from diffulex_jax.engine import settle
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import Model, leaves
@@ -190,7 +190,7 @@ def plan(
 
 
 class Wanted(NamedTuple):
-    """An engine that is planned: its network, strategy and settings, and what ``engine.build.plan`` makes of them."""
+    """An engine that is planned: its network, strategy and settings, and what ``engine.settle.plan`` makes of them."""
 
     model: Model
     strategy: Strategy
@@ -212,7 +212,7 @@ def want(model: str, strategy: str | None, settings: EngineConfig) -> Wanted:
         network = checkpoint.load_model(path)
         settings = dataclasses.replace(settings, weights=checkpoint.form_in(path, settings.weights))
     chosen = for_model(network.spec, strategy)
-    return Wanted(network, chosen, *build.plan(network.spec, chosen, settings))
+    return Wanted(network, chosen, *settle.plan(network.spec, chosen, settings))
 
 
 def propose(wanted: Wanted, there: Slice) -> AbstractMesh:

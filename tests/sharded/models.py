@@ -1,0 +1,43 @@
+"""The models that are decoded, and the requests: sizes that eight devices can share."""
+
+from __future__ import annotations
+
+from diffulex_jax.models.registry import model_of
+
+
+SHAPE = {
+    "model_type": "llada2_moe",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "mask_token_id": 95,
+    "eos_token_id": 94,
+    "max_position_embeddings": 256,
+}
+MODEL = model_of(SHAPE)
+NEXT = model_of(  # biases, a head that is the embeddings, and outputs that speak of the next position
+    {
+        "model_type": "Fast_dLLM_Qwen",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "mask_token_id": 95,
+        "eos_token_id": 94,
+        "tie_word_embeddings": True,
+    }
+)
+SLOTS, WINDOW, BLOCK, PAGES, STEPS = 4, 2, 4, 6, 24
+MASK = MODEL.spec.mask_id
+PROMPTS = (9, 3, 8, 11)  # tokens: two whole blocks, none, two and nothing else, two
