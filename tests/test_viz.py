@@ -91,6 +91,14 @@ def test_blocks_cut_the_grid_where_and_while_a_block_was_open():
     np.testing.assert_array_equal(second.revised, [[False] * 3, [True, False, False]])
 
 
+def test_a_canvas_without_anything_to_explain_has_no_legend():
+    """A prompt that ends with a block, and an answer of one forward."""
+    blocks = output([step(8, "abcd")], tokens="abcd")
+    blocks.prompt_token_ids[:] = [1] * 8
+    assert viz.canvas(output()).axes[0].get_legend() is not None
+    assert viz.canvas(blocks).axes[0].get_legend() is None
+
+
 def test_canvas_draws_a_panel_a_block_with_texts_edits_and_masks():
     figure = viz.canvas(output(), decode_token=chr)
     first, second = figure.axes[:2]

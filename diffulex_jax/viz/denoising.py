@@ -190,10 +190,11 @@ def _draw_legend(axes: list[Axes], parts: list[Grid], output: Output) -> None:
     top, bottom = axes[0], axes[-1]
     speed = f"{len(output.token_ids)} tokens in {output.nfe} forwards, {output.tokens_per_forward:.1f} a forward"
     top.set_title(f"{speed}, {output.revised_tokens} edited", loc="left", color=INK, fontsize=11, pad=10)
-    top.legend(
-        handles=list(shown.values()), labels=list(shown), loc="lower right", bbox_to_anchor=(1, 1), ncols=len(shown), frameon=False,
-        fontsize=8, labelcolor=FAINT, handlelength=1.2, columnspacing=1.2,
-    )  # fmt: skip
+    if shown:  # matplotlib takes no legend of nothing
+        top.legend(
+            handles=list(shown.values()), labels=list(shown), loc="lower right", bbox_to_anchor=(1, 1), ncols=len(shown), frameon=False,
+            fontsize=8, labelcolor=FAINT, handlelength=1.2, columnspacing=1.2,
+        )  # fmt: skip
     tallest = max(zip(axes, parts, strict=True), key=lambda panel: len(panel[1].kind))[0]
     tallest.set_ylabel("forward", color=FAINT, fontsize=9)
     bottom.set_xlabel("position", color=FAINT, fontsize=9)
