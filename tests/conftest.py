@@ -62,6 +62,7 @@ SLOW = (
     "test_properties.py",
     "kernels/test_grouped_matmul.py",
     "test_d2f.py",
+    "test_background.py",
     "test_block_routing.py",
     "test_warm_up.py",
     "test_named_strategies.py",
@@ -151,6 +152,7 @@ COMPILED: dict[str, tuple[str, ...]] = {
     "least": (
         "serving/test_adapter_models.py",
         "test_adapter_rows.py",
+        "test_background.py",
         "test_blocks_and_pages.py",
         "test_decide.py",
         "test_golden_sdar.py",

@@ -17,6 +17,7 @@ import numpy as np
 
 from diffulex_jax.async_serving import protocol
 from diffulex_jax.async_serving.detokenizer import Detokenizer, flush, push
+from diffulex_jax.engine import background
 from diffulex_jax.engine.engine import Engine
 from diffulex_jax.engine.results import Output, TraceStep
 from diffulex_jax.errors import SettingError
@@ -52,7 +53,7 @@ class ServingRequestState:
 @dataclasses.dataclass
 class ServingState:
     """Everything the loop knows beside the engines: outputs by strategy and the engine's number of them; programs compiled since it
-    began."""
+    began, other than in the background."""
 
     requests: dict[tuple[str, int], ServingRequestState] = dataclasses.field(default_factory=dict)
     draining: bool = False
@@ -238,7 +239,7 @@ def run(
     state = ServingState()
 
     def count(event: str, duration_secs: float, **_: object) -> None:
-        state.recompiles += event == "/jax/core/compile/backend_compile_duration"
+        state.recompiles += event == "/jax/core/compile/backend_compile_duration" and not background.is_here()
 
     jax.monitoring.register_event_duration_secs_listener(count)
     try:

@@ -104,6 +104,7 @@ def run(
         began = time.perf_counter()
         engine = Engine(network, params, strategy=chosen, dtype=dtype, **sizes, **settings)
         start_seconds = time.perf_counter() - began
+        engine.warm_up()
         figures = measure(engine, prompts, sampling, repeats=repeats)
         program = program_of(network, chosen, EngineConfig(dtype=dtype, **sizes, **settings), kernels)
         figures |= measure_step(program, params, prompt_tokens=longest, beside=beside)

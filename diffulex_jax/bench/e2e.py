@@ -68,7 +68,8 @@ def run(
       progress: is given the report line by line as it comes.
 
     Returns:
-      Plain data: what was measured on what; ``ready_seconds`` from parameters to an engine; ``first_token`` and ``prompts``, see
+      Plain data: what was measured on what; ``ready_seconds`` from parameters to an engine, ``all_ready_seconds`` to one that compiles
+        nothing more in the background, before which nothing else is measured; ``first_token`` and ``prompts``, see
       :func:`first_token` and :func:`prompt_rate`; ``outputs``, for each number of tokens a forward what :func:`output_rate` gives.
 
     Raises:
@@ -100,7 +101,8 @@ def run(
         if flood is not None and flood >= room:
             raise ValueError(f"flood={flood} must be less than {room}, the most tokens of a prompt and its output")
         answering, lengths, long = InProcess(engine), [n for n in first_token_prompts if n < room], min(2000, room - 1)
-        line = "{what}, {dtype}, {device}, jax {jax}; {slots} slots; ready after {ready_seconds:.1f} s"
+        line = "{what}, {dtype}, {device}, jax {jax}; {slots} slots; ready after {ready_seconds:.1f} s, "
+        line += "with all programs after {all_ready_seconds:.1f} s"
         progress(line.format(what=about["shape"] or model, slots=slots, **about))
     report: dict[str, Any] = {**about, **sizes, "rate": rate, "prompt": list(prompt), "shared_prefix": shared_prefix}
     seeds = itertools.count()
@@ -243,10 +245,13 @@ def _engine(shape: str | None, model: str | None, most: int, asked: dict[str, An
             params = jax.block_until_ready(random_params(network, dtype))
         began = time.perf_counter()
         engine = Engine(network, params, **asked)
-    seconds, device = time.perf_counter() - began, jax.devices()[0]
+    ready = time.perf_counter() - began
+    engine.warm_up()
+    seconds = {"ready_seconds": ready, "all_ready_seconds": time.perf_counter() - began}
+    device = jax.devices()[0]
     about = {"device": f"{device.platform}: {device.device_kind}", "jax": jax.__version__, "shape": shape, "model": model}
     settings = {name: value for name, value in asked.items() if name not in ("max_slots", "max_model_len")}
-    return engine, {**about, **settings, "strategy": engine.strategy, "ready_seconds": seconds}
+    return engine, {**about, **settings, "strategy": engine.strategy, **seconds}
 
 
 def _prompts(answering: Answering, seeds: Iterator[int], lengths: Sequence[int]) -> list[list[int]]:

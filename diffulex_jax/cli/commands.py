@@ -126,6 +126,7 @@ def serve(
         from diffulex_jax.async_serving import http  # late: its packages come with the extra "serve"
         from diffulex_jax.async_serving.async_engine import AsyncEngine
         from diffulex_jax.async_serving.worker import ENGINE_THREAD
+        from diffulex_jax.engine import background
 
         mine = {field.name for field in dataclasses.fields(ServerSettings)}
         chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in mine}
@@ -156,7 +157,7 @@ def serve(
                 raise
             typer.echo(f"error: {error}", err=True)  # another host is lost, or was never there
             raise typer.Exit(1) from error
-        if any(thread.name == ENGINE_THREAD for thread in threading.enumerate()):
+        if any(thread.name in (ENGINE_THREAD, background.THREAD) for thread in threading.enumerate()):
             interrupt.leave(code)  # it is in the compiler, perhaps for minutes
         raise typer.Exit(code)
 

@@ -190,7 +190,7 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         adapters=names,
     )
     if s.warm_up:
-        own.warm_up()
+        own.warm_up(wait=hosts.several())  # which of the others are there, every host would know for itself alone
     device = Mirror(own) if hosts.several() else own
     # The KV of a block depends on these; on the strategy it does not.
     same_kv = {

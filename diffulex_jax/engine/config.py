@@ -64,8 +64,9 @@ class EngineConfig:
         or 4096.
       prefix_cache: reuse the KV of blocks that begin a prompt as an earlier request did.
       steps_per_dispatch: denoise steps the device runs before the host looks.
-      warm_up: compile every program when the engine is built, so that no request waits for one. Otherwise each is compiled when it is first
-        needed, and the first answers come sooner; see ``Engine.warm_up``.
+      warm_up: compile programs when the engine is built, so that no request waits for one. On a GPU of one host these are the two or so
+        that do for any request; the others, which are faster for some, follow in the background. Otherwise each is compiled when it is
+        first needed, and the first answers come sooner; see ``Engine.warm_up``.
       kernels: ``"auto"``, the fastest for the device (``diffulex-jax doctor`` names them), or ``"reference"``, plain XLA.
     """
 

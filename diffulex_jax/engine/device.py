@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,18 +104,21 @@ class JaxDevice:
             kv = jax.eval_shape(_read_pages, self.pool, self._table([]))
         self.saved_structure = request_state.Saved(row, kv.k, kv.v)
 
-    def warm_up(self, requests: Sequence[Tracked] | None = None) -> None:
-        """Compiles what requests need, by default every program there is, by running each once on nothing. No slot may be in use."""
+    def warm_up(self, requests: Sequence[Tracked] | None = None, *, wait: bool = True) -> None:
+        """Compiles what requests need, by default every program there is, by running each once on nothing. No slot may be in use.
+
+        Unless it is to ``wait``: what any request can do with. Others, which do the same in less time, are compiled in the background.
+        """
         shapes: Sequence[packing.Shape] = self._prefill_shapes
-        kinds = set(self._denoise)
+        loops = [(greedy, rows) for greedy in self._denoise for rows in self._rows]
         if requests is not None:
             shapes = packing.shapes_for(self.program, shapes, requests)
             kinds = {self._kind([request]) for request in requests}
-        loops = [(greedy, rows) for greedy in sorted(kinds) for rows in self._rows]
-        for greedy, rows in loops:
-            self._programs.begin(*self._denoising(self._plan(rows, max_steps=1, stop_on_finish=False), greedy=greedy))
-        for shape in shapes:
-            self._programs.begin(*self._prefilling(self._no_prompts(shape)))
+            loops = [(greedy, rows) for greedy, rows in loops if greedy in kinds]
+        spare_loops, spare_shapes = ([], []) if wait else self._spare()
+        loops, shapes = [loop for loop in loops if loop not in spare_loops], [shape for shape in shapes if shape not in spare_shapes]
+        self._begin(self._programs.begin, loops, shapes)
+        self._begin(self._programs.begin_later, spare_loops, spare_shapes)
         probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(seed=0).resolve(), slot=0)
         for shape in shapes:
             self._prefill(self._no_prompts(shape), {0: probe})
@@ -174,7 +177,8 @@ class JaxDevice:
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         how = {"table_of": self._table, "adapter_of": self._adapter_of, "shards": self._shards}
-        for packed, requests in packing.pack(self.program, self._prefill_shapes, chunks, **how):
+        shapes = [shape for shape in self._prefill_shapes if not self._programs.is_awaited(("prefill", shape))]
+        for packed, requests in packing.pack(self.program, shapes, chunks, **how):
             self._prefill(packed, requests)
 
     def admit(self, request: Tracked) -> None:
@@ -221,8 +225,7 @@ class JaxDevice:
             self._known[slot] = request.known
             if self._adapter is not None:
                 self._adapter[slot] = self._numbers[request.params.adapter_name]
-        rows = next(n for n, slots in self._rows.items() if np.isin(list(running), slots).all())
-        greedy = self._kind(running.values())
+        greedy, rows = self._loop_for(running)
         report, trace = self._dispatch(self._plan(rows, max_steps=max_steps, stop_on_finish=stop_on_finish), greedy=greedy)
         traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
         report.copy_to_host_async()
@@ -248,6 +251,37 @@ class JaxDevice:
     def _kind(self, requests: Iterable[Tracked]) -> bool:
         """Whether the program that asks nothing of its rows will do, where there is one."""
         return True in self._denoise and all(self.program.asks_nothing(request.params) for request in requests)
+
+    def _begin(self, begin: Callable[..., None], loops: Iterable[tuple[bool, int]], shapes: Iterable[packing.Shape]) -> None:
+        """Has programs compiled by ``begin``, a method of ``Programs``."""
+        for greedy, rows in loops:
+            begin(*self._denoising(self._plan(rows, max_steps=1, stop_on_finish=False), greedy=greedy))
+        for shape in shapes:
+            begin(*self._prefilling(self._no_prompts(shape)))
+
+    def _loop_for(self, running: dict[int, Tracked]) -> tuple[bool, int]:
+        """The denoise loop for requests by slot: of those that are there, one with the fewest rows, if it can be the one that asks nothing.
+
+        Whether all rows are greedy, and how many there are.
+        """
+        kinds = (True, False) if self._kind(running.values()) else (False,)
+        able = [(kind, n) for n, slots in self._rows.items() if np.isin(list(running), slots).all() for kind in kinds]
+        return next(loop for loop in able if not self._programs.is_awaited(("denoise", *loop)))
+
+    def _spare(self) -> tuple[list[tuple[bool, int]], list[packing.Shape]]:
+        """Loops and prefill shapes without which every request can be served; first those that serve a few.
+
+        The loop over all slots that asks its rows does for all requests. Prompts may be prefilled in pieces of one size: the largest that
+        takes no longer than reading the weights.
+        """
+        loops = [(kind, n) for n in self._rows for kind in sorted(self._denoise, reverse=True)]
+        loops.remove((False, max(self._rows)))
+        if not self.program.attention.chunkable:
+            return loops, []
+        block = self.program.dims.block
+        small = [shape for shape in self._prefill_shapes if shape.rows * shape.blocks * block <= self.program.kernels.free_tokens]
+        kept = small[-1:] or self._prefill_shapes[:1]
+        return loops, [shape for shape in self._prefill_shapes if shape not in kept]
 
     def _plan(self, rows: int, *, max_steps: int, stop_on_finish: bool) -> Plan:
         slots = self._rows[rows]

@@ -54,7 +54,10 @@ class Engine:
         memory_share: float = 1.0,
         **settings: Any,
     ):
-        """Compiles everything it will run, unless ``warm_up=False``; see ``compile_cache`` for where that is kept.
+        """Compiles what any request needs, unless ``warm_up=False``; see ``compile_cache`` for where that is kept.
+
+        A GPU has further programs that do the same faster. They are compiled in the background, meanwhile requests are served;
+        :meth:`warm_up` waits for them.
 
         Args:
           model: the network.
@@ -86,7 +89,7 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, model: str, *, strategy: AnyStrategy | None = None, mesh: Mesh | str | None = None, **settings: Any) -> Engine:
-        """Loads a model and compiles everything it will run, unless ``warm_up=False``.
+        """Loads a model and compiles what any request needs, unless ``warm_up=False``.
 
         Args:
           model: a Hugging Face directory, ``"embedded"``, or a hub id.
@@ -113,19 +116,22 @@ class Engine:
             for chosen, share in zip(found, shares, strict=True)
         }
 
-    def warm_up(self, prompts: Sequence[Prompt] | str, params: AnyParams | None = None) -> None:
-        """Compiles what these prompts need that is not compiled yet, so that decoding them does not wait for it.
+    def warm_up(self, prompts: Sequence[Prompt] | str | None = None, params: AnyParams | None = None) -> None:
+        """Compiles what these prompts need that is not compiled yet, so that decoding them does not wait for it; by default every program.
 
-        For an engine built with ``warm_up=False``, before it is given requests.
+        For an engine built with ``warm_up=False``, before it is given requests. Without prompts, also for one that still compiles in the
+        background: afterwards nothing is compiled any more, and every batch runs in the program that is fastest for it.
 
         Args:
           prompts, params: as for :meth:`generate`.
 
         Raises:
-          ValueError: naming the prompt and what is wrong with it.
+          ValueError: naming the prompt and what is wrong with it; for params without prompts.
           RuntimeError: while requests are queued or running.
         """
-        requests = self._requests(prompts, params, trace=False)
+        if prompts is None and params is not None:
+            raise ValueError("params are of prompts: give warm_up() the prompts, too")
+        requests = None if prompts is None else self._requests(prompts, params, trace=False)
         with self._desk.at_rest():
             self._device.warm_up(requests)
 

@@ -43,7 +43,7 @@ class EngineCollector(Collector):
             "prefix_cache_queries": ("Blocks looked up in the prefix cache.", stats.get("prefix_cache_queries", 0)),
             "prefix_cache_hits": ("Blocks found there.", stats.get("prefix_cache_hits", 0)),
             "num_preemptions": ("Outputs set aside because pages ran out.", stats.get("preemptions", 0)),
-            "recompiles": ("Programs compiled since the engine was ready; stays 0.", stats.get("recompiles", 0)),
+            "recompiles": ("Programs compiled since the engine was ready, but for the background; stays 0.", stats.get("recompiles", 0)),
             "engine_restarts": ("Engines started in place of one that was lost.", supervisor.restarts),
         }
         for name, (text, value) in gauges.items():
