@@ -145,7 +145,7 @@ def _product(rows: jax.Array, stack: Stack) -> jax.Array:
 
 def read_in_bytes(stack: Quantised) -> Quantised:
     """``stack`` with int4 made int8 on a GPU, by shifts. XLA would put a whole stack of int4 into another order there, beside the first."""
-    if stack.values.dtype != jnp.int4 or current_target().platform != "gpu":
+    if stack.values.dtype != jnp.int4 or current_target().platform != "gpu" or stack.shape[-1] % 2:
         return stack
     pairs = lax.bitcast_convert_type(stack.values.reshape(*stack.shape[:-1], -1, 2), jnp.int8)
     low, high = (lax.shift_right_arithmetic(pairs << up, jnp.int8(4)) for up in (4, 0))

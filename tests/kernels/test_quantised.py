@@ -155,11 +155,13 @@ def test_a_few_experts_at_a_time_are_made_plain(form, chunk_bytes, tokens, monke
 
 def test_int4_of_a_gpu_is_read_in_bytes(monkeypatch):
     q = quantise(normal(10, 2, 128, 6), "int4")
+    odd = quantise(normal(10, 2, 128, 5), "int4")  # whose rows do not begin with bytes
     assert xla.read_in_bytes(q) is q
     monkeypatch.setattr(xla, "current_target", lambda: Target("gpu", 8.0))
     for read in (xla.read_in_bytes(q), jax.jit(xla.read_in_bytes)(q)):
         assert read.values.dtype == jnp.int8
         np.testing.assert_array_equal(read.values, q.values.astype(jnp.int8))
+    assert xla.read_in_bytes(odd) is odd
 
 
 @pytest.mark.sweep_but("int4")
