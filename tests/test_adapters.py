@@ -81,7 +81,8 @@ def elsewhere(folder: pathlib.Path, of: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def test_what_is_quantised_is_not_adapted(tmp_path):
+def test_what_is_quantised_is_not_adapted(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("loaded"))
     adapted = written(tmp_path, Lora(targets=("experts_down",)))
     with pytest.raises(ValueError, match="moe.experts_down is quantised, and only plain leaves are adapted"):
         Engine.from_pretrained(MODEL, adapter=str(adapted), weights="int8", **SIZES)

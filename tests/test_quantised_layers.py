@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from sweep import sweep
 from typer.testing import CliRunner
 
-from diffulex_jax import SamplingParams
+from diffulex_jax import Engine, SamplingParams
 from diffulex_jax.bench.shapes import random_params
 from diffulex_jax.cli.commands import app
 from diffulex_jax.errors import SettingError
@@ -185,3 +185,12 @@ def test_random_parameters_are_quantised_layer_by_layer():
     want = quantised(model, plain_ones, "int4", kernels=REFERENCE, mesh=make_mesh())
     assert jax.tree.structure(params) == jax.tree.structure(want)
     jax.tree.map(np.testing.assert_array_equal, params, want)
+
+
+def test_an_adapter_that_would_be_merged_into_them_is_refused_before_they_are_read(tmp_path, monkeypatch):
+    model, lora = checkpoint.load_model(SDAR), Lora(2, 4.0)
+    adapters.save(tmp_path, model, lora, adapters.init(model, lora, jax.random.key(0)))
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("loaded"))
+    said = "dense.qkv is quantised, and only plain leaves are adapted; adapters= leaves an adapter beside it"
+    with pytest.raises(SettingError, match=said):
+        Engine.from_pretrained(str(SDAR), adapter=str(tmp_path), weights="int8")

@@ -26,7 +26,7 @@ from diffulex_jax.engine.startup import announce, is_told
 from diffulex_jax.engine.tokenizer import Tokenizer
 from diffulex_jax.errors import SettingError
 from diffulex_jax.models.adapted import ADAPTERS, without
-from diffulex_jax.models.base import Model, Params
+from diffulex_jax.models.base import Model, Params, leaves
 from diffulex_jax.parallel import hosts
 from diffulex_jax.parallel.mesh import mesh_of
 from diffulex_jax.state import Dims
@@ -106,6 +106,8 @@ def load(
     alike.check(settings, found, mesh, path=path)
     kernels, weights = _kernels(mesh, settings), _form(settings)
     adapter = None if settings.adapter is None else adapters.load(settings.adapter, checkpoint.load_model(path))
+    if adapter is not None and checkpoint.form_in(path, weights) is not None:
+        _check_plain(checkpoint.load_model(path), adapter[0])
     beside = None if settings.adapters is None else adapter_stacks.load(settings.adapters, checkpoint.load_model(path))
     of = {"dtype": settings.jax_dtype, "weights": weights, "kernels": kernels}
     network, params = checkpoint.load(path, mesh, **of, progress=not is_told())
@@ -115,6 +117,20 @@ def load(
     if beside is not None:
         params |= {ADAPTERS: adapter_stacks.placed(network, beside, dtype=settings.jax_dtype, mesh=mesh)}
     return Network(network, params, tokenizer, eos_ids, name, mesh), found
+
+
+def _check_plain(model: Model, lora: adapters.Lora) -> None:
+    """Checks that an adapter changes nothing that will be quantised when it is merged.
+
+    Raises:
+      SettingError: naming the first leaf that is.
+    """
+    schema = leaves(model.schema)
+    for site in adapters.sites(model, lora):
+        path = site.tensors[0].parts[0].leaf
+        if schema[path].quantisable:
+            others = "; adapters= leaves an adapter beside it" if schema[path].adaptable else ""
+            raise SettingError("adapter", f"adapter: {'.'.join(path)} is quantised, and only plain leaves are adapted{others}")
 
 
 def _adapted(model: Model, params: Params, lora: adapters.Lora, trained: adapters.Adapters, *, mesh: Mesh) -> Params:

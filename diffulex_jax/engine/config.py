@@ -29,7 +29,7 @@ class EngineConfig:
         matrices of attention and MLPs: a half, or with int4 a quarter, of bfloat16's bytes. All else is of ``dtype``. Default: all of
         it is.
       adapter: directory of a LoRA adapter in PEFT's files, which is merged into the parameters while a model is loaded, in ``dtype``. It
-        may adapt no matrix that is held quantised.
+        may adapt no matrix that is held quantised; ``adapters`` may, but for experts.
       adapters: directories of LoRA adapters in PEFT's files, by names of yours, which stay beside the parameters: a request has the one
         that its ``adapter_name`` says, or none, whatever others in the batch have. They adapt attention and dense or shared MLPs, not
         experts or routers. Each costs its bytes, and every forward the products of all of them.
