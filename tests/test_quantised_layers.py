@@ -67,6 +67,7 @@ def test_what_is_loaded_is_what_would_be_quantised(family, form, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, found[path], want)
 
 
+@pytest.mark.sweep_but("int8")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quantised_model_computes_what_its_plain_parameters_do(form):
     """And stays near the model that it was made of."""

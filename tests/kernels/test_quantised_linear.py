@@ -30,6 +30,7 @@ def error(got, want):
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+@pytest.mark.sweep_but("cpu-fp8", "ragged-int8", "gpu-int4")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["cpu", "ragged", "gpu"])
 def test_matrices_are_those_of_each_layer_by_itself(form, backend):
@@ -48,6 +49,7 @@ def test_tiles_lie_in_one_device_s_part():
     assert not stored(w, "int8", rows=1, backend="gpu", dtype=jnp.float32, part=(128, 64)).packed
 
 
+@pytest.mark.sweep_but("int4")
 @pytest.mark.parametrize("form", FORMS)
 def test_numbers_of_a_file_are_kept_as_they_are(form):
     """Scales come beside each number: how many of a column share one is known apart."""
@@ -59,6 +61,7 @@ def test_numbers_of_a_file_are_kept_as_they_are(form):
     jax.tree.map(np.testing.assert_array_equal, got, stored(w, form, **how))
 
 
+@pytest.mark.sweep_but("sliced-ragged-int4", "sliced-cpu-fp8", "cpu-cpu-int8", "cpu-gpu-int8", "gpu-ragged-int8")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("order", ["cpu", "ragged", "gpu"])
 @pytest.mark.parametrize("backend", ["sliced", "cpu", "gpu"])
@@ -70,6 +73,7 @@ def test_a_product_is_that_with_what_they_stand_for(form, order, backend):
     assert got.shape == (2, 5, 3, 64)
 
 
+@pytest.mark.sweep_but("sliced-fp8", "cpu-int4")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["sliced", "cpu"])
 def test_a_gated_mlp_is_that_of_what_they_stand_for(form, backend):
@@ -80,6 +84,7 @@ def test_a_gated_mlp_is_that_of_what_they_stand_for(form, backend):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sweep_but("48-3", "320-5", "512-1", "768-2")
 @pytest.mark.parametrize(("depth", "groups"), [(48, 1), (48, 3), (96, 4), (320, 2), (320, 5), (512, 1), (512, 2), (512, 8), (768, 2)])
 def test_a_cpu_goes_through_rows_and_groups_of_any_length(depth, groups):
     """Of a file a group may have any length: steps of rows are a part of one, one, several, or the whole matrix."""
