@@ -32,7 +32,7 @@ def test_the_seed_that_is_told_gives_the_answer_again_alone_in_a_batch_and_offli
         again = [pool.submit(server.post, "/v1/completions", **ASKED, seed=one["seed"]) for one in (first, second)]
         assert [answer.result().json()["choices"][0]["text"] for answer in again] == [first["text"], second["text"]]
         assert {other.result().status_code for other in others} == {200}
-    engine = Engine.from_pretrained(str(model), block_size=8, max_model_len=128, max_slots=1)
+    engine = Engine.from_pretrained(str(model), block_size=8, max_model_len=128, max_slots=4)
     settings = {name: value for name, value in ASKED.items() if name != "prompt"}
     params = [SamplingParams(**settings, seed=one["seed"]) for one in (first, second)]
     outputs = engine.generate([ASKED["prompt"]] * 2, params)

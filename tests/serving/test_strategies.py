@@ -14,7 +14,7 @@ from diffulex_jax.async_serving.http.service import Places
 from diffulex_jax.strategies import llada2
 
 
-SETTINGS = {"block_size": 8, "max_model_len": 128, "max_slots": 2, "steps_per_dispatch": 2}
+SETTINGS = {"block_size": 8, "max_model_len": 128, "max_slots": 4}  # those of the servers, which read what these engines compile
 NAMES = ["llada2_edit", "dmax"]
 PARAMS = {"max_tokens": 20, "accept_threshold": 0.3, "ignore_eos": True}
 
