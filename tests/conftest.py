@@ -168,13 +168,7 @@ COMPILED: dict[str, tuple[str, ...]] = {
 }
 
 # With `--one-of-each` of the files that are compiled as for users only these are so; some least, and all others quick.
-USERS = (
-    "test_notebooks.py",
-    "test_same_answer.py",
-    "test_golden_llada2.py",
-    "kernels/test_grouped_matmul.py",
-    "kernels/test_quantised.py",
-)
+USERS = ("test_same_answer.py", "test_golden_llada2.py", "kernels/test_grouped_matmul.py", "kernels/test_quantised.py")
 LEAST = (
     "kernels",
     "test_bfloat16_memory.py",
