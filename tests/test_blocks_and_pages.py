@@ -49,7 +49,7 @@ def planned(path, **settings):
 
 def test_the_checkpoint_says_how_long_a_block_is(sdar):
     settings, _, dims = planned(sdar)
-    assert (settings.block_size, settings.page_size, dims.block, dims.page) == (4, 8, 4, 8)
+    assert (settings.block_size, settings.page_size, dims.block, dims.page) == (4, 16, 4, 16)
 
 
 def test_another_block_size_is_refused_unless_forced(sdar):

@@ -40,8 +40,8 @@ class EngineConfig:
         Default: what the model was trained with, as its checkpoint says, or as such models usually have; 32 for Dream behind a ``cache``,
         and for LLaDA and Dream with ``attention="prefix_full"``.
       force_block_size: decode in blocks that the checkpoint was not trained for. The text gets worse.
-      page_size: tokens in a page of the KV pool: a multiple of a block, or a whole fraction of one. Default: a block, or as many as make
-        8 tokens or more.
+      page_size: tokens in a page of the KV pool: a multiple of a block, or a whole fraction of one. Default: a block, or as many of less
+        than 8 tokens as make 16.
       buffer_size: blocks denoised together (multi-block diffusion); 1 finishes a block before it starts the next. Default: what the
         strategy names, else 1.
       attention: what a prompt sees of itself: ``"block_causal"``, its blocks up to the position's own, or ``"prefix_full"``, all of it

@@ -16,7 +16,7 @@ from pallas_kernels import REFERENCE
 
 
 _CACHED_BLOCK = 32  # Fast-dLLM's, where a block is not the whole output
-_LEAST_PAGE = 8  # tokens; with fewer, page tables are long and kernels' tiles empty
+_LEAST_PAGE, _FILLED_PAGE = 8, 16  # tokens; with fewer than the first, page tables are long and kernels' tiles empty
 
 
 def plan(spec: ModelSpec, strategy: Strategy, settings: EngineConfig) -> tuple[EngineConfig, AttentionPolicy, Dims]:
@@ -150,7 +150,7 @@ def _page_size(block: int, settings: EngineConfig) -> int:
     Raises:
       SettingError: where neither of a page and a block divides the other.
     """
-    page = settings.page_size or block * -(-_LEAST_PAGE // block)
+    page = settings.page_size or (block if block >= _LEAST_PAGE else block * -(-_FILLED_PAGE // block))
     if page % block and block % page:
         raise SettingError("page_size", f"page_size={page} must be a multiple of block_size={block}, or divide it")
     return page

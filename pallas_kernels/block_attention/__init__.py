@@ -87,7 +87,7 @@ def block_attention(
         seen by all queries of rows where ``live``. Their queries are not read.
       visible: ``[R, W, W]`` bool (query, key) or ``[R, W]`` (key): where given, queries see just these positions of the window, whatever
         their blocks. Always plain XLA.
-      whole_blocks: whether every cached prefix is a number of whole blocks; static. The GPU's kernel needs that.
+      whole_blocks: whether every cached prefix is a number of whole blocks; static. The GPU's kernel does without, at the price of a mask.
       backend: see :data:`Backend`; None chooses by the current mesh. What a kernel is not made for takes the reference.
 
     Returns:
@@ -102,8 +102,8 @@ def block_attention(
     if visible is not None:
         return reference.block_attention(heads, keys, layer=layer, block=block, pending=pending, visible=visible)
     attend = pick("block_attention", backend, choose_backend, _ATTENTION)
-    if attend is gpu.block_attention and not whole_blocks:
-        attend = reference.block_attention
+    if attend is gpu.block_attention:
+        return attend(heads, keys, layer=layer, block=block, pending=pending, whole_blocks=whole_blocks)
     return attend(heads, keys, layer=layer, block=block, pending=pending)
 
 

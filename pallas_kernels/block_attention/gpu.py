@@ -4,6 +4,9 @@ A thread block attends for some query heads of one key/value head and one block 
 the row's cached prefix, the pending block, and the window's blocks up to its own. One warpgroup fetches them ahead;
 the others keep a running softmax in registers (the scheme of FlashAttention-3, arXiv 2407.08608), and where there is room for
 it take turns at the pages and join what they have at the end.
+
+A block of too few positions for a tile of the tensor cores is padded to one of more. Then prefixes end anywhere in a page of such a tile:
+what lies behind their end is masked, and its values, which may be anything, are zeroed before they meet a weight of zero.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ _MULTIPROCESSORS = 132  # of an H100 or H200
 class Plan(NamedTuple):
     """How the work is cut: static."""
 
-    heads: int  # query heads of one thread block; with the block's positions they make 64 or 128 rows
+    padded: int  # positions of a block as a tile has them, and of what counts as a page here; the block's own are the first of them
+    heads: int  # query heads of one thread block; with the padded block's positions they make 64 or 128 rows
     turns: int  # warpgroups that share the steps of 64 rows
     stages: int  # steps fetched ahead, a multiple of turns
 
@@ -37,15 +41,15 @@ def plan_for(heads: jax.Array, pool: jax.Array, block: int) -> Plan | None:
     """A plan for heads ``[R, W, KV, G + 2, H]`` and a pool ``[L, N, P, KV, H]``; None where no tile fits."""
     rows, width, kv, packed, head = heads.shape
     group = packed - 2
-    if pool.shape[2] % block:
+    fits = [n for n in (8, 16, 32, 64) if n >= block and group % (64 // n) == 0 and pool.shape[2] % n == 0]
+    if not fits or not heads.dtype == pool.dtype == jnp.bfloat16 or head not in (64, 128):
         return None
-    if not heads.dtype == pool.dtype == jnp.bfloat16 or block not in (8, 16, 32, 64) or head not in (64, 128) or group % (64 // block):
-        return None
+    padded = fits[0]
     # Keys are read once for 128 rows rather than twice for 64 where that leaves no multiprocessor idle.
-    tiles = rows * width * kv * group // 64
-    if tiles > _MULTIPROCESSORS and group % (128 // block) == 0:
-        return Plan(128 // block, 1, 4)
-    return Plan(64 // block, 2, 4)
+    tiles = rows * (width // block) * padded * kv * group // 64
+    if tiles > _MULTIPROCESSORS and group % (128 // padded) == 0:
+        return Plan(padded, 128 // padded, 1, 4)
+    return Plan(padded, 64 // padded, 2, 4)
 
 
 def _product(a: Any, b: Any) -> jax.Array:
@@ -81,6 +85,7 @@ def _body(
     *joining: Any,
     plan: Plan,
     block: int,
+    whole: bool,
     pending_blocks: int,
     kv_heads: int,
     pool_pages: int,
@@ -89,7 +94,7 @@ def _body(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    head = q_smem.shape[-1]
+    own, block, head = block, plan.padded, q_smem.shape[-1]
     lanes = alive.shape[1]
     group = heads.shape[1] // (kv_heads * head) - 2
     per_step = _STEP // block
@@ -105,7 +110,9 @@ def _body(
     first_query, key = head_block * plan.heads + 2 * kv, kv * (group + 2) + group
     in_pool, in_pending, in_window = ((pool_k, kv), (pool_v, kv)), ((pending, key), (pending, key + 1)), ((heads, key), (heads, key + 1))
 
-    prefix = lax.div(prefix_len[row], jnp.int32(block))
+    complete = lax.div(prefix_len[row], jnp.int32(block))
+    left = jnp.int32(0) if whole else lax.rem(prefix_len[row], jnp.int32(block))  # positions of a last page that ends before its end
+    prefix = complete if whole else complete + jnp.minimum(left, 1)
     fixed = prefix + (pending_live[row].astype(jnp.int32) * pending_blocks if pending_blocks else 0)
     pages = jnp.where(alive[row, lane], fixed + lane + 1, 0)
     steps = lax.div(pages + (per_step - 1), jnp.int32(per_step))
@@ -157,6 +164,7 @@ def _body(
         turn, tile = lax.div(wg, jnp.int32(tiles)), lax.rem(wg, jnp.int32(tiles))
         mine = pl.ds(tile * 64, 64)
         per_row = plgpu.Layout.WGMMA.reduce(1)
+        load: Any = plgpu.load  # JAX 0.10 types its index as required
 
         def spread(a: jax.Array, width: int) -> jax.Array:
             return lax.broadcast_in_dim(a, (64, width), (0,))
@@ -169,20 +177,35 @@ def _body(
             s = _product(q_smem.at[mine], k_smem.at[slot].transpose((1, 0)))
 
             def hide(s: jax.Array) -> jax.Array:
-                of_page = plgpu.broadcasted_iota(jnp.int32, (64, _STEP), 1, layout=plgpu.Layout.WGMMA) // block
+                column = plgpu.broadcasted_iota(jnp.int32, (64, _STEP), 1, layout=plgpu.Layout.WGMMA)
                 for j in range(per_step):
                     page = step * per_step + j
                     lane_at = jnp.clip(page - fixed, 0, lanes - 1)
                     seen = (page < fixed) | (page == pages - 1) | ((page < pages) & alive[row, lane_at])
-                    s = jnp.where((of_page == j) & ~seen, _NEVER, s)
+                    if whole:
+                        s = jnp.where((column // block == j) & ~seen, _NEVER, s)
+                    else:
+                        there = jnp.where(page < complete, block, jnp.where(page < prefix, left, own))
+                        end = j * block + jnp.where(seen, there, 0)
+                        s = jnp.where((column // block == j) & (column >= end), _NEVER, s)
                 return s
 
-            s = lax.cond((step + 1) * per_step > fixed, hide, lambda s: s, s)
+            s = lax.cond((step + 1) * per_step > (fixed if whole else complete), hide, lambda s: s, s)
             new = jnp.maximum(peak, s.max(1) * scale)
             decay = jnp.exp2(peak - new)
             p = jnp.exp2(s * scale - spread(new, _STEP))
             total = total * decay + p.sum(1)
             plgpu.barrier_wait(v_full.at[slot])
+            if not whole:
+
+                @pl.when((left > 0) & (lax.div(complete, jnp.int32(per_step)) == step))
+                def _zero() -> None:
+                    value = plgpu.broadcasted_iota(jnp.int32, (_STEP, head), 0, layout=plgpu.Layout.WGMMA)
+                    first = lax.rem(complete, jnp.int32(per_step)) * block
+                    kept = load(v_smem.at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
+                    v_smem.at[slot][...] = jnp.where((value >= first + left) & (value < first + block), jnp.zeros_like(kept), kept)
+                    plgpu.commit_smem()
+
             acc = acc * spread(decay, head) + _product(p.astype(v_smem.dtype), v_smem.at[slot])
             plgpu.barrier_arrive(empty.at[slot])
             return acc, new, total
@@ -206,7 +229,6 @@ def _body(
             write(acc, total)
             return
         acc_smem, peak_smem, total_smem, ready = joining
-        load: Any = plgpu.load  # JAX 0.10 types its index as required
 
         @pl.when(turn > 0)
         def _leave() -> None:
@@ -235,36 +257,57 @@ def block_attention(
     layer: jax.Array,
     block: int,
     pending: tuple[jax.Array, jax.Array] | None = None,
+    whole_blocks: bool = True,
     plan: Plan | None = None,
 ) -> jax.Array:
     """See the package's ``block_attention``. Rows of lanes that do not exist are zero; shapes that no tile fits take the reference.
 
-    A page of several blocks is as many pages of one block, which lie one after the other.
+    A page of several blocks, padded where the plan says so, is as many pages of one, which lie one after the other.
     """
     plan = plan or plan_for(heads, keys.pool_k, block)
     if plan is None:
         return reference.block_attention(heads, keys, layer=layer, block=block, pending=pending)
-    return _tiled(heads, keys, layer=layer, block=block, pending=pending, plan=plan)
+    whole = whole_blocks and plan.padded == block
+    options: dict[str, Any] = {"layer": layer, "block": block, "plan": plan, "whole": whole}
+    if plan.padded == block:
+        return _tiled(heads, keys, **options, pending=pending)
+
+    def padded(heads: jax.Array) -> jax.Array:
+        blocks = heads.reshape(len(heads), -1, block, *heads.shape[2:])
+        room = [(0, plan.padded - block) if axis == 2 else (0, 0) for axis in range(blocks.ndim)]
+        return jnp.pad(blocks, room).reshape(len(heads), -1, *heads.shape[2:])
+
+    pending = None if pending is None else (padded(pending[0]), pending[1])
+    out = _tiled(padded(heads), keys, **options, pending=pending)
+    return out.reshape(len(out), -1, plan.padded, *out.shape[2:])[:, :, :block].reshape(*heads.shape[:2], *out.shape[2:])
 
 
-@functools.partial(jax.jit, static_argnames=("block", "plan"))  # traced, and made a kernel of, once for all its uses
+@functools.partial(jax.jit, static_argnames=("block", "plan", "whole"))  # traced, and made a kernel of, once for all its uses
 def _tiled(
-    heads: jax.Array, keys: Keys, *, layer: jax.Array, block: int, pending: tuple[jax.Array, jax.Array] | None, plan: Plan
+    heads: jax.Array,
+    keys: Keys,
+    *,
+    layer: jax.Array,
+    block: int,
+    pending: tuple[jax.Array, jax.Array] | None,
+    plan: Plan,
+    whole: bool,
 ) -> jax.Array:
+    """The kernel, over blocks that are padded already; ``whole``: all their positions are tokens, and prefixes are whole pages."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     rows, width, kv, packed, head = heads.shape
     pool_k, pool_v, table, prefix_len, lanes = keys
-    group, count, per_page = packed - 2, lanes.shape[1], pool_k.shape[2] // block
+    group, count, per_page = packed - 2, lanes.shape[1], pool_k.shape[2] // plan.padded
     if per_page > 1:
         table = (table[..., None] * per_page + jnp.arange(per_page, dtype=jnp.int32)).reshape(rows, -1)
     unwritten, live = (heads, prefix_len) if pending is None else pending  # without a pending block, neither is read
 
-    tile = plan.heads * block
+    tile = plan.heads * plan.padded
     tiles = tile // 64
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     stored = plgpu.SMEM((plan.stages, _STEP, head), heads.dtype, transforms=swizzled)
-    fetched = plgpu.Barrier(num_arrivals=_STEP // block, num_barriers=plan.stages)
+    fetched = plgpu.Barrier(num_arrivals=_STEP // plan.padded, num_barriers=plan.stages)
     scratch: list[Any] = [
         plgpu.SMEM((tile, head), heads.dtype, transforms=swizzled),
         stored,
@@ -286,7 +329,8 @@ def _tiled(
         _body,
         plan=plan,
         block=block,
-        pending_blocks=0 if pending is None else unwritten.shape[1] // block,
+        whole=whole,
+        pending_blocks=0 if pending is None else unwritten.shape[1] // plan.padded,
         kv_heads=kv,
         pool_pages=pool_k.shape[1] * per_page,
         scale=head**-0.5 * math.log2(math.e),

@@ -57,10 +57,10 @@ def attend(options, backend):
     return _attend(arrays, options["block"], backend)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "backend"))
-def _attend(arrays, block, backend):
+@functools.partial(jax.jit, static_argnames=("block", "backend", "whole_blocks"))
+def _attend(arrays, block, backend, whole_blocks=True):
     keys = block_attention.Keys(*(arrays[name] for name in block_attention.Keys._fields))
-    options = {"layer": arrays["layer"], "block": block, "pending": arrays["pending"]}
+    options = {"layer": arrays["layer"], "block": block, "pending": arrays["pending"], "whole_blocks": whole_blocks}
     return block_attention.block_attention(arrays["heads"], keys, **options, backend=backend)
 
 
@@ -91,6 +91,46 @@ def test_as_the_reference(rng, relative_error, case, shape):
     alive = np.repeat(np.asarray(lanes, bool), clean["pool_k"].shape[2], 1)
     assert relative_error(got[alive], want[alive]) < 5e-3
     assert (got[~alive] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("block", "page", "group", "whole_blocks"),
+    [(4, 16, 4, True), (8, 16, 4, True), (4, 32, 8, True), (32, 64, 1, True), (32, 64, 7, False), (32, 32, 4, False)],
+)
+@pytest.mark.parametrize("with_pending", [False, True])
+def test_blocks_that_are_no_tile_and_prefixes_that_end_anywhere(rng, relative_error, block, page, group, whole_blocks, with_pending):
+    """What lies behind the end of a prefix in its last page is NaN, as is all else that no row sees."""
+    kv, head, lanes = 2, 128, np.array([[1, 1], [1, 0], [0, 1], [1, 1]], bool)
+    prefix = np.array([0, 5, 16, 33]) * block + (0 if whole_blocks else np.array([3, 0, 1, 7]))
+    pages = -(-prefix // page)
+    order, table = rng.permutation(pages.sum() + 2), np.full((4, max(pages) + 1), pages.sum() + 2)
+    seen = np.zeros((LAYERS, len(order), page), bool)
+    for row, (start, n) in enumerate(zip(np.cumsum([0, *pages]), pages, strict=False)):
+        table[row, :n] = order[start : start + n]
+        at = np.arange(prefix[row])
+        seen[1, table[row, at // page], at % page] = True
+    pending = np.array([1, 0, 1, 1], bool)
+    there = [np.repeat(lanes, block, 1), seen, seen, np.repeat(pending[:, None], block, 1)]
+    shapes = [(4, 2 * block, kv, group + 2, head), *[(LAYERS, len(order), page, kv, head)] * 2, (4, block, kv, group + 2, head)]
+    drawn = [rng.standard_normal(shape, np.float32) for shape in shapes]
+
+    def run(arrays, dtype, backend):
+        heads, pool_k, pool_v, unwritten = (jnp.asarray(a, dtype) for a in arrays)
+        ints = {"layer": jnp.int32(1), "page_table": jnp.asarray(table, jnp.int32), "prefix_len": jnp.asarray(prefix, jnp.int32)}
+        old = (unwritten, jnp.asarray(pending)) if with_pending else None
+        return _attend(
+            ints | {"heads": heads, "pool_k": pool_k, "pool_v": pool_v, "lanes": jnp.asarray(lanes), "pending": old},
+            block,
+            backend,
+            whole_blocks,
+        )
+
+    bad = [np.where(w.reshape(w.shape + (1,) * (a.ndim - w.ndim)), a, np.nan) for a, w in zip(drawn, there, strict=True)]
+    got = run(bad, jnp.bfloat16, "gpu")
+    with jax.default_matmul_precision("highest"):
+        want = run(drawn, jnp.float32, "reference")
+    alive = there[0]
+    assert relative_error(got[alive], want[alive]) < 5e-3
 
 
 def test_a_row_depends_neither_on_the_others_nor_on_a_block_that_is_not_there(rng):
@@ -153,7 +193,7 @@ def test_pages_of_several_blocks_are_pages_of_one_to_the_bit(rng, per_page):
     np.testing.assert_array_equal(attend(options, "gpu"), attend(clean, "gpu"))
 
 
-@pytest.mark.parametrize("block, page", [(32, 16), (4, 32), (4, 4)])
+@pytest.mark.parametrize("block, page", [(32, 16), (4, 8), (4, 4)])
 def test_other_blocks_and_pages_take_the_reference(rng, block, page):
     clean, _ = make(rng, [4, 2], [[1, 1], [1, 0]], block=page)
     width = 2 * block

@@ -61,8 +61,7 @@ def test_float32_is_a_slice_and_a_matmul_to_the_bit(key):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rows", [1, 32, 256, 1100])
-@pytest.mark.parametrize(("depth", "width"), [(1536, 1536), (512, 6144)])
+@pytest.mark.parametrize(("rows", "depth", "width"), [(32, 1536, 1536), (256, 1536, 1536), (1, 512, 6144), (1100, 512, 6144)])
 def test_a_quantised_matrix_is_what_it_stands_for(key, relative_error, form, rows, depth, width):
     """Whole, and in parts of its depth; in words of the tensor cores, and where many rows are multiplied by what is made plain."""
     keys = jax.random.split(key, 2)
@@ -76,7 +75,7 @@ def test_a_quantised_matrix_is_what_it_stands_for(key, relative_error, form, row
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rows", [1, 32, 256, 1100])
+@pytest.mark.parametrize("rows", [32, 1100])
 def test_a_quantised_gated_mlp_is_what_it_stands_for(key, relative_error, form, rows):
     keys = jax.random.split(key, 3)
     x = jax.random.normal(keys[0], (1, rows, 512), jnp.bfloat16)

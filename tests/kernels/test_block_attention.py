@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.block_attention import Keys, block_attention, gpu, reference, tpu
+from pallas_kernels.block_attention import Keys, block_attention, reference, tpu
 
 
 LAYERS, PAGES, BLOCK, HEAD = 2, 11, 4, 8
@@ -129,15 +129,14 @@ def test_the_kernel_reads_pages_that_are_no_blocks(interpret, page):
 
 
 @pytest.mark.sweep_but("plain")
-def test_a_prefix_may_end_within_a_block(interpret, monkeypatch):
-    """The TPU's kernel takes it as it is; the GPU's knows whole blocks alone, and is not asked."""
+def test_a_prefix_may_end_within_a_block(interpret):
+    """The TPU's kernel takes it as it is; the GPU's is told, and does so for bfloat16 (tests/gpu)."""
     heads, keys, pending = make(6)
     keys = keys._replace(prefix_len=jnp.array([3, 18, 8, 11]))
     options = {"layer": jnp.int32(1), "block": BLOCK, "pending": pending}
     want = call(reference.block_attention, heads, keys, **options)
     got = call(tpu.block_attention, heads, keys, prefix_tokens=8, interpret=interpret, **options)
     np.testing.assert_allclose(got[live(keys)], want[live(keys)], rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(gpu, "plan_for", lambda *a: pytest.fail("the kernel makes a plan"))
     got = block_attention(heads, keys, whole_blocks=False, backend="gpu", **options)
     np.testing.assert_allclose(got[live(keys)], want[live(keys)], rtol=1e-5, atol=1e-6)
 
