@@ -17,9 +17,10 @@ from test_warm_up import PARAMS
 
 from diffulex_jax import Engine, SamplingParams
 from diffulex_jax.async_serving import loop, protocol
-from diffulex_jax.engine import background, build, device, executables
+from diffulex_jax.engine import background, build, device, engine, executables
 from diffulex_jax.engine.packing import Shape
 from diffulex_jax.parallel.mesh import make_mesh
+from diffulex_jax.strategies import resolve
 from pallas_kernels import choose
 
 
@@ -63,20 +64,20 @@ def ids(outputs):
 
 
 def test_requests_are_served_by_what_is_there(engine_of_a_gpu, later, used):
-    engine = engine_of_a_gpu()
+    built = engine_of_a_gpu()
     assert set(used) == set(ANY) and len(later) == len(ALL) - len(ANY)
     used.clear()
-    answers = engine.generate(PROMPTS, MIXED)
+    answers = built.generate(PROMPTS, MIXED)
     assert set(used) == set(ANY)
     for task in later[:2]:  # of loops over few rows
         task()
     used.clear()
-    assert ids(engine.generate(PROMPTS[:1], MIXED[:1])) == ids(answers[:1]) and set(used) == {("denoise", True, 2)}
+    assert ids(built.generate(PROMPTS[:1], MIXED[:1])) == ids(answers[:1]) and set(used) == {("denoise", True, 2)}
     for task in later[2:]:
         task()
     used.clear()
     for chosen in ([0, 1, 2], [1], [2], [0, 2, 0]):  # all rows or few, one of them sampled or none, prompts of one row or of several
-        assert ids(engine.generate([PROMPTS[i] for i in chosen], [MIXED[i] for i in chosen])) == [answers[i].token_ids for i in chosen]
+        assert ids(built.generate([PROMPTS[i] for i in chosen], [MIXED[i] for i in chosen])) == [answers[i].token_ids for i in chosen]
     assert set(used) == ALL
 
 
@@ -92,9 +93,9 @@ def test_several_hosts_have_all_programs_from_the_start(engine_of_a_gpu, monkeyp
 
 
 def test_warm_up_waits_for_the_background_and_then_nothing_is_compiled(engine_of_a_gpu, used):
-    engine = engine_of_a_gpu()
+    built = engine_of_a_gpu()
     used.clear()
-    engine.warm_up()
+    built.warm_up()
     assert set(used) == ALL
     compiled = []
 
@@ -103,7 +104,7 @@ def test_warm_up_waits_for_the_background_and_then_nothing_is_compiled(engine_of
 
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        engine.generate(PROMPTS * 2, MIXED * 2)
+        built.generate(PROMPTS * 2, MIXED * 2)
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert not [event for event in compiled if "compile" in event]
@@ -120,18 +121,18 @@ def test_what_the_background_cannot_compile_is_done_by_others(engine_of_a_gpu, l
     def fail(*_):
         raise RuntimeError("no room left")
 
-    engine = engine_of_a_gpu()
+    built = engine_of_a_gpu()
     with monkeypatch.context() as broken:
         broken.setattr(executables.Programs, "_lower", fail)
         for task in later:
             task()
     assert len(caplog.records) == len(later) and "no room left" in caplog.text and "('denoise', True, 2)" in caplog.text
     used.clear()
-    assert len(engine.generate(PROMPTS[:1], MIXED[:1])[0].token_ids) == 9
+    assert len(built.generate(PROMPTS[:1], MIXED[:1])[0].token_ids) == 9
     assert set(used) == {ANY[0]}
     with pytest.raises(RuntimeError, match="no room left"):
-        engine.warm_up()
-    assert len(engine.generate(PROMPTS[:1], MIXED[:1])[0].token_ids) == 9
+        built.warm_up()
+    assert len(built.generate(PROMPTS[:1], MIXED[:1])[0].token_ids) == 9
 
 
 def test_nothing_is_compiled_for_an_engine_that_is_gone(later):
@@ -160,6 +161,24 @@ def test_who_waits_goes_first():
     while len(order) < 2:
         time.sleep(0.01)
     assert order == ["first", "later"]
+
+
+def test_the_background_rests_while_an_engine_is_built(engine_of_a_gpu, monkeypatch):
+    """Also between the engines of several strategies."""
+    done, usual = [], sys.getswitchinterval()
+
+    def warm_up(*_, **__):
+        background.do_later(lambda: done.append(sys.getswitchinterval()))
+        time.sleep(0.1)
+        assert not done
+
+    monkeypatch.setattr(device.JaxDevice, "warm_up", warm_up)
+    network = build.Network(MODEL, PARAMS, None, (), "", make_mesh())
+    monkeypatch.setattr(engine, "load", lambda *_: (network, [resolve("llada2"), resolve("dmax")]))
+    Engine.for_strategies("any", [None], block_size=4, max_slots=4, max_model_len=128)
+    while background._threads or len(done) < 2:
+        time.sleep(0.01)
+    assert max(done) < usual == sys.getswitchinterval()  # then a thread that has Python's lock gives it away sooner
 
 
 def test_a_process_that_ends_does_what_was_begun_and_no_more():
@@ -196,7 +215,7 @@ app(["serve"])
 
 def test_a_server_counts_no_program_of_the_background():
     """``recompiles_total`` is of those that requests wait for."""
-    engine = types.SimpleNamespace(stats={"waiting": 0}, has_work=False)
+    idle = types.SimpleNamespace(stats={"waiting": 0}, has_work=False)
     seen: list[int] = []
 
     def compile_one() -> None:
@@ -215,5 +234,5 @@ def test_a_server_counts_no_program_of_the_background():
         act()
         return []
 
-    loop.run({"one": engine}, receive, lambda events: seen.extend(event.stats["recompiles"] for event in events))
+    loop.run({"one": idle}, receive, lambda events: seen.extend(event.stats["recompiles"] for event in events))
     assert seen == [0, 1]

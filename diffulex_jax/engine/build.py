@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from diffulex_jax import decode
 from diffulex_jax.cache.pages import PagePool, chain_digest
-from diffulex_jax.engine import alike
+from diffulex_jax.engine import alike, background
 from diffulex_jax.engine.admission import Limits
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import JaxDevice, default_num_pages
@@ -206,7 +206,8 @@ def build(network: Network, strategy: Strategy, settings: EngineConfig, *, memor
         adapters=names,
     )
     if s.warm_up:
-        own.warm_up(wait=hosts.several())  # which of the others are there, every host would know for itself alone
+        with background.held():
+            own.warm_up(wait=hosts.several())  # which of the others are there, every host would know for itself alone
     device = Mirror(own) if hosts.several() else own
     # The KV of a block depends on these; on the strategy it does not.
     same_kv = {

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffulex_jax import compile_cache
-from diffulex_jax.engine import scoring
+from diffulex_jax.engine import background, scoring
 from diffulex_jax.engine.admission import AnyParams, Prompt, admit, check_adapter, paired, scored
 from diffulex_jax.engine.build import Network, build, load
 from diffulex_jax.engine.config import EngineConfig
@@ -111,10 +111,11 @@ class Engine:
         """
         network, found = load(model, strategies, mesh, EngineConfig(**settings))
         shares = [1 / (len(found) - i) for i in range(len(found))]
-        return {
-            chosen.name: cls(**network._asdict(), strategy=chosen, memory_share=share, **settings)
-            for chosen, share in zip(found, shares, strict=True)
-        }
+        with background.held():
+            return {
+                chosen.name: cls(**network._asdict(), strategy=chosen, memory_share=share, **settings)
+                for chosen, share in zip(found, shares, strict=True)
+            }
 
     def warm_up(self, prompts: Sequence[Prompt] | str | None = None, params: AnyParams | None = None) -> None:
         """Compiles what these prompts need that is not compiled yet, so that decoding them does not wait for it; by default every program.
