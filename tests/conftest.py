@@ -85,6 +85,8 @@ SLOW = (
     "test_kv.py",
     "kernels/test_kv_forms.py",
     "test_rollout.py",
+    "test_quantised_layers.py",
+    "test_adapters.py",
     "test_replay.py",
     "test_readme.py",
     "test_update_params.py",
