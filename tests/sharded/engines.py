@@ -25,6 +25,7 @@ def engines(meshes):
             "strategy": "llada2_edit",
             "block_size": BLOCK,
             "force_block_size": True,
+            "page_size": 8,
             "max_model_len": 32,
             "max_slots": 8,
             "num_pages": 16,
