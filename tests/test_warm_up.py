@@ -20,7 +20,7 @@ MIXED = [SamplingParams(max_tokens=9, seed=3, temperature=t, logprobs=t > 0) for
 
 
 def engine_of(**settings) -> Engine:
-    return Engine(MODEL, PARAMS, block_size=4, max_slots=2, max_model_len=128, **settings)
+    return Engine(MODEL, PARAMS, block_size=4, page_size=8, max_slots=2, max_model_len=128, **settings)
 
 
 @pytest.fixture(scope="module")
