@@ -23,7 +23,7 @@ def parameters(seed: int):
 
 
 def engine_over(params, **settings) -> Engine:
-    sizes = {"block_size": 4, "max_slots": 2, "max_model_len": 16, "warm_up": False}
+    sizes = {"block_size": 4, "page_size": 8, "max_slots": 2, "max_model_len": 16, "warm_up": False}
     return Engine(MODEL, params, **sizes, **settings)
 
 
