@@ -7,17 +7,17 @@ import functools
 import gc
 import os
 import pathlib
+import sys
 from typing import Any
 
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# JAX is imported late, by workers alone: it takes two seconds.
 import hypothesis
-import jax
 import pytest
 from sweep import left_out, mark_others
 
-from diffulex_jax import Engine
 from diffulex_jax.cli.surroundings import compile_sooner
 
 
@@ -246,8 +246,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     for name, value in cache.items():
-        jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+        if "jax" in sys.modules:  # a folder's conftest.py has imported it, so that it has read another environment
+            sys.modules["jax"].config.update(name, value)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -305,6 +306,8 @@ def _a_file_leaves_nothing_behind():
     """Compiled programs live as long as JAX remembers them, hundreds of megabytes a file. The next file reads what it needs from disk."""
     gc.freeze()  # garbage is looked for hundreds of times while JAX traces: not among the modules, which stay
     yield
+    import jax
+
     jax.clear_caches()
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
@@ -317,6 +320,7 @@ def engine_of():
 
     Each of its programs is compiled when a test first needs it.
     """
+    from diffulex_jax import Engine
 
     @functools.cache
     def build(model: str, **settings) -> Engine:
