@@ -50,7 +50,7 @@ def network(folder):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    return Engine.from_pretrained(str(folder), max_slots=3, max_model_len=32, warm_up=False)
+    return Engine.from_pretrained(str(folder), max_slots=3, max_model_len=32, page_size=8, warm_up=False)
 
 
 def test_the_config_says_how_experts_are_chosen(network):
