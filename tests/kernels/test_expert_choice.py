@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu
+from hopper import in_simulator, simulated
 
 from pallas_kernels.expert_choice import Router, choose, choose_backend
 from pallas_kernels.target import Target
@@ -244,9 +244,8 @@ def test_a_router_that_does_not_fit_is_named(router, message):
         choose(jnp.ones((1, 1)), jnp.ones((1, 4)), None, router)
 
 
-# JAX 0.10, the only one for Python 3.11, has no simulator for Hopper kernels.
 @pytest.mark.sweep_but("4")
-@pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)")
+@simulated
 @pytest.mark.parametrize("kept", [4, 8])
 def test_tokens_choose_in_the_simulator(kept):
     rng = np.random.default_rng(kept)
@@ -254,7 +253,7 @@ def test_tokens_choose_in_the_simulator(kept):
     logits[3] = 0.5  # a row of equals
     logits[5] = 0.0  # what is not a number counts as this
     router = Router(top_k=8, groups=8, kept=kept, scale=2.5)
-    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+    with in_simulator():
         ids, weights = choose(jnp.eye(70).at[5].set(jnp.nan), jnp.asarray(logits), jnp.asarray(bias), router, backend="gpu")
     want_ids, want_weights = chosen(logits, bias, router)
     np.testing.assert_array_equal(ids, want_ids)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import in_simulator, simulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 from jax.test_util import check_grads
 from rows_by_group import place_rows
 from words_in_memory import operand_in_shared_memory
@@ -187,12 +187,8 @@ def test_errors_name_what_is_wrong():
         expert_mlp(x, ids, weights, gate_up[..., 1:], down)
 
 
-# Hopper kernels run nowhere else without a Hopper GPU. JAX 0.10, the only one for Python 3.11, has no simulator for them. What
-# places rows and what fetches them, ``gpu_dispatch`` and ``gpu_fetch``, run in no simulator: plain code does it here, and tests/gpu holds
-# the one to the other.
-simulated = pytest.mark.skipif(
-    not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)"
-)
+# What places rows and what fetches them, ``gpu_dispatch`` and ``gpu_fetch``, run in no simulator: plain code does it here, and tests/gpu
+# holds the one to the other.
 
 
 def _fetch(x, chosen, to):
@@ -222,7 +218,7 @@ def test_the_hopper_kernels_in_the_simulator(tokens, two_multiprocessors):
     stacks = [jnp.stack([jnp.full_like(a, jnp.nan), a]) for a in (gate_up, down)]
     shared = (stacks[0][:, 0].reshape(2, 128, 2, 128), stacks[1][:, 0])
     valid = jnp.arange(tokens) != 2
-    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+    with in_simulator():
         got = expert_mlp(x, ids, weights, *stacks, layer=jnp.int32(1), valid=valid, shared=shared, backend="gpu")
     want = expert_mlp(x, ids, weights, *stacks, layer=1, valid=valid, shared=shared, backend="dense")
     error = jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(want.astype(jnp.float32))
@@ -275,7 +271,7 @@ def test_the_hopper_kernels_read_packed_words_in_the_simulator(tokens, form, two
     shared = (gate_up[:1].reshape(1, 256, 2, 128), down[:1])
     shared = tuple(jnp.concatenate([a, a]) for a in shared)
     valid = jnp.arange(tokens) != 2
-    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+    with in_simulator():
         got = expert_mlp(x, ids, weights, *stacks, layer=jnp.int32(1), valid=valid, shared=shared, backend="gpu")
     want = expert_mlp(x, ids, weights, *stacks, layer=1, valid=valid, shared=shared, backend="dense")
     error = jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(want.astype(jnp.float32))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu
+from hopper import in_simulator, simulated
 
 from pallas_kernels.grouped_matmul import gpu_kernel
 from pallas_kernels.linear import choose_backend, gpu, linear, mlp
@@ -40,8 +40,7 @@ def test_choice_of_backend():
         linear(jnp.ones((1, 1, 2)), jnp.ones((1, 2, 2)), 0, backend="fast")
 
 
-# JAX 0.10, the only one for Python 3.11, has no simulator for Hopper kernels.
-@pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)")
+@simulated
 @pytest.mark.parametrize("rows", [1, 24, 160])
 @pytest.mark.parametrize("depth", [256, 1024])
 def test_the_hopper_kernel_in_the_simulator(rows, depth, monkeypatch):
@@ -50,7 +49,7 @@ def test_the_hopper_kernel_in_the_simulator(rows, depth, monkeypatch):
     rng = np.random.default_rng(rows)
     x, stack = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((1, rows, depth), (2, depth, 192)))
     assert gpu._parts(rows, depth, 192) == depth // 1024 + 1
-    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+    with in_simulator():
         got = gpu.linear(x, stack, 1)
     want = x[0].astype(jnp.float32) @ stack[1].astype(jnp.float32)
     np.testing.assert_allclose(got[0].astype(jnp.float32), want, atol=0.01 * float(jnp.abs(want).max()))

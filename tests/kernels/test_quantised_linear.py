@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu
+from hopper import in_simulator, simulated
 from words_in_memory import operand_in_shared_memory
 
 from pallas_kernels.grouped_matmul import gpu_kernel, plain
@@ -109,17 +109,11 @@ def test_no_layer_but_one_is_made_plain(backend, most):
     assert temporaries(8) == temporaries(2) < most * 4 * 1024 * 64
 
 
-# JAX 0.10, the only one for Python 3.11, has no simulator for Hopper kernels.
-simulated = pytest.mark.skipif(
-    not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)"
-)
-
-
 @pytest.fixture
 def simulator(monkeypatch):
     monkeypatch.setattr(gpu_kernel, "num_multiprocessors", lambda: 3)
     monkeypatch.setattr(gpu_kernel, "words", operand_in_shared_memory)
-    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+    with in_simulator():
         yield
 
 

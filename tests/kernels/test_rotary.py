@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu
+from hopper import in_simulator, simulated
 
 from pallas_kernels.rotary import HeadNorms, choose_backend, rotate, table
 from pallas_kernels.target import Target
@@ -46,12 +46,11 @@ def test_choice_of_backend():
         rotate(*drawn((1, 1, 1, 3, 4), jnp.float32)[:2], backend="fast")
 
 
-# JAX 0.10, the only one for Python 3.11, has no simulator for Hopper kernels.
-@pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no simulator for Hopper kernels (0.11 has)")
+@simulated
 @pytest.mark.parametrize(("shape", "dim"), [((2, 8, 2, 4, 128), 64), ((1, 8, 2, 6, 128), 128), ((1, 4, 1, 3, 64), 64)])
 def test_the_hopper_kernel_in_the_simulator(shape, dim):
     heads, positions, norms = drawn(shape, jnp.bfloat16)
     turns = table(positions, dim, 1e4)
-    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+    with in_simulator():
         got = rotate(heads, turns, norms, backend="gpu")
     np.testing.assert_array_equal(got, rotate(heads, turns, norms, backend="reference"))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from diffulex_jax.models.registry import model_of
 
 
-SHAPE = {
-    "model_type": "llada2_moe",
+SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
+}
+SHAPE = SIZES | {
+    "model_type": "llada2_moe",
     "head_dim": 8,
     "num_experts": 8,
     "num_experts_per_tok": 2,
@@ -25,14 +27,9 @@ SHAPE = {
 }
 MODEL = model_of(SHAPE)
 NEXT = model_of(  # biases, a head that is the embeddings, and outputs that speak of the next position
-    {
+    SIZES
+    | {
         "model_type": "Fast_dLLM_Qwen",
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
         "mask_token_id": 95,
         "eos_token_id": 94,
         "tie_word_embeddings": True,
