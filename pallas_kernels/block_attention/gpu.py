@@ -84,7 +84,7 @@ def _body(
     empty: Any,
     *joining: Any,
     plan: Plan,
-    block: int,
+    own: int,
     whole: bool,
     pending_blocks: int,
     kv_heads: int,
@@ -94,7 +94,7 @@ def _body(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    own, block, head = block, plan.padded, q_smem.shape[-1]
+    block, head = plan.padded, q_smem.shape[-1]
     lanes = alive.shape[1]
     group = heads.shape[1] // (kv_heads * head) - 2
     per_step = _STEP // block
@@ -328,7 +328,7 @@ def _tiled(
     body = functools.partial(
         _body,
         plan=plan,
-        block=block,
+        own=block,
         whole=whole,
         pending_blocks=0 if pending is None else unwritten.shape[1] // plan.padded,
         kv_heads=kv,

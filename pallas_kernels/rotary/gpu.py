@@ -29,11 +29,13 @@ def rotate(heads: jax.Array, table: tuple[jax.Array, jax.Array], norms: HeadNorm
     tokens, head, half = math.prod(heads.shape[:2]), heads.shape[-1], table[0].shape[-1] // 2
     if norms is None or heads.dtype != jnp.bfloat16 or half % _LANES or head % half or tokens % _WARPS:
         return reference.rotate(heads, table, norms)
-    return _rotate(heads, table, norms._replace(eps=0.0), eps=norms.eps)
+    return _rotate(heads, table, norms[:3], eps=norms.eps)
 
 
 @functools.partial(jax.jit, static_argnames="eps")  # traced, and made a kernel of, once for all its uses
-def _rotate(heads: jax.Array, table: tuple[jax.Array, jax.Array], norms: HeadNorms, *, eps: float) -> jax.Array:
+def _rotate(
+    heads: jax.Array, table: tuple[jax.Array, jax.Array], norms: tuple[jax.Array, jax.Array, jax.Array], *, eps: float
+) -> jax.Array:
     *rows, kv, packed, head = heads.shape
     tokens = math.prod(rows)
     kernel = plgpu.kernel(
@@ -45,7 +47,8 @@ def _rotate(heads: jax.Array, table: tuple[jax.Array, jax.Array], norms: HeadNor
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     cos, sin = (t.reshape(tokens, -1) for t in table)
-    out = kernel(heads.reshape(tokens, -1), cos, sin, norms.queries, norms.keys, norms.layer.reshape(1))
+    queries, keys, layer = norms
+    out = kernel(heads.reshape(tokens, -1), cos, sin, queries, keys, layer.reshape(1))
     return out.reshape(heads.shape)
 
 
