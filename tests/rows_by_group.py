@@ -1,11 +1,11 @@
-"""What ``pallas_kernels.grouped_matmul.gpu_dispatch.place_rows`` is to compute, in plain code."""
+"""What ``pallas_kernels.grouped_matmul.gpu_places.place_rows`` is to compute, in plain code."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul.gpu_dispatch import Placed
 from pallas_kernels.grouped_matmul.gpu_kernel import ALIGN, Groups
+from pallas_kernels.grouped_matmul.gpu_places import Placed
 
 
 def place_rows(ids, valid, *, groups, shared, tile_rows):

@@ -32,7 +32,7 @@ _NAMES = {
     "block_attention": "block_attention",
     "write_blocks": "block_attention",
     "choose_experts": "expert_choice",
-    "place_pairs": "grouped_matmul",
+    "place_rows": "grouped_matmul",
     "grouped_matmul": "linear",  # or of experts, in their scope
     "grouped_swiglu": "linear",
     "prediction": "prediction",

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels.grouped_matmul.gpu_dispatch import place_rows
 from pallas_kernels.grouped_matmul.gpu_kernel import Tile, fits, matmul
+from pallas_kernels.grouped_matmul.gpu_places import place_rows
 from pallas_kernels.grouped_matmul.reference import add_shared
 from pallas_kernels.grouped_matmul.routing import combine, held_here
 from pallas_kernels.grouped_matmul.stacks import Stack, is_quantised

@@ -9,7 +9,7 @@ import pytest
 from rows_by_group import place_rows
 
 from pallas_kernels.expert_choice import Router, gpu_kernel, reference
-from pallas_kernels.grouped_matmul import gpu_dispatch
+from pallas_kernels.grouped_matmul import gpu_places
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 32, 1024])
@@ -48,7 +48,7 @@ def test_rows_lie_by_group(tokens, chosen, groups, shared, masked):
         ids[rng.random(ids.shape) < 0.1] = -1
     valid = jnp.asarray(rng.random(tokens) < 0.7) if masked else None
     options = {"groups": groups, "shared": shared, "tile_rows": 16}
-    placed, counted = gpu_dispatch.place_rows(jnp.asarray(ids), valid, **options)
+    placed, counted = gpu_places.place_rows(jnp.asarray(ids), valid, **options)
     want, want_counted = place_rows(jnp.asarray(ids), valid, **options)
     np.testing.assert_array_equal(placed.row, want.row)
     for got, wanted in zip(counted, want_counted, strict=True):

@@ -187,7 +187,7 @@ def test_errors_name_what_is_wrong():
         expert_mlp(x, ids, weights, gate_up[..., 1:], down)
 
 
-# What places rows and what fetches them, ``gpu_dispatch`` and ``gpu_fetch``, run in no simulator: plain code does it here, and tests/gpu
+# What places rows and what fetches them, ``gpu_places`` and ``gpu_fetch``, run in no simulator: plain code does it here, and tests/gpu
 # holds the one to the other.
 
 
