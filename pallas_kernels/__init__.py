@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import block_attention, expert_choice, grouped_matmul, linear, prediction, remask, rotary, token_merge
+from pallas_kernels import block_attention, expert_choice, grouped_matmul, linear, norm, prediction, remask, rotary, token_merge
 from pallas_kernels.target import Target, target_of
 
 
@@ -18,7 +18,7 @@ class Kernels(NamedTuple):
     """What an engine computes with on its devices: the backend of each operation by name, and what follows from them.
 
     Attributes:
-      block_attention, expert_choice, grouped_matmul, linear, prediction, remask, rotary, token_merge: names of backends.
+      block_attention, expert_choice, grouped_matmul, linear, norm, prediction, remask, rotary, token_merge: names of backends.
       host_drives_loops: every branch and every turn of a loop asks the device something and waits for the answer (XLA on a GPU). Then a
         program should ask as little as it can, at the price of a longer one.
       layers_per_turn: layers in one turn of the loop over layers: where there is a gap between turns, more of them leave fewer gaps.
@@ -40,6 +40,7 @@ class Kernels(NamedTuple):
     expert_choice: str
     grouped_matmul: str
     linear: str
+    norm: str
     prediction: str
     remask: str
     rotary: str
@@ -74,6 +75,7 @@ REFERENCE = Kernels(
     expert_choice="sorted",
     grouped_matmul="ragged",
     linear="sliced",
+    norm="reference",
     prediction="reference",
     remask="reference",
     rotary="reference",
@@ -96,6 +98,7 @@ def choose_for(target: Target) -> Kernels:
         expert_choice=expert_choice.choose_backend(target),
         grouped_matmul=grouped_matmul.choose_backend(target),
         linear=matrices,
+        norm=norm.choose_backend(target),
         prediction=prediction.choose_backend(target),
         remask=remask.choose_backend(target),
         rotary=rotary.choose_backend(target),

@@ -23,6 +23,7 @@ from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.weights import adapter_stacks, adapters, checkpoint
 from diffulex_jax.weights.adapters import Lora
 from pallas_kernels import REFERENCE
+from pallas_kernels.parts import summed
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -226,8 +227,8 @@ def test_a_product_is_that_of_the_rows_own_matrices():
     for kernels, pending in ((REFERENCE, 0), (REFERENCE._replace(rows_apart=True), 3)):
         ops = machine_ops(kernels, lambda *_: None, pending=pending)
         with jax.default_matmul_precision("highest"):
-            wide, through = ops.linear(x, gate_up, layer), ops.mlp(x, (gate_up, down), layer)
-            half = ops.mlp(x, (gate_up.matrix, down), layer)
+            wide, through = summed(ops.linear(x, gate_up, layer)), summed(ops.mlp(x, (gate_up, down), layer))
+            half = summed(ops.mlp(x, (gate_up.matrix, down), layer))
         for row in range(4):
             h = jnp.tensordot(x[row], merged(gate_up, row), 1)
             np.testing.assert_allclose(wide[row], h, atol=1e-5)

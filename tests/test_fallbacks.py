@@ -27,26 +27,31 @@ def facts(checkpoint: str, target: Target, **settings):
 @pytest.mark.parametrize(
     ("checkpoint", "target", "settings", "kernels", "plain"),
     [
-        (SDAR, TPU, {}, "block_attention prediction remask", "linear rotary"),
-        (SDAR, TPU, {"kernels": "reference"}, "", "block_attention linear prediction remask rotary"),
-        (DREAM, TPU, {}, "", "block_attention linear prediction rotary"),  # a whole canvas, and confidences that no kernel knows
+        (SDAR, TPU, {}, "block_attention prediction remask", "linear norm rotary"),
+        (SDAR, TPU, {"kernels": "reference"}, "", "block_attention linear norm prediction remask rotary"),
+        (DREAM, TPU, {}, "", "block_attention linear norm prediction rotary"),  # a whole canvas, and confidences that no kernel knows
         # Pages of half a tile.
-        (LLADA2, TPU7X, {}, "block_attention grouped_matmul prediction remask", "expert_choice linear rotary"),
-        (LLADA2, TPU, {"page_size": 4}, "prediction remask", "block_attention expert_choice grouped_matmul linear rotary"),
+        (LLADA2, TPU7X, {}, "block_attention grouped_matmul prediction remask", "expert_choice linear norm rotary"),
+        (LLADA2, TPU, {"page_size": 4}, "prediction remask", "block_attention expert_choice grouped_matmul linear norm rotary"),
         # Heads of 16 and 32; few tokens choose their experts in XLA.
-        pytest.param(SDAR, HOPPER, {"dtype": "bfloat16"}, "linear prediction", "block_attention remask rotary", marks=needs_11),
-        (LLADA2, TPU, {"kv": "int8"}, "prediction remask", "block_attention expert_choice grouped_matmul linear rotary"),
-        (LLADA2, TPU, {"weights": "int8"}, "block_attention prediction remask", "expert_choice grouped_matmul linear rotary"),
-        (SDAR, TPU, {"weights": "int4"}, "block_attention prediction remask", "linear rotary"),
+        pytest.param(SDAR, HOPPER, {"dtype": "bfloat16"}, "linear prediction", "block_attention norm remask rotary", marks=needs_11),
+        (LLADA2, TPU, {"kv": "int8"}, "prediction remask", "block_attention expert_choice grouped_matmul linear norm rotary"),
+        (LLADA2, TPU, {"weights": "int8"}, "block_attention prediction remask", "expert_choice grouped_matmul linear norm rotary"),
+        (SDAR, TPU, {"weights": "int4"}, "block_attention prediction remask", "linear norm rotary"),
         pytest.param(  # of its matrices one consists of whole tiles
-            SDAR, HOPPER, {"dtype": "bfloat16", "weights": "int8"}, "linear prediction", "block_attention remask rotary", marks=needs_11
+            SDAR,
+            HOPPER,
+            {"dtype": "bfloat16", "weights": "int8"},
+            "linear prediction",
+            "block_attention norm remask rotary",
+            marks=needs_11,
         ),
         pytest.param(
             LLADA2,
             HOPPER,
             {"dtype": "bfloat16", "weights": "fp8"},
             "linear prediction",
-            "block_attention expert_choice grouped_matmul remask rotary",  # matrices that are no whole tiles
+            "block_attention expert_choice grouped_matmul norm remask rotary",  # matrices that are no whole tiles
             marks=needs_11,
         ),
         pytest.param(
@@ -54,7 +59,7 @@ def facts(checkpoint: str, target: Target, **settings):
             HOPPER,
             {"dtype": "bfloat16"},
             "grouped_matmul linear prediction",
-            "block_attention expert_choice remask rotary",
+            "block_attention expert_choice norm remask rotary",
             marks=needs_11,
         ),
     ],
@@ -73,6 +78,7 @@ def test_it_is_said_in_a_line_each():
         "expert_choice": "not used",
         "grouped_matmul": "not used",
         "linear": "sliced",
+        "norm": "reference",
         "prediction": "plain XLA: 'tpu' does not take this model with these settings",
         "remask": "not used",
         "rotary": "reference",

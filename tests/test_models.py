@@ -23,6 +23,7 @@ from diffulex_jax.models.names import Names, put, take
 from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.weights import assembly, checkpoint
 from pallas_kernels import rotary
+from pallas_kernels.norm import rms_norm
 
 
 # A family of our own: the layers of a plain SwiGLU transformer, in about twenty lines.
@@ -59,18 +60,19 @@ def draft(raw, name):
 
 
 def run(c, params, x, positions, ops):
-    table, norm = rotary.table(positions, 8, 1e4), functools.partial(rotary.rms_norm, eps=1e-5)
+    table = rotary.table(positions, 8, 1e4)
 
     def layer(kind, i, at, x):
         p = params[kind]
         norms = rotary.HeadNorms(p["q_norm"], p["k_norm"], i, 1e-5)
-        heads = ops.rotate(ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i), table, norms)
-        out, fresh = ops.attend(at, heads)
-        x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
-        return x + ops.total(ops.mlp(norm(x, p["mlp_norm"][i]), (p["mlp_gate_up"], p["mlp_down"]), i), "mlp"), fresh
+        x, h = ops.norm(x, p["attn_norm"], i, 1e-5)
+        out, fresh = ops.attend(at, ops.rotate(ops.linear(h, p["qkv"], i), table, norms))
+        x = ops.add(x, ops.linear(out, p["out"], i), "kv_heads")
+        x, h = ops.norm(x, p["mlp_norm"], i, 1e-5)
+        return ops.add(x, ops.mlp(h, (p["mlp_gate_up"], p["mlp_down"]), i), "mlp"), fresh
 
     x, fresh = layers.run(layer, x, layers.spans(["all"] * c.depth), ops)
-    return norm(x, params["norm"]), fresh
+    return rms_norm(x, params["norm"], 1e-5), fresh
 
 
 def tensors(tree):

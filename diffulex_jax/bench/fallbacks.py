@@ -27,7 +27,7 @@ from pallas_kernels.quantised import Form
 
 
 _EXPERTS = ("expert_choice", "grouped_matmul")
-_OPERATIONS = ("block_attention", *_EXPERTS, "linear", "prediction", "remask", "rotary", "token_merge")
+_OPERATIONS = ("block_attention", *_EXPERTS, "linear", "norm", "prediction", "remask", "rotary", "token_merge")
 _NAMES = {
     "block_attention": "block_attention",
     "write_blocks": "block_attention",
@@ -35,6 +35,7 @@ _NAMES = {
     "place_rows": "grouped_matmul",
     "grouped_matmul": "linear",  # or of experts, in their scope
     "grouped_swiglu": "linear",
+    "add_and_norm": "norm",
     "prediction": "prediction",
     "lm_head_prediction": "prediction",
     "remask_decide": "remask",

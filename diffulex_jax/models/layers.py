@@ -7,8 +7,9 @@ F hidden width of an MLP, V vocabulary, L layers of one kind.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from diffulex_jax.models.base import Param, Params
-from diffulex_jax.models.ops import At, Ops
+from diffulex_jax.models.ops import At, Ops, Stream, settled
 from diffulex_jax.parallel.mesh import first_index, shared_by
 
 
@@ -41,27 +42,46 @@ def spans(kinds: Sequence[str]) -> tuple[Span, ...]:
     return tuple(made)
 
 
-Layer = Callable[[str, jax.Array, At, jax.Array], tuple[jax.Array, Any]]
-"""``layer(kind, i, at, x [R, T, D]) -> (x, kept)``: layer ``i`` of its kind, ``at`` among all; ``kept`` is from ``ops.attend``."""
+Layer = Callable[[str, jax.Array, At, jax.Array | Stream], tuple[jax.Array | Stream, Any]]
+"""``layer(kind, i, at, x) -> (x, kept)``, of the residual stream ``x``, ``[R, T, D]`` or a ``Stream`` of it: layer ``i`` of its
+kind, ``at`` among all; ``kept`` is from ``ops.attend``."""
 
 
 def run(layer: Layer, x: jax.Array, spans: Sequence[Span], ops: Ops) -> tuple[jax.Array, Any]:
     """``x`` through all layers; what they keep comes back stacked, or, where there is an ``ops.pool``, what the last made of that."""
     kept, pool = [], ops.pool
-    Carry = tuple[jax.Array, jax.Array, Any]
     for span in spans:
-
-        def turn(carry: Carry, _: None, span: Span = span) -> tuple[Carry, Any]:
-            n, x, pool = carry
-            x, fresh = layer(span.kind, span.start + n, At(span.first + n, pool), x)
-            return ((n + 1, x, None), fresh) if pool is None else ((n + 1, x, fresh), ())
-
         # On a GPU there is a gap between the turns of a loop. All layers in one turn would compile several times longer.
-        (_, x, pool), fresh = lax.scan(turn, (jnp.int32(0), x, pool), None, length=span.count, unroll=min(ops.layers_per_turn, span.count))
-        kept.append(fresh)
+        for turns, each in _turns(span, min(ops.layers_per_turn, span.count)):
+            (_, x, pool), fresh = lax.scan(functools.partial(_turn, layer, each), (jnp.int32(0), x, pool), None, length=turns)
+            kept.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), fresh))
     if pool is not None:
         return x, pool
     return x, kept[0] if len(kept) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *kept)
+
+
+def _turns(span: Span, layers: int) -> Iterator[tuple[int, Span]]:
+    """How many turns of ``layers`` layers, the first of which is given, and one of those that are left."""
+    turns, left = divmod(span.count, layers)
+    yield turns, dataclasses.replace(span, count=layers)
+    if left:
+        done = turns * layers
+        yield 1, Span(span.kind, span.start + done, span.first + done, left)
+
+
+def _turn(layer: Layer, span: Span, carry: tuple[jax.Array, jax.Array, Any], _: None) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
+    """The layers of ``span``, so many turns of them later as the carry says."""
+    turn, before, pool = carry
+    x: jax.Array | Stream = before
+    kept = []
+    for j in range(span.count):
+        n = turn * span.count + j
+        x, fresh = layer(span.kind, span.start + n, At(span.first + n, pool), x)
+        if pool is None:
+            kept.append(fresh)
+        else:
+            pool = fresh
+    return (turn + 1, settled(x), pool), jax.tree.map(lambda *a: jnp.stack(a), *kept) if kept else ()
 
 
 Schema = dict[str, Param]

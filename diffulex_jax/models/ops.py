@@ -11,9 +11,11 @@ import jax.numpy as jnp
 
 from diffulex_jax.models.adapted import Adapted, product
 from diffulex_jax.parallel.mesh import add_up, first_index, shared_by
-from pallas_kernels import Kernels, expert_choice, grouped_matmul, rotary
+from pallas_kernels import Kernels, expert_choice, grouped_matmul, norm, rotary
 from pallas_kernels import linear as linear_kernels
 from pallas_kernels.expert_choice import Router
+from pallas_kernels.norm import Scales
+from pallas_kernels.parts import summed
 
 
 class At(NamedTuple):
@@ -33,19 +35,37 @@ Attend = Callable[[At, jax.Array], tuple[jax.Array, Any]]
 each key/value head; ``kept`` is what the caller wants of the layer, or, where there is an ``Ops.pool``, the pool for the next layer."""
 
 
+class Stream(NamedTuple):
+    """The residual stream where something is still to be added to it: whoever norms it does so on the way.
+
+    Attributes:
+      x: ``[R, T, D]``.
+      parts: ``[P, R, T, D]``.
+    """
+
+    x: jax.Array
+    parts: jax.Array
+
+
 class Ops(NamedTuple):
     """The operations of a layer. A stack of ``linear`` and ``mlp``, and of the shared expert, may be an ``adapted.Adapted``.
 
+    Products are ``[P, R, T, ...]``: P parts to be added up, which ``rotate`` and ``add`` take as they are, and of which
+    ``pallas_kernels.parts.summed`` makes an array.
+
     Attributes:
-      linear: ``linear(x [R, T, ...], stack [L, ..., ...], layer)``: the last axes of ``x`` contracted with the first of matrix ``layer``.
-        The stack may be quantised, as ``weights.quantise`` keeps it, here and below.
-      mlp: ``mlp(x [R, T, D], stacks, layer) -> [R, T, D]``: ``(silu(x Wg) * (x Wu)) Wd``; ``stacks`` are ``[L, D, 2, F]``, which holds
+      norm: ``norm(x, stack [L, D], layer, eps) -> (x [R, T, D], normed [R, T, D])``: what was put off is added to ``x``, an array or a
+        :class:`Stream`, and the root mean square of that is made 1 and multiplied with scales ``layer`` of ``stack``.
+      linear: ``linear(x [R, T, ...], stack [L, ..., ...], layer) -> [P, R, T, ...]``: the last axes of ``x`` contracted with the first of
+        matrix ``layer``. The stack may be quantised, as ``weights.quantise`` keeps it, here and below.
+      mlp: ``mlp(x [R, T, D], stacks, layer) -> [P, R, T, D]``: ``(silu(x Wg) * (x Wu)) Wd``; ``stacks`` are ``[L, D, 2, F]``, which holds
         Wg and Wu, and ``[L, F, D]``.
-      experts: ``experts(x [R, T, D], stacks, layer, router) -> [R, T, D]``: a mixture of experts, its router and its shared expert, if
+      experts: ``experts(x [R, T, D], stacks, layer, router) -> [P, R, T, D]``: a mixture of experts, its router and its shared expert, if
         ``stacks`` has one.
       attend: see :data:`Attend`.
-      total: ``total(x, axis)``: the sum of ``x`` over the devices that share a logical axis.
-      rotate: ``rotate(heads, table, norms)``: see ``rotary.rotate``.
+      add: ``add(x, y [P, R, T, D], axis)``: ``x`` and ``y``, the latter summed over the devices that share a logical axis; a
+        :class:`Stream` where nobody shares it.
+      rotate: ``rotate(heads, table, norms, bias)``: see ``rotary.rotate``.
       layers_per_turn: layers in each turn of the loop over layers.
       pool: the KV pool, where layers write their keys and values into it: each is given what the one before it made of it.
     """
@@ -54,7 +74,8 @@ class Ops(NamedTuple):
     mlp: Callable[[jax.Array, tuple[jax.Array, jax.Array], jax.Array], jax.Array]
     experts: Callable[[jax.Array, dict[str, jax.Array], jax.Array, Router], jax.Array]
     attend: Attend
-    total: Callable[[jax.Array, str], jax.Array] = add_up
+    add: Callable[[jax.Array | Stream, jax.Array, str], jax.Array | Stream]
+    norm: Callable[..., tuple[jax.Array, jax.Array]]
     rotate: Callable[..., jax.Array] = functools.partial(rotary.rotate, backend="reference")
     layers_per_turn: int = 1
     pool: Any = None
@@ -72,17 +93,17 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
       pool: see :class:`Ops`.
     """
 
-    def apart(f: Callable[..., Any], *arrays: jax.Array | None) -> Any:
+    def apart(f: Callable[..., Any], *arrays: jax.Array | None, axis: int = 1) -> Any:
         if not pending or not kernels.rows_apart:
             return f(*arrays)
         first, rest = (jax.tree.map(lambda a, at=at: a[:, at], arrays) for at in (slice(pending), slice(pending, None)))
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), f(*first), f(*rest))
+        return jax.tree.map(lambda *both: jnp.concatenate(both, axis), f(*first), f(*rest))
 
     def linear(x: jax.Array, stack: Any, layer: jax.Array) -> jax.Array:
-        return apart(lambda x: times(x, stack, layer, backend=kernels.linear), x)
+        return apart(lambda x: times(x, stack, layer, backend=kernels.linear), x, axis=2)
 
     def mlp(x: jax.Array, stacks: tuple[Any, Any], layer: jax.Array) -> jax.Array:
-        return apart(lambda x: gated(x, stacks, layer, backend=kernels.linear), x)
+        return apart(lambda x: gated(x, stacks, layer, backend=kernels.linear), x, axis=2)
 
     def experts(x: jax.Array, stacks: dict[str, jax.Array], layer: jax.Array, router: Router) -> jax.Array:
         def flat(a: jax.Array) -> jax.Array:
@@ -116,22 +137,41 @@ def machine_ops(kernels: Kernels, attend: Attend, *, pending: int = 0, valid: ja
             shared=None if alone else shared,
             backend=kernels.grouped_matmul,
         ).reshape(x.shape)
-        return y + mlp(x, shared, layer) if shared is not None and alone else y
+        return (y + summed(mlp(x, shared, layer)) if shared is not None and alone else y)[None]
 
-    rotate = functools.partial(rotary.rotate, backend=kernels.rotary)
-    return Ops(linear, mlp, experts, attend, add_up, rotate, kernels.layers_per_turn, pool)
+    rotate, normed = functools.partial(rotary.rotate, backend=kernels.rotary), functools.partial(norm_stream, backend=kernels.norm)
+    return Ops(linear, mlp, experts, attend, add, normed, rotate, kernels.layers_per_turn, pool)
+
+
+def add(x: jax.Array | Stream, y: jax.Array, axis: str) -> jax.Array | Stream:
+    """``Ops.add``. What one device has all of is put off; a sum over devices is of an array."""
+    x = settled(x)
+    return x + add_up(summed(y), axis) if shared_by(axis) else Stream(x, y)
+
+
+def settled(x: jax.Array | Stream) -> jax.Array:
+    """The residual stream with everything added."""
+    return x.x + summed(x.parts) if isinstance(x, Stream) else x
+
+
+def norm_stream(
+    x: jax.Array | Stream, stack: jax.Array, layer: jax.Array, eps: float, *, backend: str = "reference"
+) -> tuple[jax.Array, jax.Array]:
+    """``Ops.norm`` by one backend of the ``norm`` kernels."""
+    x, parts = x if isinstance(x, Stream) else (x, None)
+    return norm.add_and_norm(x, parts, Scales(stack, layer, eps), backend=backend)
 
 
 def times(x: jax.Array, stack: Any, layer: jax.Array, *, backend: str) -> jax.Array:
     """``Ops.linear`` by one backend of the ``linear`` kernels."""
     if isinstance(stack, Adapted):
-        return times(x, stack.matrix, layer, backend=backend) + product(x, stack, layer)
-    return linear_kernels.linear(x, stack, layer, backend=backend)
+        return (summed(times(x, stack.matrix, layer, backend=backend)) + product(x, stack, layer))[None]
+    return linear_kernels.linear(x, stack, layer, parts=True, backend=backend)
 
 
 def gated(x: jax.Array, stacks: tuple[Any, Any], layer: jax.Array, *, backend: str) -> jax.Array:
     """``Ops.mlp`` by one backend of the ``linear`` kernels."""
     if not any(isinstance(stack, Adapted) for stack in stacks):
-        return linear_kernels.mlp(x, *stacks, layer, backend=backend)
-    h = times(x, stacks[0], layer, backend=backend)
+        return linear_kernels.mlp(x, *stacks, layer, parts=True, backend=backend)
+    h = summed(times(x, stacks[0], layer, backend=backend))
     return times(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], stacks[1], layer, backend=backend)

@@ -15,8 +15,9 @@ from diffulex_jax.models import layers as parts
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import LayerKind, Model, ModelSpec, Params
 from diffulex_jax.models.names import Names, Tensor
-from diffulex_jax.models.ops import At, Ops
+from diffulex_jax.models.ops import At, Ops, Stream
 from pallas_kernels import rotary
+from pallas_kernels.norm import rms_norm
 
 
 MASK_ID = 151_665  # |<MASK>|; the configs of Fast-dLLM v2 on the hub do not say so
@@ -64,20 +65,20 @@ def network(c: Qwen2Config, spec: ModelSpec) -> Model:
 def layers(c: Qwen2Config, params: Params, x: jax.Array, positions: jax.Array, ops: Ops) -> tuple[jax.Array, Any]:
     """All layers and the final norm. See ``models.base.Model.layers``."""
     table = rotary.table(positions, c.head_dim, c.rope_theta)
-    norm = functools.partial(rotary.rms_norm, eps=c.rms_norm_eps)
+    norm = functools.partial(ops.norm, eps=c.rms_norm_eps)
     p = params["dense"]
 
-    def layer(kind: str, i: jax.Array, at: At, x: jax.Array) -> tuple[jax.Array, Any]:
+    def layer(kind: str, i: jax.Array, at: At, x: jax.Array | Stream) -> tuple[jax.Array | Stream, Any]:
         with jax.named_scope("attention"):
-            heads = ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i) + p["qkv_bias"][i]
-            out, fresh = ops.attend(at, ops.rotate(heads, table))
-            x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
+            x, h = norm(x, p["attn_norm"], i)
+            out, fresh = ops.attend(at, ops.rotate(ops.linear(h, p["qkv"], i), table, bias=p["qkv_bias"][i]))
+            x = ops.add(x, ops.linear(out, p["out"], i), "kv_heads")
         with jax.named_scope("mlp"):
-            y = ops.mlp(norm(x, p["mlp_norm"][i]), (p["mlp_gate_up"], p["mlp_down"]), i)
-            return x + ops.total(y, "mlp"), fresh
+            x, h = norm(x, p["mlp_norm"], i)
+            return ops.add(x, ops.mlp(h, (p["mlp_gate_up"], p["mlp_down"]), i), "mlp"), fresh
 
     x, fresh = parts.run(layer, x, parts.spans(["dense"] * c.num_hidden_layers), ops)
-    return norm(x, params["norm"]), fresh
+    return rms_norm(x, params["norm"], c.rms_norm_eps), fresh
 
 
 def schema(c: Qwen2Config) -> dict[str, Any]:

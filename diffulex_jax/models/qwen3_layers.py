@@ -11,32 +11,33 @@ import jax
 from diffulex_jax.models import layers as parts
 from diffulex_jax.models.base import Params
 from diffulex_jax.models.names import Names, Tensor
-from diffulex_jax.models.ops import At, Ops
+from diffulex_jax.models.ops import At, Ops, Stream
 from pallas_kernels import rotary
 from pallas_kernels.expert_choice import Router
+from pallas_kernels.norm import rms_norm
 from pallas_kernels.rotary import HeadNorms
 
 
 def layers(c: Shape, params: Params, x: jax.Array, positions: jax.Array, ops: Ops) -> tuple[jax.Array, Any]:
     """All layers and the final norm. See ``models.base.Model.layers``."""
     table = rotary.table(positions, c.head_dim, c.rope_theta)
-    norm = functools.partial(rotary.rms_norm, eps=c.rms_norm_eps)
+    norm = functools.partial(ops.norm, eps=c.rms_norm_eps)
     router = Router(top_k=c.num_experts_per_tok, score="softmax", normalise=c.norm_topk_prob)
 
-    def layer(kind: str, i: jax.Array, at: At, x: jax.Array) -> tuple[jax.Array, Any]:
+    def layer(kind: str, i: jax.Array, at: At, x: jax.Array | Stream) -> tuple[jax.Array | Stream, Any]:
         p = params[kind]
         with jax.named_scope("attention"):
-            heads = ops.linear(norm(x, p["attn_norm"][i]), p["qkv"], i)
+            x, h = norm(x, p["attn_norm"], i)
             norms = HeadNorms(p["q_norm"], p["k_norm"], i, c.rms_norm_eps)
-            out, fresh = ops.attend(at, ops.rotate(heads, table, norms))
-            x += ops.total(ops.linear(out, p["out"], i), "kv_heads")
+            out, fresh = ops.attend(at, ops.rotate(ops.linear(h, p["qkv"], i), table, norms))
+            x = ops.add(x, ops.linear(out, p["out"], i), "kv_heads")
         with jax.named_scope("mlp"):
-            h = norm(x, p["mlp_norm"][i])
+            x, h = norm(x, p["mlp_norm"], i)
             y = ops.experts(h, p, i, router) if kind == "moe" else ops.mlp(h, (p["mlp_gate_up"], p["mlp_down"]), i)
-            return x + ops.total(y, "mlp"), fresh
+            return ops.add(x, y, "mlp"), fresh
 
     x, fresh = parts.run(layer, x, parts.spans(c.kinds), ops)
-    return norm(x, params["norm"]), fresh
+    return rms_norm(x, params["norm"], c.rms_norm_eps), fresh
 
 
 def schema(c: Shape) -> dict[str, Any]:

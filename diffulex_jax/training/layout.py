@@ -19,9 +19,10 @@ import jax.numpy as jnp
 
 from diffulex_jax.models.attention import AttentionPolicy, positions_of
 from diffulex_jax.models.base import Model, Params, logits
-from diffulex_jax.models.ops import At, Ops, gated, times
+from diffulex_jax.models.ops import At, Ops, Stream, gated, norm_stream, settled, times
 from pallas_kernels import expert_choice, grouped_matmul
 from pallas_kernels.block_attention import masked_attention, split_heads
+from pallas_kernels.parts import summed
 
 
 SCORED_EOS = 32  # trailing end-of-sequence tokens that count, as in DMax's training
@@ -121,9 +122,14 @@ def differentiable_ops(mask: jax.Array, *, balance: float = 0.0) -> Ops:
         y = compute(flat, ids, weights, gate_up, down, balance=balance)
         y = y.reshape(x.shape)
         shared = (stacks["shared_gate_up"], stacks["shared_down"]) if "shared_down" in stacks else None
-        return y if shared is None else y + gated(x, shared, layer, backend="sliced")
+        return (y if shared is None else y + summed(gated(x, shared, layer, backend="sliced")))[None]
 
-    return Ops(functools.partial(times, backend="sliced"), functools.partial(gated, backend="sliced"), experts, attend, lambda x, axis: x)
+    def add(x: jax.Array | Stream, y: jax.Array, axis: str) -> jax.Array:
+        del axis
+        return settled(x) + summed(y)
+
+    linear, mlp = (functools.partial(function, backend="sliced") for function in (times, gated))
+    return Ops(linear, mlp, experts, attend, add, norm_stream)
 
 
 def dense_experts(

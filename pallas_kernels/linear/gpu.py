@@ -20,24 +20,29 @@ from pallas_kernels.quantised.words import STEP, Packed
 _STREAMED_ROWS = 1024
 """Up to this many rows a matmul is bound by its weights."""
 
+_MULTIPROCESSORS = 132  # of an H100 or H200
+
+_SHALLOW = 384
+"""Least depth of a part: what is less takes no longer."""
+
 
 def linear(x: jax.Array, stack: Stack, layer: ArrayLike) -> jax.Array:
-    """See the package's ``linear``. Many rows, and other dtypes, are a slice and a matmul."""
+    """See the package's ``linear``, as parts. Many rows, and other dtypes, are a slice and a matmul."""
     depth = math.prod(x.shape[2:])
     columns = stack.columns if isinstance(stack, Matrices) else stack.shape[x.ndim - 1 :]
     if not _streams(x, stack, depth, math.prod(columns)):
-        return reference.linear(x, stack, layer)
+        return reference.linear(x, stack, layer)[None]
     rows = x.reshape(-1, depth)
     parts = _parts(len(rows), depth, math.prod(columns), step=STEP if isinstance(stack, Matrices) else UNIT)
     out = _product(rows, _in_parts(stack, parts, depth), layer)
-    return out.reshape(*x.shape[:2], *columns)
+    return out.reshape(parts, *x.shape[:2], *columns)
 
 
 def mlp(x: jax.Array, gate_up: Stack, down: Stack, layer: ArrayLike) -> jax.Array:
-    """See the package's ``mlp``. Many rows, and other dtypes, go through :func:`linear`."""
+    """See the package's ``mlp``, as parts. Many rows, and other dtypes, go through plain matmuls."""
     depth, width = gate_up.shape[1], gate_up.shape[3]
     if not _streams(x, gate_up, depth, width):
-        return reference.mlp(x, gate_up, down, layer)
+        return reference.mlp(x, gate_up, down, layer)[None]
     rows = x.reshape(-1, depth)
     hidden = _product(rows, _in_parts(gate_up, 1, depth), layer, swiglu=True)
     return linear(hidden.reshape(*x.shape[:2], width), down, layer)
@@ -63,22 +68,21 @@ def _in_parts(stack: Stack, parts: int, depth: int) -> jax.Array | Packed:
 
 
 def _parts(rows: int, depth: int, width: int, *, step: int = UNIT) -> int:
-    """Parts of the depth, of whole steps: two where the columns give work to few multiprocessors, and there is enough of it to be worth a
-    sum.
+    """Parts of the depth, of whole steps, where the columns by themselves give work to few multiprocessors.
 
-    With what adds them up, an H100 takes for 32 rows of 1536 x 1536 5 microseconds less, of 2048 x 3072 2; of 8960 x 1536 12, not 21.
+    Who reads the product adds the parts up. The table of what was measured is in the README.
     """
-    narrow = width <= (3072 if rows <= 64 else 2048) and depth >= (1024 if rows <= 256 else 6144)
-    return 2 if narrow and depth % (2 * step) == 0 else 1
+    if rows > 64:
+        return 2 if width <= 2048 and depth >= (1024 if rows <= 256 else 6144) and depth % (2 * step) == 0 else 1
+    tiles = width // UNIT
+    return next((n for n in (4, 2) if n * tiles <= _MULTIPROCESSORS and depth >= n * _SHALLOW and depth % (n * step) == 0), 1)
 
 
 def _product(rows: jax.Array, weights: jax.Array | Packed, layer: ArrayLike, *, swiglu: bool = False) -> jax.Array:
-    """``[N, D]`` times ``weights [L, P, D / P, F]``, the sum over the P parts: ``[N, F]``, half as wide with ``swiglu``."""
+    """``[N, D]`` times ``weights [L, P, D / P, F]``, part by part: ``[P, N, F]``, half as wide with ``swiglu``."""
     count, parts = len(rows), weights.shape[1]
     tile = min(128, max(8, 1 << (count - 1).bit_length()))
     flat = padded(rows)
     columns = 64 if count <= 512 and not swiglu else 128
     out = matmul(flat, weights, None, jnp.asarray(layer, jnp.int32), None, swiglu=swiglu, tile=Tile(tile, columns))
-    if parts > 1:
-        out = out.reshape(parts, len(flat), -1).astype(jnp.float32).sum(0).astype(rows.dtype)
-    return out[:count]
+    return out.reshape(parts, len(flat), -1)[:, :count]

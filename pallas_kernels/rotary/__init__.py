@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys of packed heads, normalised per head where the network does so, and rotated."""
+"""Rotary positions: queries and keys of packed heads, with the bias or the norms per head that a network has, and rotated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.rotary import reference
-from pallas_kernels.rotary.reference import HeadNorms, rms_norm
+from pallas_kernels.rotary.reference import HeadNorms
 from pallas_kernels.target import Target, is_hopper, pick
 
 
-__all__ = ["Backend", "HeadNorms", "choose_backend", "rms_norm", "rotate", "table"]
+__all__ = ["Backend", "HeadNorms", "choose_backend", "rotate", "table"]
 
 Backend = Literal["reference", "gpu"]
 
@@ -34,24 +34,30 @@ def choose_backend(target: Target) -> Backend:
 
 
 def rotate(
-    heads: jax.Array, table: tuple[jax.Array, jax.Array], norms: HeadNorms | None = None, *, backend: str | None = None
+    heads: jax.Array,
+    table: tuple[jax.Array, jax.Array],
+    norms: HeadNorms | None = None,
+    bias: jax.Array | None = None,
+    *,
+    backend: str | None = None,
 ) -> jax.Array:
     """Rotates queries and keys (RoPE, arXiv 2104.09864, halves against each other), after their norms; values stay as they come.
 
     Args:
-      heads: ``[R, T, KV, G + 2, H]``: for each key/value head its G query heads, its key, its value.
+      heads: ``[P, R, T, KV, G + 2, H]``, a sum of P parts: for each key/value head its G query heads, its key, its value.
       table: what :func:`table` makes of the positions.
       norms: root-mean-square norms per head; None for a network without them.
-      backend: ``"reference"``, or ``"gpu"``, one kernel on Hopper (bfloat16, with norms; else it is the reference). None chooses by the
-        current mesh's devices, else the default one.
+      bias: ``[KV, G + 2, H]``, added before all else; None for a network without one.
+      backend: ``"reference"``, or ``"gpu"``, one kernel on Hopper (bfloat16, with norms and no bias; else it is the reference). None
+        chooses by the current mesh's devices, else the default one.
 
     Returns:
-      As ``heads``.
+      ``[R, T, KV, G + 2, H]``.
 
     Raises:
       ValueError: for an unknown backend.
     """
-    return pick("rotary", backend, choose_backend, _BACKENDS)(heads, table, norms)
+    return pick("rotary", backend, choose_backend, _BACKENDS)(heads, table, norms, bias)
 
 
 def table(positions: jax.Array, dim: int, theta: float) -> tuple[jax.Array, jax.Array]:

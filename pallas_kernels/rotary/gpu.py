@@ -24,11 +24,11 @@ from pallas_kernels.rotary.reference import HeadNorms
 _WARPS, _LANES = 4, 32
 
 
-def rotate(heads: jax.Array, table: tuple[jax.Array, jax.Array], norms: HeadNorms | None) -> jax.Array:
+def rotate(heads: jax.Array, table: tuple[jax.Array, jax.Array], norms: HeadNorms | None, bias: jax.Array | None) -> jax.Array:
     """See the package's ``rotate``. Without norms one kernel of XLA does it; other dtypes and widths are the reference's, too."""
-    tokens, head, half = math.prod(heads.shape[:2]), heads.shape[-1], table[0].shape[-1] // 2
-    if norms is None or heads.dtype != jnp.bfloat16 or half % _LANES or head % half or tokens % _WARPS:
-        return reference.rotate(heads, table, norms)
+    tokens, head, half = math.prod(heads.shape[1:3]), heads.shape[-1], table[0].shape[-1] // 2
+    if norms is None or bias is not None or heads.dtype != jnp.bfloat16 or half % _LANES or head % half or tokens % _WARPS:
+        return reference.rotate(heads, table, norms, bias)
     return _rotate(heads, table, norms[:3], eps=norms.eps)
 
 
@@ -36,7 +36,7 @@ def rotate(heads: jax.Array, table: tuple[jax.Array, jax.Array], norms: HeadNorm
 def _rotate(
     heads: jax.Array, table: tuple[jax.Array, jax.Array], norms: tuple[jax.Array, jax.Array, jax.Array], *, eps: float
 ) -> jax.Array:
-    *rows, kv, packed, head = heads.shape
+    parts, *rows, kv, packed, head = heads.shape
     tokens = math.prod(rows)
     kernel = plgpu.kernel(
         functools.partial(_body, group=packed - 2, head=head, eps=eps),
@@ -48,8 +48,8 @@ def _rotate(
     )
     cos, sin = (t.reshape(tokens, -1) for t in table)
     queries, keys, layer = norms
-    out = kernel(heads.reshape(tokens, -1), cos, sin, queries, keys, layer.reshape(1))
-    return out.reshape(heads.shape)
+    out = kernel(heads.reshape(parts, tokens, -1), cos, sin, queries, keys, layer.reshape(1))
+    return out.reshape(heads.shape[1:])
 
 
 def _body(heads: Any, cos: Any, sin: Any, queries: Any, keys: Any, layer: Any, out: Any, *, group: int, head: int, eps: float) -> None:
@@ -62,7 +62,13 @@ def _body(heads: Any, cos: Any, sin: Any, queries: Any, keys: Any, layer: Any, o
     def piece(j: int) -> Any:
         return pl.ds(number * head + j * half, half)
 
-    came = [load(heads.at[rows, piece(j)], layout=layout, optimized=False) for j in range(head // half)]
+    def total(columns: Any) -> jax.Array:
+        terms = [load(heads.at[part, rows, columns], layout=layout, optimized=False) for part in range(heads.shape[0])]
+        if len(terms) == 1:
+            return terms[0]
+        return functools.reduce(jnp.add, [term.astype(jnp.float32) for term in terms]).astype(out.dtype)
+
+    came = [total(piece(j)) for j in range(head // half)]
 
     def write(pieces: list[jax.Array]) -> None:
         for j, values in enumerate(pieces):

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from pallas_kernels.norm.reference import rms_norm
+from pallas_kernels.parts import summed
 
 
 class HeadNorms(NamedTuple):
@@ -24,16 +26,10 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32."""
-    y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-    return y.astype(x.dtype) * scale
-
-
-def rotate(heads: jax.Array, table: tuple[jax.Array, jax.Array], norms: HeadNorms | None) -> jax.Array:
+def rotate(heads: jax.Array, table: tuple[jax.Array, jax.Array], norms: HeadNorms | None, bias: jax.Array | None) -> jax.Array:
     """See the package's ``rotate``. All heads go through it together, which makes two kernels of it on a GPU; the values then are taken
     as they came."""
+    heads = summed(heads) if bias is None else summed(heads) + bias
     head = jnp.arange(heads.shape[-2])[:, None]
     normed = heads
     if norms is not None:

@@ -10,6 +10,7 @@ from hopper import in_simulator, simulated
 
 from pallas_kernels.grouped_matmul import gpu_kernel
 from pallas_kernels.linear import choose_backend, gpu, linear, mlp
+from pallas_kernels.parts import summed
 from pallas_kernels.target import Target
 
 
@@ -44,12 +45,24 @@ def test_choice_of_backend():
 @pytest.mark.parametrize("rows", [1, 24, 160])
 @pytest.mark.parametrize("depth", [256, 1024])
 def test_the_hopper_kernel_in_the_simulator(rows, depth, monkeypatch):
-    """A matrix whole, and in two parts of its depth; tiles that the rows do not fill."""
+    """A matrix whole, and in two parts of its depth, which are added up unless the parts are asked for; tiles that the rows do not fill."""
     monkeypatch.setattr(gpu_kernel, "num_multiprocessors", lambda: 3)
     rng = np.random.default_rng(rows)
     x, stack = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((1, rows, depth), (2, depth, 192)))
     assert gpu._parts(rows, depth, 192) == depth // 1024 + 1
     with in_simulator():
-        got = gpu.linear(x, stack, 1)
+        got, parts = (linear(x, stack, 1, parts=parts, backend="gpu") for parts in (False, True))
     want = x[0].astype(jnp.float32) @ stack[1].astype(jnp.float32)
     np.testing.assert_allclose(got[0].astype(jnp.float32), want, atol=0.01 * float(jnp.abs(want).max()))
+    np.testing.assert_array_equal(got, summed(parts))
+    assert len(parts) == depth // 1024 + 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "width", "parts"),
+    # Fast-dLLM v2's projections, LLaDA2-mini's, SDAR-8B's; and with more rows.
+    [(32, 1536, 2048, 4), (32, 8960, 1536, 4), (64, 2048, 3072, 2), (32, 2048, 2048, 4), (32, 4096, 4096, 2), (32, 4096, 6144, 1)]
+    + [(256, 1536, 1536, 2), (256, 4096, 4096, 1), (1024, 2048, 2048, 1), (32, 704, 512, 1), (32, 8960, 64, 4)],
+)
+def test_parts_are_as_many_as_multiprocessors_have_use_for(rows, depth, width, parts):
+    assert gpu._parts(rows, depth, width) == parts

@@ -127,7 +127,7 @@ def test_the_hopper_kernel_in_the_simulator(form, rows, depth, simulator):
     x, w = normal(10, 1, rows, depth, dtype=jnp.bfloat16), normal(11, 2, depth, 3, 64, dtype=jnp.bfloat16)
     stack = stored(w, form, rows=1, backend="gpu", dtype=jnp.bfloat16, part=(depth, 64))
     assert stack.packed and gpu._parts(rows, depth, 192, step=128) == 1 + (depth == 1024)
-    got = gpu.linear(x, stack, 1)
+    got = linear(x, stack, 1, backend="gpu")
     assert error(got, linear(x.astype(jnp.float32), stack, 1, backend="sliced")) < 5e-3
 
 
@@ -139,5 +139,5 @@ def test_the_hopper_kernel_gates_in_the_simulator(form, simulator):
     stacks = [
         stored(w, form, rows=1, backend="gpu", dtype=jnp.bfloat16, part=part) for w, part in ((gate_up, (256, 128)), (down, (128, 64)))
     ]
-    got = gpu.mlp(x, *stacks, 1)
+    got = mlp(x, *stacks, 1, backend="gpu")
     assert error(got, mlp(x.astype(jnp.float32), *stacks, 1, backend="sliced")) < 8e-3
