@@ -237,6 +237,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"tests/conftest.py lists {', '.join(missing)}, which are not there")
     if config.getoption("one_of_each"):
         config.option.markexpr = f"({config.option.markexpr}) and not sweep"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a processor: of its own threads all but one wait, busily, for work
+        os.environ.setdefault("NPROC", "1")  # XLA's
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's
     if flags := FLAGS.get(config.getoption("compiled") or "users"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     compile_sooner()
