@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from models import MODEL, SHAPE
+from models import MODEL, SHAPE, random_weights
 
 from diffulex_jax.bench import step
 from diffulex_jax.bench.forward import step_bytes
 from diffulex_jax.bench.shapes import SHAPES, random_params
 from diffulex_jax.engine import programs
-from diffulex_jax.models.base import init, leaves
+from diffulex_jax.models.base import leaves
 from diffulex_jax.parallel.mesh import abstract_mesh, make_mesh, sharding
 from diffulex_jax.training import objective
 from diffulex_jax.training.data import Examples, shuffled
@@ -26,9 +26,7 @@ from diffulex_jax.training.trainer import train
 def bench(axes):
     """What the bench of a step finds on a mesh, how many times what a device must read it says, and whether random weights are shared."""
     mesh, schema = make_mesh(**axes), leaves(MODEL.schema)
-    params = jax.device_put(
-        init(MODEL, jax.random.key(0)), jax.tree.map(lambda split: NamedSharding(mesh, split), programs.param_specs(MODEL))
-    )
+    params = jax.device_put(random_weights(), jax.tree.map(lambda split: NamedSharding(mesh, split), programs.param_specs(MODEL)))
     text = ",".join(f"{axis}={size}" for axis, size in axes.items())
     asked = {"shape": "own", "strategies": ["llada2"], "contexts": [32], "dtype": "float32", "repeats": 1, "mesh": text}
     with mock.patch.dict(SHAPES, own=SHAPE), mock.patch.object(step, "random_params", lambda *_, **__: params):

@@ -6,10 +6,9 @@ import tempfile
 
 import jax
 import numpy as np
-from models import BLOCK, MODEL, PROMPTS
+from models import BLOCK, MODEL, PROMPTS, random_weights
 
 from diffulex_jax import Engine, SamplingParams
-from diffulex_jax.models.base import init
 from diffulex_jax.weights import adapters, checkpoint
 from diffulex_jax.weights.adapters import Lora
 
@@ -20,7 +19,7 @@ def engines(meshes):
     prompts = [rng.integers(0, 90, n).tolist() for n in (*PROMPTS, *PROMPTS)]
     settings = [SamplingParams(max_tokens=20, ignore_eos=True), SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.8, seed=1)] * 4
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(folder, MODEL, init(MODEL, jax.random.key(0), scale=0.3), dtype="float32")
+        checkpoint.save(folder, MODEL, random_weights(), dtype="float32")
         sizes = {
             "strategy": "llada2_edit",
             "block_size": BLOCK,
@@ -39,7 +38,7 @@ def engines(meshes):
             outputs = [o.token_ids for o in engine.generate(prompts, settings)]
             preempted[mesh] = engine.stats["preemptions"]
             if mesh in (None, meshes[0]):
-                engine.update_params(init(MODEL, jax.random.key(1), scale=0.3))
+                engine.update_params(random_weights(seed=1))
                 scores[mesh] = np.concatenate(engine.score(prompts, [tokens[:6] for tokens in outputs]))
                 changed[mesh] = [o.token_ids for o in engine.generate(prompts, settings)]
             return outputs
@@ -69,12 +68,13 @@ def adapted(mesh):
     settings = [SamplingParams(max_tokens=12, ignore_eos=True, adapter_name=name) for name in names]
     sizes = {"block_size": BLOCK, "force_block_size": True, "max_model_len": 32, "max_slots": 8, "warm_up": False}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(folder, MODEL, init(MODEL, jax.random.key(0), scale=0.3), dtype="float32")
+        checkpoint.save(folder, MODEL, random_weights(), dtype="float32")
         lora, folders = Lora(2, 4.0, ("qkv", "out", "mlp_gate_up", "mlp_down", "shared_gate_up", "shared_down")), {}
         fresh = adapters.init(MODEL, lora, jax.random.key(0))
         for seed, name in enumerate(("a", "b")):
             folders[name] = f"{folder}/{name}"
-            some = jax.tree.map(lambda a, seed=seed: jax.random.normal(jax.random.key(a.size + seed), a.shape) * 0.3, fresh)
+            drawn = np.random.default_rng(seed)
+            some = jax.tree.map(lambda a, drawn=drawn: 0.3 * drawn.standard_normal(a.shape, np.float32), fresh)
             adapters.save(folders[name], MODEL, lora, some)
         engines = [Engine.from_pretrained(folder, mesh=each, adapters=folders, **sizes) for each in (None, mesh)]
         one, many = ([o.token_ids for o in engine.generate(prompts, settings)] for engine in engines)

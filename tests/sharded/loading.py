@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from models import MODEL
+from models import MODEL, random_weights
 
 import pallas_kernels
 from diffulex_jax.bench.shapes import SHAPES
 from diffulex_jax.engine import programs
-from diffulex_jax.models.base import init, leaves
+from diffulex_jax.models.base import leaves
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.parallel.mesh import add_up, first_index, make_mesh, sharding, spec, spread
 from diffulex_jax.weights import assembly, checkpoint
@@ -26,7 +26,7 @@ from pallas_kernels import grouped_matmul, linear
 def loads(meshes):
     """What :func:`loaded` finds for each mesh, read layer by layer and at once."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(folder, MODEL, init(MODEL, jax.random.key(0), scale=0.3), dtype="float32")
+        checkpoint.save(folder, MODEL, random_weights(), dtype="float32")
         sizes = {"by layer": 1, "at once": 2**30}
         return {name: {size: loaded(make_mesh(**axes), folder, most) for size, most in sizes.items()} for name, axes in meshes.items()}
 
@@ -35,7 +35,7 @@ def loaded(mesh, folder, host_bytes):
     """(same values as written, each leaf where the table says, the share of all parameters that the fullest device holds)."""
     with mock.patch.object(assembly, "HOST_BYTES", host_bytes):
         model, params = checkpoint.load(folder, mesh)
-    want = leaves(init(MODEL, jax.random.key(0), scale=0.3))
+    want = leaves(random_weights())
     got, schema = leaves(params), leaves(model.schema)
     same = got.keys() == want.keys() and all(np.array_equal(got[path], want[path]) for path in want)
     placed = all(got[path].sharding.is_equivalent_to(sharding(mesh, schema[path].axes), got[path].ndim) for path in got)
@@ -51,7 +51,7 @@ def placed_again(before, axes):
     in its place, plain ones and quantised ones."""
     over = make_mesh(**axes)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(f"{folder}/plain", MODEL, init(MODEL, jax.random.key(0), scale=0.3), dtype="float32")
+        checkpoint.save(f"{folder}/plain", MODEL, random_weights(), dtype="float32")
         convert(f"{folder}/plain", f"{folder}/placed", mesh=before, dtype=jnp.float32, weights="int4")
         machine = {"kernels": pallas_kernels.choose(over.devices.flat[0])}
         model, want = checkpoint.load(f"{folder}/plain", over, weights="int4", **machine)
@@ -68,7 +68,7 @@ def read_by_one_host(axes):
     """What the first half of a mesh's devices has where they are all that a host has, and the bytes read for it and held by it."""
     mesh, read = make_mesh(**axes), []
     mine = set(mesh.devices.flat[: mesh.size // 2])
-    reader, written = checkpoint.open_source, init(MODEL, jax.random.key(0), scale=0.3)
+    reader, written = checkpoint.open_source, random_weights()
 
     def counted(path, model, **options):
         real = reader(path, model, **options)
@@ -102,7 +102,7 @@ def quantised_layers(axes):
     model = model_of(SHAPES["sdar-8b"] | sizes | {"num_hidden_layers": 2, "vocab_size": 64, "mask_token_id": 63, "eos_token_id": 62})
     mesh = make_mesh(**axes)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(folder, model, init(model, jax.random.key(0), scale=0.3), dtype="float32")
+        checkpoint.save(folder, model, random_weights(model), dtype="float32")
         one, shared = (checkpoint.load(folder, at, weights="int4")[1] for at in (make_mesh(), mesh))
 
     def run(x, p):
@@ -127,7 +127,7 @@ def quantised(axes):
     """Whether experts quantised onto a mesh are those of one device, each device with its share, and whether they compute the same."""
     mesh, split = make_mesh(**axes), spec(*leaves(MODEL.schema)["moe", "experts_down"].axes)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(folder, MODEL, init(MODEL, jax.random.key(0), scale=0.3), dtype="float32")
+        checkpoint.save(folder, MODEL, random_weights(), dtype="float32")
         one, shared = (checkpoint.load(folder, at, weights="int4")[1]["moe"] for at in (make_mesh(), mesh))
     stacks = [[params[name] for name in ("experts_gate_up", "experts_down")] for params in (one, shared)]
     rng = np.random.default_rng(0)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
+
+from diffulex_jax.models.base import init
 from diffulex_jax.models.registry import model_of
 
 
@@ -38,3 +43,9 @@ NEXT = model_of(  # biases, a head that is the embeddings, and outputs that spea
 SLOTS, WINDOW, BLOCK, PAGES, STEPS = 4, 2, 4, 6, 24
 MASK = MODEL.spec.mask_id
 PROMPTS = (9, 3, 8, 11)  # tokens: two whole blocks, none, two and nothing else, two
+
+
+@functools.cache
+def random_weights(model=MODEL, seed=0):
+    """Random parameters as arrays of NumPy, of one program: JAX would compile one for each array, and one for each that moves to a mesh."""
+    return jax.device_get(jax.jit(functools.partial(init, model, scale=0.3))(jax.random.key(seed)))

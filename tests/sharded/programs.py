@@ -7,15 +7,13 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from models import BLOCK, MASK, MODEL, NEXT, PAGES, PROMPTS, SLOTS, STEPS, WINDOW
+from models import BLOCK, MASK, MODEL, NEXT, PAGES, PROMPTS, SLOTS, STEPS, WINDOW, random_weights
 
 import pallas_kernels
 from diffulex_jax import SamplingParams, decode, request_state
 from diffulex_jax.engine import programs
-from diffulex_jax.models.base import init
 from diffulex_jax.parallel.mesh import make_mesh, sharding
 from diffulex_jax.rules.base import dims_for
 from diffulex_jax.state import POOL_AXES, STATE_AXES, KVPool
@@ -41,16 +39,16 @@ def decoded(mesh, model=MODEL, rule=None):
     program = decode.Program(model, dims, rule, pallas_kernels.REFERENCE)
     on_pool, on_slots, everywhere = (sharding(mesh, axes) for axes in (POOL_AXES, STATE_AXES, ()))
     placed = jax.tree.map(lambda split: NamedSharding(mesh, split), programs.param_specs(model))
-    weights = jax.tree.map_with_path(
-        lambda path, a: jax.random.normal(jax.random.key(1), a.shape) if path[-1].key == "qkv_bias" else a,
-        init(model, jax.random.key(0), scale=0.3),
+    rng = np.random.default_rng(0)
+    biased = jax.tree.map_with_path(
+        lambda path, a: rng.standard_normal(a.shape, np.float32) if path[-1].key == "qkv_bias" else a, random_weights(model)
     )
-    params = jax.device_put(weights, placed)
+    params = jax.device_put(biased, placed)
     layers = model.spec.layers
     shape = layers.count, SLOTS * PAGES, BLOCK, layers.kv_heads, layers.head_dim
-    pool = jax.device_put(KVPool(jnp.zeros(shape), jnp.zeros(shape)), on_pool)
-    state = jax.device_put(request_state.empty_state(dims, rule), on_slots)
-    table, rng = np.arange(SLOTS * PAGES, dtype=np.int32).reshape(SLOTS, PAGES), np.random.default_rng(0)
+    pool = jax.device_put(KVPool(np.zeros(shape, np.float32), np.zeros(shape, np.float32)), on_pool)
+    state = jax.jit(lambda: request_state.empty_state(dims, rule), out_shardings=on_slots)()
+    table = np.arange(SLOTS * PAGES, dtype=np.int32).reshape(SLOTS, PAGES)
 
     def jit(function, donated, out):
         return jax.jit(function, donate_argnums=donated, out_shardings=out)
