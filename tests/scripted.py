@@ -50,22 +50,26 @@ def dims_of(rule: Rule, *, slots: int = 1, window: int = 1, block: int = 4, page
 
 
 def settings_of(*, step_shares: Sequence[float] = (), **settings):
-    return jax.tree.map(lambda a: jnp.asarray(a)[None], settings_row(SamplingParams(**settings), (EOS,), np.array(step_shares, np.float32)))
+    row = settings_row(SamplingParams(**settings), (EOS,), np.array(step_shares, np.float32))
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[None]), row)
 
 
 def block_of(rule: Rule, tokens: Sequence[int | None], *, frozen: int = 0, **settings) -> DecodeState:
     """One live row whose window is one block of ``tokens`` (None: masked), the first ``frozen`` of them prompt."""
-    state = empty_state(dims_of(rule, block=len(tokens)), rule)
-    return state.replace(
-        tokens=jnp.array([[[MASK if t is None else t for t in tokens]]], jnp.int32),
-        masked=jnp.array([[[t is None for t in tokens]]]),
-        frozen=jnp.arange(len(tokens))[None, None] < frozen,
-        active=jnp.ones((1, 1), bool),
-        live=jnp.ones(1, bool),
-        prompt_len=jnp.array([frozen]),
-        limit=jnp.array([len(tokens)]),
-        settings=settings_of(**settings),
-    )
+    state = _empty_state(dims_of(rule, block=len(tokens)), rule)
+    written = {  # by NumPy: each small array that JAX makes is a program
+        "tokens": np.array([[[MASK if t is None else t for t in tokens]]], np.int32),
+        "masked": np.array([[[t is None for t in tokens]]]),
+        "frozen": np.arange(len(tokens))[None, None] < frozen,
+        "active": np.ones((1, 1), bool),
+        "live": np.ones(1, bool),
+        "prompt_len": np.array([frozen], np.int32),
+        "limit": np.array([len(tokens)], np.int32),
+    }
+    return state.replace(**jax.tree.map(jnp.asarray, written), settings=settings_of(**settings))
+
+
+_empty_state = functools.partial(jax.jit, static_argnums=(0, 1))(empty_state)
 
 
 def update(
@@ -79,7 +83,7 @@ def update(
     margin: Sequence[float] | None = None,
 ) -> DecodeState:
     """One application of a rule to a block: the model says ``tokens`` with ``probs``, and ``current`` of what stands there."""
-    token, prob = jnp.array([[tokens]], jnp.int32), jnp.array([[probs]], jnp.float32)
+    token, prob = jnp.asarray(np.array([[tokens]], np.int32)), jnp.asarray(np.array([[probs]], np.float32))
     prediction = Prediction(
         token=token,
         prob=prob,
@@ -97,12 +101,13 @@ def update(
 
 def shown(state: DecodeState) -> list[int | None]:
     """The window of the first row; None where masked."""
-    return [None if m else int(t) for t, m in zip(state.tokens[0].reshape(-1), state.masked[0].reshape(-1), strict=True)]
+    tokens, masked = (np.asarray(a)[0].reshape(-1) for a in (state.tokens, state.masked))
+    return [None if m else int(t) for t, m in zip(tokens, masked, strict=True)]
 
 
 def held(state: DecodeState) -> bool:
     """Whether the rules keep the first row's first block open; a block with masks is never let go."""
-    return bool(state.hold[0, 0] | state.masked[0, 0].any())
+    return bool(np.asarray(state.hold)[0, 0] | np.asarray(state.masked)[0, 0].any())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +188,7 @@ def play(
 ) -> tuple[list[Played], DecodeState]:
     """Decodes one request a script, all together, for at most ``steps`` steps; ``kind``: see ``Dims``."""
     dims = dims_of(rule, slots=len(scripts), window=window, block=block, pages=pages, **kind)
-    state = empty_state(dims, rule)
+    state = _empty_state(dims, rule)
     for slot, s in enumerate(scripts):
         request = make_request(dims, prompt=np.array(s.prompt, np.int32), params=s.params, eos_ids=(EOS,))
         state = _admit(dims, rule, state, slot, request)
