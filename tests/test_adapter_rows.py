@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -40,8 +41,8 @@ PROMPT = [int(token) for token in np.random.default_rng(1).integers(0, 200, 27)]
 def written(folder: pathlib.Path, path: str, name: str, **changed) -> str:
     """An adapter that changes what a model says, in PEFT's files."""
     model, lora = checkpoint.load_model(pathlib.Path(path)), Lora(RANKS[name], 8.0, TARGETS[path][name])._replace(**changed)
-    fresh, keys = adapters.init(model, lora, jax.random.key(0)), iter(jax.random.split(jax.random.key(lora.rank), 100))
-    adapters.save(folder / name, model, lora, jax.tree.map(lambda a: jax.random.normal(next(keys), a.shape) * 0.2, fresh))
+    fresh, rng = jax.eval_shape(lambda: adapters.init(model, lora, jax.random.key(0))), np.random.default_rng(lora.rank)
+    adapters.save(folder / name, model, lora, jax.tree.map(lambda a: 0.2 * rng.standard_normal(a.shape, np.float32), fresh))
     return str(folder / name)
 
 
@@ -84,18 +85,14 @@ def test_rows_decode_as_if_their_own_adapters_were_merged(engines, folders, path
     scores = {name: engine.score([PROMPT], [mixed[0]], adapter_name=name)[0] for name in (None, *RANKS)}
     model, base = checkpoint.load(pathlib.Path(path), make_mesh())
     for name, folder in folders(path).items():
-        engine.update_params(adapters.merge(model, *swapped(adapters.load(folder, model), base)))
+        lora, trained = adapters.load(folder, model)
+        engine.update_params(jax.jit(functools.partial(adapters.merge, model, lora))(base, trained))
         assert answers(engine, None) == [mixed[asked.index(name)]]
         merged = engine.score([PROMPT], [mixed[0]])[0]
         np.testing.assert_allclose(merged, scores[name], atol=1e-4)
         assert np.abs(merged - scores[None]).max() > 1
     engine.update_params(base)  # adapters stay
     assert answers(engine, *asked) == mixed
-
-
-def swapped(loaded, base):
-    lora, trained = loaded
-    return lora, base, trained
 
 
 def test_kv_of_an_adapter_serves_that_adapter_alone(engine):
@@ -227,8 +224,10 @@ def test_a_product_is_that_of_the_rows_own_matrices():
     for kernels, pending in ((REFERENCE, 0), (REFERENCE._replace(rows_apart=True), 3)):
         ops = machine_ops(kernels, lambda *_: None, pending=pending)
         with jax.default_matmul_precision("highest"):
-            wide, through = summed(ops.linear(x, gate_up, layer)), summed(ops.mlp(x, (gate_up, down), layer))
-            half = summed(ops.mlp(x, (gate_up.matrix, down), layer))
+            wide, through, half = (
+                jax.jit(lambda x, leaves, of=of: summed(of(x, leaves, layer)))(x, leaves)
+                for of, leaves in ((ops.linear, gate_up), (ops.mlp, (gate_up, down)), (ops.mlp, (gate_up.matrix, down)))
+            )
         for row in range(4):
             h = jnp.tensordot(x[row], merged(gate_up, row), 1)
             np.testing.assert_allclose(wide[row], h, atol=1e-5)

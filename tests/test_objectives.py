@@ -122,6 +122,9 @@ def test_multi_block_hides_by_groups_that_see_each_other(seen, batch, drafts):
 # MultiTF's groups and noise.
 
 
+groups = jax.jit(objective.noise_groups, static_argnums=(1, 2), static_argnames=("most", "at_random"))
+
+
 def sizes_of(first):
     """Blocks of each group, in order, of each row."""
     return [np.unique(row, return_counts=True)[1].tolist() for row in np.asarray(first)]
@@ -129,15 +132,15 @@ def sizes_of(first):
 
 def test_groups_are_all_sizes_at_all_shifts():
     """Of 7 blocks and groups of up to 3: shifts of 0 and 1 for pairs, 0 to 2 for threes."""
-    found = {tuple(sizes) for sizes in sizes_of(objective.noise_groups(KEY, 300, 7, most=3))}
+    found = {tuple(sizes) for sizes in sizes_of(groups(KEY, 300, 7, most=3))}
     assert found == {(2, 2, 2, 1), (1, 2, 2, 2), (3, 3, 1), (1, 3, 3), (2, 3, 2)}
 
 
 def test_groups_at_random_are_of_sizes_of_their_own():
-    rows = sizes_of(objective.noise_groups(KEY, 200, 12, most=4, at_random=1.0))
+    rows = sizes_of(groups(KEY, 200, 12, most=4, at_random=1.0))
     assert {size for sizes in rows for size in sizes[:-1]} == {2, 3, 4}
     assert sum(len(set(sizes[:-1])) > 1 for sizes in rows) > 100
-    half = sizes_of(objective.noise_groups(KEY, 200, 12, most=2, at_random=0.5))
+    half = sizes_of(groups(KEY, 200, 12, most=2, at_random=0.5))
     assert {tuple(sizes) for sizes in half} == {(2,) * 6, (1, *(2,) * 5, 1)}
 
 
@@ -147,7 +150,7 @@ def test_a_group_has_at_least_two_blocks():
 
 
 def test_noise_rises_within_a_group_between_its_bounds():
-    first = objective.noise_groups(KEY, 400, 12, most=4)
+    first = groups(KEY, 400, 12, most=4)
     ratio, begins = np.asarray(objective.chain_uniform(KEY, first, (0.2, 0.8), 0.1)), np.asarray(first) == np.arange(12)
     assert (ratio >= 0.2).all() and (ratio <= 0.8 - 0.1 * 0.6 + 1e-6).all()
     assert (np.diff(ratio, axis=1) >= 0)[~begins[:, 1:]].all()

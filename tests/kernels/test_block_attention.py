@@ -40,7 +40,7 @@ def make(seed=0, *, kv=2, group=3, blocks=3, dtype=jnp.float32):
     return heads, keys, pending
 
 
-@functools.partial(jax.jit, static_argnames=("function", "interpret", "prefix_tokens", "block"))
+@functools.partial(jax.jit, static_argnames=("function", "interpret", "prefix_tokens", "block", "backend", "whole_blocks"))
 def call(function, *args, **options):
     return function(*args, **options)
 
@@ -137,7 +137,7 @@ def test_a_prefix_may_end_within_a_block(interpret):
     want = call(reference.block_attention, heads, keys, **options)
     got = call(tpu.block_attention, heads, keys, prefix_tokens=8, interpret=interpret, **options)
     np.testing.assert_allclose(got[live(keys)], want[live(keys)], rtol=1e-5, atol=1e-6)
-    got = block_attention(heads, keys, whole_blocks=False, backend="gpu", **options)
+    got = call(block_attention, heads, keys, whole_blocks=False, backend="gpu", **options)
     np.testing.assert_allclose(got[live(keys)], want[live(keys)], rtol=1e-5, atol=1e-6)
 
 
@@ -146,15 +146,16 @@ def test_a_window_may_be_seen_as_any_mask_says(backend):
     """A mask of keys, and one of queries and keys: the same where every query sees the same; whatever the backend, plain XLA."""
     heads, keys, pending = make(5)
     options = {"layer": jnp.int32(1), "block": BLOCK, "pending": pending, "backend": backend}
-    visible = jnp.asarray(np.random.default_rng(5).random((4, 12)) < 0.7)
-    both = jnp.broadcast_to(visible[:, None], (4, 12, 12))
-    want = block_attention(heads, keys, visible=visible, **options)
-    np.testing.assert_array_equal(block_attention(heads, keys, visible=both, **options), want)
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((12, 12), bool)), (4, 12, 12))
-    got = block_attention(heads, keys, visible=causal, **options)
-    cut = block_attention(heads[:, :8], keys._replace(lanes=keys.lanes[:, :2]), visible=causal[:, :8, :8], **options)
+    seen = functools.partial(call, block_attention, **options)
+    visible = np.random.default_rng(5).random((4, 12)) < 0.7
+    both = np.broadcast_to(visible[:, None], (4, 12, 12))
+    want = seen(heads, keys, visible=visible)
+    np.testing.assert_array_equal(seen(heads, keys, visible=both), want)
+    causal = np.broadcast_to(np.tri(12, dtype=bool), (4, 12, 12))
+    got = np.asarray(seen(heads, keys, visible=causal))
+    cut = seen(heads[:, :8], keys._replace(lanes=keys.lanes[:, :2]), visible=causal[:, :8, :8])
     np.testing.assert_allclose(got[:, :8], cut, rtol=1e-5, atol=1e-6)
-    assert np.abs(got[:, :11] - block_attention(heads, keys, visible=jnp.ones((4, 12), bool), **options)[:, :11]).max() > 1e-3
+    assert np.abs(got[:, :11] - np.asarray(seen(heads, keys, visible=np.ones((4, 12), bool)))[:, :11]).max() > 1e-3
 
 
 def test_a_block_that_fits_neither_window_nor_pages_is_named():

@@ -11,6 +11,7 @@ from pallas_kernels.block_attention import KV_FORMS, Keys, Scaled, block_attenti
 from pallas_kernels.block_attention.stored import empty, held, kv_dtype, plain
 
 
+attention = jax.jit(block_attention, static_argnames=("block", "backend"))
 WORST = {"bfloat16": 2**-8, "fp8": 2**-4, "int8": 1 / 127}  # of a number; of int8 of the largest of its vector, and its scale's rounding
 
 
@@ -61,14 +62,14 @@ def test_blocks_are_read_as_they_were_written(form, block, page):
     options = {"layer": jnp.int32(1), "block": block}
     full = jnp.full(2, 2 * block)
     for backend in ("reference", "gpu", "tpu"):
-        got = block_attention(heads, Keys(*pool, table, full, lanes), **options, backend=backend)
+        got = attention(heads, Keys(*pool, table, full, lanes), **options, backend=backend)
         meant = [plain(p, jnp.float32) for p in pool]
-        want = block_attention(heads, Keys(*meant, table, full, lanes), **options, backend="reference")
+        want = attention(heads, Keys(*meant, table, full, lanes), **options, backend="reference")
         np.testing.assert_array_equal(got, want)
     waiting = rounded(past[1], pool[0])
-    before = block_attention(heads, Keys(*pool, table, full - block, lanes), **options, pending=(waiting, jnp.ones(2, bool)))
+    before = attention(heads, Keys(*pool, table, full - block, lanes), **options, pending=(waiting, jnp.ones(2, bool)))
     np.testing.assert_allclose(before, got, rtol=1e-5, atol=1e-6)
-    unrounded = block_attention(heads, Keys(*pool, table, full - block, lanes), **options, pending=(past[1], jnp.ones(2, bool)))
+    unrounded = attention(heads, Keys(*pool, table, full - block, lanes), **options, pending=(past[1], jnp.ones(2, bool)))
     assert np.abs(unrounded - got).max() > 1e-4
 
 
@@ -77,7 +78,7 @@ def test_blocks_are_read_as_they_were_written(form, block, page):
 def test_positions_are_written_like_blocks(form):
     fresh = jax.random.normal(jax.random.key(1), (2, 1, 4, 2, 16))
     pool = empty((2, 3, 4, 2, 16), form, jnp.float32)
-    by_block = write_blocks(pool, fresh, jnp.array([1]), jnp.array([0]))
-    by_position = write_positions(pool, fresh, jnp.full((1, 4), 1), jnp.arange(4)[None])
+    by_block = jax.jit(write_blocks)(pool, fresh, np.array([1]), np.array([0]))
+    by_position = jax.jit(write_positions)(pool, fresh, np.full((1, 4), 1), np.arange(4)[None])
     jax.tree.map(np.testing.assert_array_equal, by_block, by_position)
     assert isinstance(by_block, Scaled) == (form == "int8") and by_block.dtype == kv_dtype(form, jnp.float32)

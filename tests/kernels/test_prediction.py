@@ -46,7 +46,10 @@ def make(seed=0, *, temperature=(0.0, 0.7, 1.5), filters=False, rows=ROWS, vocab
     return hidden, lm_head, jnp.asarray(rng.integers(0, vocab, rows), jnp.int32), options
 
 
-@functools.partial(jax.jit, static_argnames=("function", "interpret", "tile", "forbidden_id", "top_k", "tempered", "cut", "entropy"))
+STATIC = ("function", "backend", "interpret", "tile", "forbidden_id", "top_k", "tempered", "cut", "entropy")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
 def call(function, *args, **options):
     return function(*args, **options)
 
@@ -163,7 +166,7 @@ def test_tempered_probabilities_and_entropy(backend):
     """At temperature 0.5 the odds are 1 : 4 : 9, before top-k and top-p, which leave the best alone; greedy counts as 1."""
     logits, sampling = weighted(0.0, 1.0, 0.5)
     options = {"forbidden_id": 3, "sampling": sampling, "top_k": 2, "backend": backend}
-    best = prediction.predict(logits, jnp.zeros(3, jnp.int32), tempered=True, entropy=True, **options)
+    best = call(prediction.predict, logits, jnp.zeros(3, jnp.int32), tempered=True, entropy=True, **options)
     odds = np.array([[1, 2, 3], [1, 2, 3], [1, 4, 9]]) / np.array([[6], [6], [14]])
     assert best.token.tolist() == [2, 2, 2]
     np.testing.assert_allclose(best.prob, odds[:, 2], rtol=1e-6)
@@ -178,7 +181,7 @@ def test_cut_probabilities_are_those_of_what_is_drawn_from():
     keys = jax.random.split(jax.random.key(0), 3)
     cold = jnp.array([1.0, 1.0, 0.0])
     sampling = prediction.Sampling(keys, cold, jnp.array([0.6, 1.0, 0.6]), jnp.array([0, 1, 0]))
-    best = prediction.predict(logits, jnp.zeros(3, jnp.int32), forbidden_id=3, sampling=sampling, top_k=2, tempered=True, cut=True)
+    best = call(prediction.predict, logits, jnp.zeros(3, jnp.int32), forbidden_id=3, sampling=sampling, top_k=2, tempered=True, cut=True)
     odds = np.array([[0, 2 / 5, 3 / 5], [0, 0, 1], [1 / 6, 2 / 6, 3 / 6]])
     assert best.token[1:].tolist() == [2, 2] and best.token[0] in (1, 2)
     np.testing.assert_allclose(best.prob, odds[np.arange(3), np.asarray(best.token)], rtol=1e-6)
@@ -205,12 +208,12 @@ def test_entropy_is_of_the_distribution_that_probabilities_are_of():
     logits = logits.at[3, 1].set(jnp.nan)
     banned = jnp.array([[-1, -1], [2, -1], [1, 2], [-1, -1]])
     options = {"forbidden_id": 3, "sampling": sampling, "banned": banned}
-    best = prediction.predict(logits, jnp.zeros(4, jnp.int32), entropy=True, **options)
+    best = call(prediction.predict, logits, jnp.zeros(4, jnp.int32), entropy=True, **options)
     np.testing.assert_allclose(best.prob[:3], [1 / 2, 2 / 3, 1], rtol=1e-6)
     sixths, thirds = np.array([1, 2, 3]) / 6, np.array([1, 2]) / 3
     np.testing.assert_allclose(best.entropy[:3], [-(sixths * np.log(sixths)).sum(), -(thirds * np.log(thirds)).sum(), 0.0], rtol=1e-6)
     assert np.isnan(best.entropy[3])
-    assert prediction.predict(logits, jnp.zeros(4, jnp.int32), **options).entropy is None
+    assert call(prediction.predict, logits, jnp.zeros(4, jnp.int32), **options).entropy is None
 
 
 @pytest.mark.parametrize("tempered", [False, True])
@@ -277,7 +280,7 @@ def test_what_no_kernel_knows_is_made_of_what_it_finds_or_left_to_the_reference(
     options["penalized"] = options["penalized"].at[7].set(MASK)
     options["penalty"] = options["penalty"].at[7].set(2.0)
     lm_head = lm_head.at[MASK].set(2 * hidden[1])  # there the forbidden id is more likely than the best
-    best = reference.predict_from_hidden(hidden, lm_head, current, **options).token
+    best = call(reference.predict_from_hidden, hidden, lm_head, current, **options).token
     if asked == "no more":
         options["sampling"] = None
     doubted = jnp.where(row % 4 == 0, best, -1)[:, None] if asked == "doubted" else None
@@ -310,13 +313,13 @@ def test_rows_that_sample_are_drawn_some_at_a_time():
         "banned": current[:, None] + 1,
         "top_k": 1,
     }
-    greedy = reference.predict_from_hidden(hidden, head, current, sampling=None, **options)
+    greedy = call(reference.predict_from_hidden, hidden, head, current, sampling=None, **options)
     draw = jax.jit(functools.partial(reference.redone, forbidden_id=5, top_k=1))
     arrays = {name: options[name] for name in ("penalized", "penalty", "banned")}
     for hot in (0, 1, 64, 65, 150):
         temperature = jnp.where(jnp.arange(rows)[::-1] < hot, 0.8, 0.0)
         sampling = reference.Sampling(jax.random.split(keys[2], rows), temperature, jnp.full(rows, 0.9), jnp.zeros(rows, jnp.int32))
-        want = reference.predict_from_hidden(hidden, head, current, sampling=sampling, **options)
+        want = call(reference.predict_from_hidden, hidden, head, current, sampling=sampling, **options)
         got = draw(greedy, temperature > 0, hidden, head, current, sampling=sampling, **arrays)
         np.testing.assert_array_equal(got.token, want.token)
         np.testing.assert_allclose(got.prob, want.prob, rtol=1e-5)
