@@ -5,13 +5,17 @@ from __future__ import annotations
 import types
 
 import jax
+import jax.monitoring
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from scripted import EOS, RAW
 
 from diffulex_jax import BlockConditional, Engine
+from diffulex_jax.engine import programs
 from diffulex_jax.models.base import init
 from diffulex_jax.models.registry import model_of
+from diffulex_jax.parallel.mesh import make_mesh
 from diffulex_jax.rollout import grpo
 
 
@@ -21,7 +25,10 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(MODEL, init(MODEL, jax.random.key(0), scale=0.5), strategy="llada2", max_slots=8, max_model_len=16, warm_up=False)
+    """Its parameters lie where those of a checkpoint do, each on axes of a mesh."""
+    placed = jax.tree.map(lambda split: NamedSharding(make_mesh(), split), programs.param_specs(MODEL))
+    params = jax.device_put(init(MODEL, jax.random.key(0), scale=0.5), placed)
+    return Engine(MODEL, params, strategy="llada2", max_slots=8, max_model_len=16, warm_up=False)
 
 
 RECIPE = grpo.Recipe(steps=40, prompts=2, group=16, canvas=16, learning_rate=0.03, temperature=1.0)
@@ -34,7 +41,15 @@ def test_reward_rises(engine):
     def reward(i: int, output) -> float:
         return float(np.mean([token >= 8 for token in output.token_ids])) if output.token_ids else 0.0
 
-    learnt, history = grpo.train(engine, params, RECIPE, lambda step: (PROMPTS, reward))
+    lowered = []
+
+    def note(event: str, _seconds: float, *, fun_name: str = "", **_) -> None:
+        lowered.extend([fun_name] * event.endswith("/jaxpr_to_mlir_module_duration"))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    learnt, history = grpo.train(engine, engine.params, RECIPE, lambda step: (PROMPTS, reward))
+    jax.monitoring.unregister_event_duration_listener(note)
+    assert lowered.count("jit(update)") == 1  # a program for all steps
     assert [entry["step"] for entry in history] == list(range(40))
     assert np.mean([entry["reward"] for entry in history[:4]]) < 0.4
     assert np.mean([entry["reward"] for entry in history[-4:]]) > 0.7

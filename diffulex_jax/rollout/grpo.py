@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from diffulex_jax import Engine, Output, SamplingParams
@@ -94,15 +94,19 @@ def train(
       The parameters, and for each step the mean reward of its samples and the seconds it took.
     """
     model, optimiser, history = engine.model, _optimiser(recipe), []
-    params = jax.tree.map(jnp.array, params)  # what the steps donate
-    state = optimiser.init(params)
+    # Copies, which the steps donate, where the engine has its own: a step leaves all as it finds it, so that one program makes them all.
+    params = jax.tree.map(lambda new, old: jnp.array(jax.device_put(new, old.sharding)), params, engine.params)
+    alike = NamedSharding(engine.mesh, PartitionSpec())
+    state = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, alike), optimiser.init(params))
+    placed = jax.tree.map(lambda a: a.sharding, (params, state))
+    improved = jax.jit(update, static_argnames=("model", "recipe"), donate_argnums=(0, 1), out_shardings=placed)
     with tqdm(total=recipe.steps, unit="step") as bar:
         for step in range(recipe.steps):
             began = time.perf_counter()
             prompts, reward = batches(step)
             outputs = sample(engine, prompts, recipe, seed=recipe.seed * recipe.steps + step)
             rewards = np.array([[reward(i, output) for output in group] for i, group in enumerate(outputs)], np.float32)
-            params, state = update(params, state, pack(model, outputs, rewards, canvas=recipe.canvas), model=model, recipe=recipe)
+            params, state = improved(params, state, pack(model, outputs, rewards, canvas=recipe.canvas), model=model, recipe=recipe)
             engine.update_params(params)
             history.append({"step": step, "reward": float(rewards.mean()), "seconds": round(time.perf_counter() - began, 3)})
             bar.update()
@@ -135,7 +139,6 @@ def pack(model: Model, outputs: Sequence[Sequence[Output]], rewards: np.ndarray,
     return Samples(tokens, start, end, advantage.reshape(-1))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnums=(0, 1))
 def update(params: Params, state: Any, samples: Samples, *, model: Model, recipe: Recipe) -> tuple[Params, Any]:
     """One step of the optimiser: samples better than their group become more probable, others less."""
     gradient = jax.grad(loss)(params, model, samples, recipe.temperature)
