@@ -156,6 +156,7 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_adapter_rows.py",
         "test_background.py",
         "test_blocks_and_pages.py",
+        "test_compile_cache.py",
         "test_decide.py",
         "test_golden_sdar.py",
         "test_models.py",

@@ -46,10 +46,13 @@ def engines() -> dict[str, Engine]:
 def plain(name: str, tokens: list[int], block: int = BLOCK) -> np.ndarray:
     """``[T, V]``: log probabilities of a whole forward over ``tokens``; row i of position i."""
     model, policy = MODELS[name], MODELS[name].spec.attention
-    found, _ = logits_of(model, PARAMS[name], tokens, attend_to(sees(len(tokens), block, policy)))
-    if name != "whole":
-        found = found.at[:, model.spec.mask_id].set(-jnp.inf)
-    found = np.asarray(jax.nn.log_softmax(found, -1))
+
+    @jax.jit
+    def forward(params, tokens):
+        found, _ = logits_of(model, params, tokens, attend_to(sees(len(tokens), block, policy)))
+        return jax.nn.log_softmax(found if name == "whole" else found.at[:, model.spec.mask_id].set(-jnp.inf), -1)
+
+    found = np.asarray(forward(PARAMS[name], np.array(tokens)))
     return np.roll(found, 1, 0) if model.spec.predicts == "next" else found
 
 
@@ -203,8 +206,8 @@ def test_blocks_behind_a_prompt_that_sees_all_of_itself_begin_at_its_end():
     at = np.arange(len(shown))
     where = Where(jnp.asarray((at - len(prompt)) // 4), jnp.asarray(at < len(prompt)))
     policy = engine._device.program.attention
-    found, _ = logits_of(LLADA, PARAMS["whole"], shown, attend_to(policy.mask(where, where)))
-    want = jax.nn.log_softmax(found, -1)  # as its confidences are
+    forward = jax.jit(lambda ids, mask: jax.nn.log_softmax(logits_of(LLADA, PARAMS["whole"], ids, attend_to(mask))[0], -1))
+    want = np.asarray(forward(np.array(shown), policy.mask(where, where)))  # as its confidences are
     (scores,) = engine.score([prompt], [completion])
     np.testing.assert_allclose(scores[4:], [want[7 + i, completion[4 + i]] for i in range(2)], atol=2e-5)
 
@@ -241,7 +244,7 @@ def test_a_network_is_a_pure_function_that_has_gradients():
     tokens = jnp.array([PROMPTS[0] + [15, 15, 15, 15]])
     positions, mask = jnp.arange(8)[None], sees(8, BLOCK)
     f = jax.jit(pure(model))
-    want, _ = logits_of(model, params, tokens[0], attend_to(mask))
+    want = jax.jit(lambda params, ids: logits_of(model, params, ids, attend_to(mask))[0])(params, tokens[0])
     np.testing.assert_allclose(f(params, tokens, positions, mask)[0], want, atol=2e-5)
     np.testing.assert_allclose(f(params, tokens, positions, jnp.stack([mask]))[0], want, atol=2e-5)
     gradient = jax.grad(lambda p: f(p, tokens, positions, mask)[0, 5, 3])(params)

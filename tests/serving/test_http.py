@@ -16,7 +16,7 @@ import httpx
 import pytest
 from corpus import CORPUS
 from prometheus_client.parser import text_string_to_metric_families
-from running import frames
+from running import SMALL, frames, serving
 
 from diffulex_jax import SamplingParams
 from diffulex_jax.async_serving.http.openai_requests import Chat, Completion
@@ -323,11 +323,7 @@ def test_a_silent_stream_gets_comments(strict):
 
 
 def test_a_model_without_a_tokenizer_serves_token_ids(compiled):
-    from running import serving
-
-    with serving(
-        byte_model.GOLDEN / "tiny-llada2-trained", "--block-size", "8", "--max-model-len", "64", "--max-slots", "1", cache=compiled
-    ) as server:
+    with serving(byte_model.GOLDEN / "tiny-llada2-trained", *SMALL, "--isolation", "thread", cache=compiled) as server:
         answer = server.post("/generate", prompt=[5, 6], max_tokens=8, ignore_eos=True).json()
         assert len(answer["token_ids"]) == 8 and answer["text"] is None
         assert "no tokenizer" in check_error(server.post("/generate", prompt="x"), 400)["message"]
