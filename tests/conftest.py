@@ -170,8 +170,10 @@ COMPILED: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# With `--one-of-each` of the files that are compiled as for users only these are so; some least, and all others quick.
-USERS = ("test_same_answer.py", "test_golden_llada2.py", "kernels/test_grouped_matmul.py", "kernels/test_quantised.py")
+# With `--one-of-each` of the files that are compiled as for users only these are so: whole models, with the kernels in them. Some are
+# least, and all others quick; of the kernels those whose rows would depend on their company.
+USERS = ("test_same_answer.py", "test_golden_llada2.py")
+QUICK = ("kernels/test_grouped_matmul.py", "kernels/test_quantised.py")
 LEAST = (
     "kernels",
     "test_bfloat16_memory.py",
@@ -223,7 +225,7 @@ def _way_of(file: pathlib.Path, *, sooner: bool) -> str:
     way = next((way for way, names in COMPILED.items() if _is_among(file, names)), "users")
     if way != "users" or not sooner or _is_among(file, USERS):
         return way
-    return "least" if _is_among(file, LEAST) else "quick"
+    return "least" if _is_among(file, LEAST) and not _is_among(file, QUICK) else "quick"
 
 
 def _is_among(file: pathlib.Path, names: tuple[str, ...]) -> bool:
@@ -233,7 +235,7 @@ def _is_among(file: pathlib.Path, names: tuple[str, ...]) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """What one worker compiled the others read from disk, and so do processes that tests start, and the next run. The key holds program,
     flags and versions."""
-    named = {*SLOW, *ONE_BY_ONE, *ONE_SERVER, *USERS, *LEAST, *(name for names in COMPILED.values() for name in names)}
+    named = {*SLOW, *ONE_BY_ONE, *ONE_SERVER, *USERS, *QUICK, *LEAST, *(name for names in COMPILED.values() for name in names)}
     if missing := sorted(name for name in named if not (TESTS / name).exists()):
         raise pytest.UsageError(f"tests/conftest.py lists {', '.join(missing)}, which are not there")
     if config.getoption("one_of_each"):
