@@ -129,7 +129,6 @@ ONE_SERVER = (
 COMPILED: dict[str, tuple[str, ...]] = {
     "quick": (
         "test_adapters.py",
-        "test_bench_step.py",
         "test_bench_quality.py",
         "test_cli.py",
         "test_engine.py",
@@ -143,18 +142,15 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_readme.py",
         "test_replay.py",
         "test_requests.py",
-        "test_rollout.py",
-        "test_scoring.py",
         "test_trace.py",
         "test_update_params.py",
-        "test_viz.py",
-        "test_warm_up.py",
         "test_watch.py",
     ),
     "least": (
         "serving/test_adapter_models.py",
         "test_adapter_rows.py",
         "test_background.py",
+        "test_bench_step.py",
         "test_blocks_and_pages.py",
         "test_compile_cache.py",
         "test_decide.py",
@@ -165,8 +161,12 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_policies.py",
         "test_properties.py",
         "test_recipes.py",
+        "test_rollout.py",
+        "test_scoring.py",
         "test_sharding.py",
         "test_training.py",
+        "test_viz.py",
+        "test_warm_up.py",
     ),
 }
 
@@ -181,6 +181,7 @@ LEAST = (
     "test_decode.py",
     "test_few_rows.py",
     "test_golden_dream.py",
+    "test_golden_llada.py",
     "test_kv.py",
     "test_levenshtein.py",
     "test_objectives.py",

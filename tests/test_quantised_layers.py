@@ -160,9 +160,8 @@ def test_adapters_beside_quantised_matrices_add_what_merged_ones_do():
     """To logits, and to their gradient; in every layer of each of the leaves."""
     model, params = checkpoint.load(SDAR, make_mesh(), weights="int8")
     lora = Lora(2, 3.0, tuple(ROWS))
-    trained = jax.tree.map(
-        lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), adapters.init(model, lora, jax.random.key(0))
-    )
+    fresh, rng = adapters.init(model, lora, jax.random.key(0)), np.random.default_rng(0)
+    trained = jax.tree.map(lambda a: np.asarray(a) + 0.05 * rng.standard_normal(a.shape, np.float32), fresh)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 200, (1, 4 * model.spec.block_size)), jnp.int32)
 
     def found(add, base):
