@@ -134,7 +134,6 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_engine.py",
         "test_evaluation.py",
         "test_generate.py",
-        "test_golden_fast_dllm.py",
         "test_grpo.py",
         "test_lm_eval.py",
         "test_quantised_experts.py",
@@ -144,7 +143,6 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_requests.py",
         "test_trace.py",
         "test_update_params.py",
-        "test_watch.py",
     ),
     "least": (
         "serving/test_adapter_models.py",
@@ -154,6 +152,7 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_blocks_and_pages.py",
         "test_compile_cache.py",
         "test_decide.py",
+        "test_golden_fast_dllm.py",
         "test_golden_sdar.py",
         "test_models.py",
         "test_next_token_models.py",
@@ -167,6 +166,7 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_training.py",
         "test_viz.py",
         "test_warm_up.py",
+        "test_watch.py",
     ),
 }
 
