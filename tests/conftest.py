@@ -128,7 +128,6 @@ ONE_SERVER = (
 #   least: a third, and ten. For what compiles much and runs little.
 COMPILED: dict[str, tuple[str, ...]] = {
     "quick": (
-        "test_adapters.py",
         "test_bench_quality.py",
         "test_cli.py",
         "test_engine.py",
@@ -137,7 +136,6 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_grpo.py",
         "test_lm_eval.py",
         "test_quantised_experts.py",
-        "test_quantised_layers.py",
         "test_readme.py",
         "test_replay.py",
         "test_requests.py",
@@ -147,6 +145,7 @@ COMPILED: dict[str, tuple[str, ...]] = {
     "least": (
         "serving/test_adapter_models.py",
         "test_adapter_rows.py",
+        "test_adapters.py",
         "test_background.py",
         "test_bench_step.py",
         "test_blocks_and_pages.py",
@@ -159,6 +158,7 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_output_contract.py",
         "test_policies.py",
         "test_properties.py",
+        "test_quantised_layers.py",
         "test_recipes.py",
         "test_rollout.py",
         "test_scoring.py",
@@ -188,6 +188,7 @@ LEAST = (
     "test_prefill.py",
     "test_qwen2.py",
     "test_rules.py",
+    "test_sampling.py",
     "test_sdar_rules.py",
     "test_step.py",
     "test_sub_blocks.py",

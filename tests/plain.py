@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from diffulex_jax.models.attention import AttentionPolicy, positions_of
 from diffulex_jax.models.base import logits
 from diffulex_jax.models.ops import Ops, machine_ops
-from pallas_kernels import REFERENCE
+from pallas_kernels import REFERENCE, prediction
 from pallas_kernels.block_attention import split_heads
+
+
+_CHOICES = ("forbidden_id", "top_k", "tempered", "cut", "entropy", "counts_all", "narrowed", "margin")
+predict = functools.partial(jax.jit, static_argnames=_CHOICES)(prediction.predict)
+"""What a forward says, as one program."""
 
 
 def sees(length: int, block: int, policy: AttentionPolicy | None = None):

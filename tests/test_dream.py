@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import same_answer
-from plain import attend_to, logits_of
+from plain import attend_to, logits_of, predict
 from scripted import block_of, play, script, shown, update
 from sweep import sweep
 
@@ -30,7 +30,7 @@ from diffulex_jax.rules import at_random, by_noise_level, noise_levels, rationed
 from diffulex_jax.rules.noise_levels import step_shares
 from diffulex_jax.strategies import STRATEGIES
 from diffulex_jax.weights import checkpoint
-from pallas_kernels.prediction import Sampling, predict
+from pallas_kernels.prediction import Sampling
 
 
 DREAM = str(pathlib.Path(__file__).parent / "golden" / "families" / "tiny-dream")
@@ -41,12 +41,15 @@ _ = None
 # The schedule
 
 
+_next_count = jax.jit(noise_levels._next_count)
+
+
 def shared_out(masks, *, steps, eps):
     """How many masks each step fills that fills any."""
-    shares, gone, counts = jnp.asarray(step_shares(steps, eps))[None], jnp.zeros((1, 1), jnp.int32), []
+    shares, gone, counts = np.asarray(step_shares(steps, eps))[None], np.zeros((1, 1), np.int32), []
     while masks:
-        count, gone = noise_levels._next_count(jnp.array([[masks]]), shares, gone)
-        counts.append(int(count[0, 0]))
+        count, gone = _next_count(np.array([[masks]], np.int32), shares, gone)
+        counts.append(int(np.asarray(count)[0, 0]))
         masks -= counts[-1]
     return counts
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import same_answer
-from plain import attend_to, logits_of
+from plain import attend_to, logits_of, predict
 from scripted import block_of, play, script, shown, update
 from sweep import sweep
 
@@ -26,7 +26,7 @@ from diffulex_jax.rules import factor, levenshtein, scheduled, threshold
 from diffulex_jax.strategies import STRATEGIES, Strategy
 from diffulex_jax.weights import checkpoint
 from pallas_kernels.block_attention import canvas_attention
-from pallas_kernels.prediction import Sampling, predict
+from pallas_kernels.prediction import Sampling
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "families"
