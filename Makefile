@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 run: $(VENV)/.installed
 	$(VENV)/bin/diffulex-jax generate --model embedded --strategy dmax --accept-threshold 0.5 --chat --prompt "$(QUESTION)"
 
-# Lint, format, types, every notebook, and of every kind of test one: ten minutes on two cores.
+# Lint, format, types, every notebook, and of every kind of test one: nine minutes on two cores.
 test: lint
 	@$(MAKE) --no-print-directory --jobs 2 types one-of-each
 
