@@ -153,6 +153,7 @@ COMPILED: dict[str, tuple[str, ...]] = {
         "test_decide.py",
         "test_golden_fast_dllm.py",
         "test_golden_sdar.py",
+        "test_mixed_steps.py",
         "test_models.py",
         "test_next_token_models.py",
         "test_output_contract.py",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffulex_jax import Rule, SamplingParams, decode
-from diffulex_jax.decode import loop
+from diffulex_jax.decode import denoise_step
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.request_state import admit, empty_state, make_request, settings_row
@@ -206,9 +206,9 @@ def play(
     policy = AttentionPolicy("whole", canvas="whole", cache="none") if dims.whole_canvas else AttentionPolicy()
     program, no_forward = (
         decode.Program(MODEL, dims, rule, KERNELS, policy),
-        mock.patch.object(loop, "canvas_forward", lambda *a: (None, a[2])),
+        mock.patch.object(denoise_step, "canvas_forward", lambda *a: (None, a[2])),
     )
-    with mock.patch.object(loop, "predict", predict), mock.patch.object(loop, "_forward", forward), no_forward:
+    with mock.patch.object(denoise_step, "predict", predict), mock.patch.object(denoise_step, "window_forward", forward), no_forward:
         known, options = np.zeros(len(scripts), np.int32), {"steps": steps, "max_steps": steps, "stop_on_finish": False}
         _, state, report, trace = _denoise(program, arrays, pool, state, page_table=tables, known=known, **options)
     played, (tokens, report, trace) = [], jax.device_get((state.sequence.tokens, report, trace))

@@ -41,24 +41,24 @@ KNOWN = np.zeros(1, np.int32)
 prefill = functools.partial(jax.jit, static_argnums=0)(decode.prefill)
 
 
-def rows(*pieces: tuple[int, list[int]], size: int = 2) -> dict[str, np.ndarray]:
-    """The arguments of ``prefill``: ``size`` rows of two blocks, which hold ``pieces`` of a prompt, each from a block on."""
-    made = {
-        "tokens": np.zeros((size, 2, BLOCK), np.int32),
-        "start": np.zeros(size, np.int32),
-        "length": np.zeros(size, np.int32),
-        "written": np.zeros((size, 2), bool),
-        "page_table": np.repeat(TABLE, size, 0),
-    }
+def rows(*pieces: tuple[int, list[int]], size: int = 2) -> decode.Prompts:
+    """``size`` rows of two blocks, which hold ``pieces`` of a prompt, each from a block on."""
+    made = decode.Prompts(
+        tokens=np.zeros((size, 2, BLOCK), np.int32),
+        start=np.zeros(size, np.int32),
+        length=np.zeros(size, np.int32),
+        written=np.zeros((size, 2), bool),
+        page_table=np.repeat(TABLE, size, 0),
+    )
     for i, (first, tokens) in enumerate(pieces):
-        made["tokens"][i].reshape(-1)[: len(tokens)] = tokens
-        made["start"][i], made["length"][i], made["written"][i] = first * BLOCK, len(tokens), np.arange(2) < len(tokens) // BLOCK
+        made.tokens[i].reshape(-1)[: len(tokens)] = tokens
+        made.start[i], made.length[i], made.written[i] = first * BLOCK, len(tokens), np.arange(2) < len(tokens) // BLOCK
     return made
 
 
 def prefilled(program: decode.Program, pool: KVPool, tokens: list[int]) -> KVPool:
     """The pool after a plain forward over whole blocks of ``tokens``."""
-    return prefill(program, PARAMS, pool, **rows((0, tokens)))[0]
+    return prefill(program, PARAMS, pool, rows((0, tokens)))[0]
 
 
 @pytest.mark.sweep
@@ -85,8 +85,8 @@ def test_a_prefill_in_chunks_equals_one():
     program, pool, state = setup(REFERENCE, [1, 2, 3, 4, 5, 6, 7, 8, 9])
     one = prefilled(program, pool, [1, 2, 3, 4, 5, 6, 7, 8])
     chunks = prefilled(program, pool, [1, 2, 3, 4])
-    chunks, _ = prefill(program, PARAMS, chunks, **rows((1, [5, 6, 7, 8])))
-    together, _ = prefill(program, PARAMS, pool, **rows((1, [5, 6, 7, 8]), (0, [1, 2, 3, 4])))
+    chunks, _ = prefill(program, PARAMS, chunks, rows((1, [5, 6, 7, 8])))
+    together, _ = prefill(program, PARAMS, pool, rows((1, [5, 6, 7, 8]), (0, [1, 2, 3, 4])))
     for got in (chunks, together):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, one)
     assert np.abs(one.k[:, :1]).min() > 0

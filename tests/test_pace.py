@@ -105,7 +105,8 @@ def on_the_clock(prompts, *, output, rate, flood=0, paced=True):
     pools, sizes = [PagePool(SLOTS * 160, prefix_cache=False)], {"slots": SLOTS, "block": BLOCK, "page": BLOCK, "window": 1}
     scheduler = Scheduler(device, pools, pace=HOPPER, steps_per_dispatch=8, root=b"", **sizes)
     if not paced:
-        scheduler._noticed = lambda: False
+        prefill = scheduler._prefill
+        scheduler._prefill = lambda noticed: prefill(False)
 
     def ask(length, output):
         params = SamplingParams(max_tokens=output, seed=0).resolve()
@@ -136,7 +137,7 @@ def test_a_flood_of_prompts_makes_nobody_wait_much_longer(rows, rate):
         np.percentile(on_the_clock(LENGTHS[:rows], **asked, **kind)[1], 99)
         for kind in ({}, {"flood": 4000}, {"flood": 4000, "paced": False})
     )
-    assert paced < 2.4 * alone and paced < 0.85 * unpaced
+    assert paced < 2.3 * alone and paced < 0.9 * unpaced
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffulex_jax.engine.device import default_num_pages
+from diffulex_jax.engine.pool_size import default_num_pages
 
 
 GIB = 2**30

@@ -67,7 +67,7 @@ class World:
         pool = self.pool()
         for chunks in rounds:
             for packed, _ in packing.pack(self.program, self.shapes, chunks, table_of=self.table):
-                pool, _ = self._prefill(PARAMS, pool, **packed._asdict())
+                pool, _ = self._prefill(PARAMS, pool, packed.prompts)
         return pool
 
     def alone(self) -> KVPool:
@@ -123,7 +123,7 @@ def test_a_prompt_is_one_sequence():
     request = whole.requests[0]
     shape = Shape(1, -(-TOKENS // 4))
     row = packing.packed(whole.program.dims, shape, {0: packing.Row(request, 0, 17, 0, 17)}, table_of=whole.table)
-    pool, _ = jax.jit(functools.partial(programs.prefill, causal))(PARAMS, whole.pool(), **row._asdict())
+    pool, _ = jax.jit(functools.partial(programs.prefill, causal))(PARAMS, whole.pool(), row.prompts)
     for got, want in zip(jax.tree.leaves(packed.prefilled([Chunk(request, 0, 17)])), jax.tree.leaves(pool), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -163,8 +163,8 @@ def test_many_rows_take_few_forwards():
     world = world_of("16")  # 4, 2, 0 and 1 blocks: four rows of two
     chunks = [Chunk(request, 0, count) for request, count in zip(world.requests, world.whole, strict=True) if count]
     made = list(packing.pack(world.program, [Shape(1, 2), Shape(3, 2)], chunks, table_of=world.table))
-    assert [packed.tokens.shape for packed, _ in made] == [(3, 2, 16), (1, 2, 16)]
-    assert [packed.length.tolist() for packed, _ in made] == [[32, 32, 32], [16]]
+    assert [packed.prompts.tokens.shape for packed, _ in made] == [(3, 2, 16), (1, 2, 16)]
+    assert [packed.prompts.length.tolist() for packed, _ in made] == [[32, 32, 32], [16]]
 
 
 def test_a_shard_computes_its_own_prompts():
@@ -173,9 +173,9 @@ def test_a_shard_computes_its_own_prompts():
     requests = [dataclasses.replace(world.requests[i], slot=slot) for i, slot in ((0, 1), (1, 2), (3, 0))]
     chunks = [Chunk(request, 0, len(request.prompt) // 16) for request in requests]
     ((packed, whose),) = packing.pack(world.program, [Shape(1, 2), Shape(3, 2)], chunks, table_of=world.table, shards=2)
-    assert packed.length.tolist() == [32, 32, 16, 32, 0, 0]
+    assert packed.prompts.length.tolist() == [32, 32, 16, 32, 0, 0]
     assert {row: request.slot for row, request in whose.items()} == {0: 1, 1: 1, 2: 0, 3: 2}
-    assert packed.page_table[3].tolist() == world.table(requests[1].pages).tolist()
+    assert packed.prompts.page_table[3].tolist() == world.table(requests[1].pages).tolist()
     assert packing.prefill_shapes(world.program, (64, 1024), budget=1024, shards=2) == [Shape(2, 2), Shape(6, 2)]
 
 
@@ -185,5 +185,5 @@ def test_the_shape_of_a_whole_prompt_is_its_own():
     requests = [dataclasses.replace(world.requests[i], slot=slot) for slot, i in enumerate((2, 3, 1, 2))]
     chunks = [Chunk(request, 0, len(request.prompt) // 4) for request in requests]  # 9, 31, 33 and 9 tokens
     made = list(packing.pack(world.program, world.shapes, chunks, table_of=world.table, shards=2))
-    assert [packed.tokens.shape for packed, _ in made] == [(2, 4, 4), (2, 8, 4), (2, 16, 4)]
+    assert [packed.prompts.tokens.shape for packed, _ in made] == [(2, 4, 4), (2, 8, 4), (2, 16, 4)]
     assert [[requests.index(request) for request in whose.values()] for _, whose in made] == [[0, 3], [1], [2]]

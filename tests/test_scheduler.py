@@ -242,12 +242,26 @@ def test_prompts_leave_those_who_wait_for_more_two_thirds_of_the_time(monkeypatc
 
 
 def test_prompts_come_first_where_nobody_has_seen_a_token():
+    """Of requests that came together, up to so many tokens; whoever comes later holds nobody up."""
     world = World(pool=6.0, seed=0, device=Log)
     world.scheduler.pace = Pace(24, (8,), 4)
     world.device.random = types.SimpleNamespace(random=lambda: 1.0)  # no block ever ends
+    add(world, 0, prompt=3, max_tokens=61)
+    for i in (1, 2):
+        add(world, i, prompt=48, max_tokens=1)
+    for _ in range(4):
+        world.step()
+    assert world.device.done == [*[("prompts", 24)] * 4, ("steps", world.scheduler.steps_per_dispatch)]
+    add(world, 3, prompt=48, max_tokens=1)
+    world.step()
+    assert world.device.done[5:] == [("prompts", 24), ("steps", 2)]
+
+    world = World(pool=6.0, seed=0, device=Log)
+    world.scheduler.pace = Pace(24, (8,), 2)  # 32 times 2 tokens: at the third round
+    world.device.random = types.SimpleNamespace(random=lambda: 1.0)
     add(world, 0, prompt=3, max_tokens=61)
     for i in (1, 2, 3):
         add(world, i, prompt=60, max_tokens=1)
     for _ in range(4):
         world.step()
-    assert world.device.done == [("prompts", 24), ("steps", 2)] * 4
+    assert world.device.done == [*[("prompts", 24)] * 3, ("steps", 2), ("prompts", 24)]

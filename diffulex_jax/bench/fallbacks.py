@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from diffulex_jax import decode
-from diffulex_jax.decode.loop import step
+from diffulex_jax.decode.denoise_step import step
 from diffulex_jax.engine import settle
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import empty

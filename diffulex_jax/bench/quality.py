@@ -17,8 +17,9 @@ import numpy as np
 
 from diffulex_jax import Engine
 from diffulex_jax.bench.forward import program_of
-from diffulex_jax.decode.forward import forward, prefill
+from diffulex_jax.decode.forward import forward
 from diffulex_jax.decode.program import Program
+from diffulex_jax.decode.prompts import Prompts, prefill
 from diffulex_jax.engine.config import EngineConfig
 from diffulex_jax.engine.device import empty
 from diffulex_jax.engine.tokenizer import Tokenizer
@@ -202,16 +203,14 @@ def _predict(program: Program, params: Params, pool: KVPool, clean: jax.Array, n
     dims, (rows, length) = program.dims, clean.shape
     blocks, block = length // dims.block, dims.block
     table = jnp.arange(rows * dims.pages_per_slot, dtype=jnp.int32).reshape(rows, -1)
-    pool, _ = prefill(
-        program,
-        params,
-        pool,
+    prompts = Prompts(
         clean.reshape(rows, blocks, block),
         start=jnp.zeros(rows, jnp.int32),
         length=jnp.full(rows, length, jnp.int32),
         written=jnp.ones((rows, blocks), bool),
         page_table=table,
     )
+    pool, _ = prefill(program, params, pool, prompts)
     start = jnp.tile(jnp.arange(blocks, dtype=jnp.int32) * block, rows)
     keys = Keys(pool.k, pool.v, jnp.repeat(table, blocks, 0), start, jnp.ones((rows * blocks, 1), bool))
     x = params["embed"][noisy.reshape(rows * blocks, block)]

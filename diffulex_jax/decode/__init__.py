@@ -1,8 +1,9 @@
 """The decode step and the loop around it: pure functions of parameters, pool and state."""
 
-from diffulex_jax.decode.forward import prefill
-from diffulex_jax.decode.loop import denoise, step
+from diffulex_jax.decode.denoise_step import mixed_step, step
+from diffulex_jax.decode.loop import denoise
 from diffulex_jax.decode.program import Program
+from diffulex_jax.decode.prompts import Prompts, prefill
 
 
-__all__ = ["Program", "denoise", "prefill", "step"]
+__all__ = ["Program", "Prompts", "denoise", "mixed_step", "prefill", "step"]

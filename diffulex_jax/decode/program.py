@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from diffulex_jax.models.attention import AttentionPolicy
 from diffulex_jax.models.base import Model
@@ -11,6 +11,10 @@ from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import FORWARDS_PER_TOKEN, Dims
 from pallas_kernels import Kernels
 from pallas_kernels.block_attention import KV
+
+
+_MANY_SLOTS = 16  # fewer take no longer than reading the weights does, pending blocks or not
+_SLOTS_OF_A_PENDING = 4
 
 
 class Program(NamedTuple):
@@ -40,6 +44,17 @@ class Program(NamedTuple):
         confidences are of what top-p and top-k leave, with neither."""
         narrows = self.confidence == "narrowed" and (params.top_p != 1 or params.top_k != 0)
         return params.temperature == 0 and not params.doubted_token_ids and not narrows
+
+    def mixes(self, dtype: Any) -> bool:
+        """Whether prompts may be prefilled in a forward of a denoise step: what a row gives must not be held, to the bit, to what it gives
+        without them, its prompt may come in pieces, and a block is committed beside the next."""
+        apart = self.kernels.for_layers(dtype).rows_apart
+        return not apart and self.attention.paged and self.attention.chunkable and not (self.dims.commit_alone or self.dims.carried)
+
+    def few_pending(self, dtype: Any) -> int:
+        """How many rows mostly commit a block in the same step, at the most: there is a forward for so many pending blocks beside the one
+        for all; 0: there is none. Only in a program that others can stand in for, so that nobody waits until it is compiled."""
+        return self.dims.slots // _SLOTS_OF_A_PENDING if self.greedy and self.mixes(dtype) and self.dims.slots >= _MANY_SLOTS else 0
 
     @property
     def block_budget(self) -> int:

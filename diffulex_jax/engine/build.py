@@ -16,10 +16,11 @@ from diffulex_jax.cache.pages import PagePool, chain_digest
 from diffulex_jax.engine import alike, background
 from diffulex_jax.engine.admission import Limits
 from diffulex_jax.engine.config import EngineConfig
-from diffulex_jax.engine.device import JaxDevice, default_num_pages
+from diffulex_jax.engine.device import JaxDevice
 from diffulex_jax.engine.fingerprint import strategy_id
 from diffulex_jax.engine.mirror import Mirror
 from diffulex_jax.engine.pace import Pace
+from diffulex_jax.engine.pool_size import default_num_pages
 from diffulex_jax.engine.scheduler import Scheduler
 from diffulex_jax.engine.settle import plan
 from diffulex_jax.engine.startup import announce, is_told

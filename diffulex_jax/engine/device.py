@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from diffulex_jax.engine.dispatch import Plan, jit, jit_denoise, unpack_report
 from diffulex_jax.engine.executables import Programs
 from diffulex_jax.engine.request import Chunk, Tracked
 from diffulex_jax.engine.results import TraceStep
+from diffulex_jax.engine.tables import Tables
 from diffulex_jax.engine.words import Words
 from diffulex_jax.models.adapted import ADAPTERS, without
 from diffulex_jax.models.base import Params, leaves
@@ -25,9 +26,6 @@ from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.sampling_params import SamplingParams
 from diffulex_jax.state import STATE_AXES, Canvas, DecodeState, KVPool, StepReport, Trace
 from pallas_kernels.block_attention import stored
-
-
-_CACHED_PAGES = 8  # pages at the most, in times of what the slots need
 
 
 class Launched(NamedTuple):
@@ -64,23 +62,22 @@ class JaxDevice:
         """``adapters`` are the names of those that ``params`` hold at ``ADAPTERS``, in order."""
         self.program, self.mesh, self.num_pages = program, mesh, num_pages
         self._params, self.eos_ids = params, eos_ids
-        self._numbers: dict[str | None, int] = {name: i for i, name in enumerate((None, *adapters))}
         dims = program.dims
-        self._adapter = np.zeros(dims.slots, np.int32) if adapters else None
         on_pool, on_slots, everywhere = programs.pool_placement(mesh, program), sharding(mesh, STATE_AXES), sharding(mesh, ())
         kernels = program.kernels.for_layers(dtype)
         few = kernels.few_rows if program.attention.paged else ()
         self._shards = mesh.shape["data"]
         self._prefill_shapes = packing.prefill_shapes(program, kernels.prefill_tokens, budget=max_batched_tokens, shards=self._shards)
-        self._pages, self._known = np.full((dims.slots, dims.pages_per_slot), num_pages, np.int32), np.zeros(dims.slots, np.int32)
-        # The list of pages that each row was made from, and how many of them: only what is new is written.
-        self._placed: list[tuple[list[int], int]] = [([], 0)] * dims.slots
+        self._tables = Tables(dims, num_pages=num_pages, shards=self._shards, few=few, adapters=adapters)
+        self._packing: Any = {"table_of": self._tables.table, "adapter_of": self._tables.adapter_of, "shards": self._shards}
+        # Prompts that the next launch prefills beside its first step, unless something else needs them before.
+        self._held: tuple[packing.Packed, dict[int, Tracked]] | None = None
         # What a prefill left for the row of a request, by its number, until it is admitted.
         self._carried: dict[int, jax.Array] = {}
         self._jit_one = jax.jit(lambda rows, at: rows[at], out_shardings=everywhere)
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
         self._requests = Words(self._request(Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams())))
-        self._prompts = {shape: Words(self._no_prompts(shape)) for shape in self._prefill_shapes}
+        self._prompts = {shape: Words(packing.packed(dims, shape, {}, **self._packing)) for shape in self._prefill_shapes}
         self._jit_admit = jit_state(functools.partial(_admit, self.program, self._requests))
         self._jit_put, self._jit_release = jit_state(request_state.put), jit_state(request_state.release)
         self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
@@ -95,13 +92,19 @@ class JaxDevice:
         self._budget = max_batched_tokens
         self._log_probs = jit(functools.partial(programs.log_probs, program), dtype, mesh.devices.flat[0], out_shardings=everywhere)
         self._prefills = {shape: compiled(functools.partial(_prefill, program, words)) for shape, words in self._prompts.items()}
-        each = dims.slots // self._shards
-        # Rows of each data shard that a dispatch may have, and the slots that they are.
-        self._rows = {n: np.flatnonzero(np.arange(dims.slots) % each < n) for n in sorted({min(n, each) for n in (*few, each)})}
+        # A step that asks the host nothing is launched together with the loop that goes on behind it.
+        mixes = program.mixes(dtype) and not adapters and True in kinds
+        into = functools.partial(jit, dtype=dtype, device=mesh.devices.flat[0], donate_argnums=(1, 2), out_shardings=(on_pool, on_slots))
+        # Where prompts take much longer than reading the weights does, that these are read once less does not matter.
+        self._mixed = {
+            shape: into(functools.partial(_mixed, program._replace(greedy=True), words))
+            for shape, words in self._prompts.items()
+            if mixes and shape.rows * shape.blocks * dims.block <= kernels.free_tokens
+        }
         with jax.set_mesh(mesh):
             self.pool, self.state = jax.jit(lambda: empty(program, dtype, num_pages), out_shardings=(on_pool, on_slots))()
             row = jax.eval_shape(request_state.take, self.state, np.int32(0))
-            kv = jax.eval_shape(_read_pages, self.pool, self._table([]))
+            kv = jax.eval_shape(_read_pages, self.pool, self._tables.table([]))
         self.saved_structure = request_state.Saved(row, kv.k, kv.v)
 
     def warm_up(self, requests: Sequence[Tracked] | None = None, *, wait: bool = True) -> None:
@@ -109,19 +112,15 @@ class JaxDevice:
 
         Unless it is to ``wait``: what any request can do with. Others, which do the same in less time, are compiled in the background.
         """
-        shapes: Sequence[packing.Shape] = self._prefill_shapes
-        loops = [(greedy, rows) for greedy in self._denoise for rows in self._rows]
-        if requests is not None:
-            shapes = packing.shapes_for(self.program, shapes, requests)
-            kinds = {self._kind([request]) for request in requests}
-            loops = [(greedy, rows) for greedy, rows in loops if greedy in kinds]
-        spare_loops, spare_shapes = ([], []) if wait else self._spare()
-        loops, shapes = [loop for loop in loops if loop not in spare_loops], [shape for shape in shapes if shape not in spare_shapes]
-        self._begin(self._programs.begin, loops, shapes)
-        self._begin(self._programs.begin_later, spare_loops, spare_shapes)
+        names = self._names(requests)
+        later = [] if wait else self._spare(names)
+        now = [name for name in names if name not in later]
+        for name in now:
+            self._programs.begin(*self._on_nothing(name))
+        for name in later:
+            self._programs.begin_later(*self._on_nothing(name))
         probe = Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams(seed=0).resolve(), slot=0)
-        for shape in shapes:
-            self._prefill(self._no_prompts(shape), {0: probe})
+        self._run_on_nothing([name for name in now if name[0] != "denoise"], probe)
         self.admit(probe)
         if requests is None or self.num_pages < self.program.dims.slots * self.program.dims.pages_per_slot:  # some may be set aside
             probe.saved = self.save(probe)
@@ -129,8 +128,7 @@ class JaxDevice:
         if requests is None or any(request.wants_sequence for request in requests):
             self.read(probe)
         self.release(0)
-        for greedy, rows in loops:
-            jax.block_until_ready(self._dispatch(self._plan(rows, max_steps=1, stop_on_finish=False), greedy=greedy))
+        self._run_on_nothing([name for name in now if name[0] == "denoise"], probe)
 
     @property
     def params(self) -> Params:
@@ -161,7 +159,7 @@ class JaxDevice:
 
         def run(canvases: Canvases) -> np.ndarray:
             shape = canvases.noisy.shape, None if canvases.clean is None else canvases.clean.shape[1]
-            rows = None if self._adapter is None else np.full(shape[0][0], self._numbers[adapter], np.int32)
+            rows = self._tables.all_of(adapter, shape[0][0])
             return np.asarray(self._programs(("score", shape), self._log_probs, self._params, canvases, rows))
 
         return scoring.score(
@@ -176,10 +174,13 @@ class JaxDevice:
         )
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
-        how = {"table_of": self._table, "adapter_of": self._adapter_of, "shards": self._shards}
+        """See ``scheduler.Device``. What a step can take along waits for one."""
         shapes = [shape for shape in self._prefill_shapes if not self._programs.is_awaited(("prefill", shape))]
-        for packed, requests in packing.pack(self.program, shapes, chunks, **how):
-            self._prefill(packed, requests)
+        for made in packing.pack(self.program, shapes, chunks, **self._packing):
+            self._prefill_held()
+            self._held = made
+        if self._held is not None and _shape_of(self._held[0], self._shards) not in self._mixed:
+            self._prefill_held()
 
     def admit(self, request: Tracked) -> None:
         packed = self._requests.pack(self._request(request))
@@ -187,9 +188,10 @@ class JaxDevice:
             self.state = self._jit_admit(self.state, _slot(request), packed, self._carried.pop(request.id, None))
 
     def save(self, request: Tracked) -> request_state.Saved:
+        self._prefill_held()
         with jax.set_mesh(self.mesh):
             row = self._jit_take(self.state, _slot(request))
-            kv = self._jit_read(self.pool, self._table(self._pages_held(request)))
+            kv = self._jit_read(self.pool, self._tables.table(self._pages_held(request)))
         row, kv = jax.device_get((row, kv))
         count = self._pages_written(request)
         return request_state.Saved(row, *jax.tree.map(lambda a: a[:, :count].copy(), (kv.k, kv.v)))
@@ -200,7 +202,7 @@ class JaxDevice:
         room = dims.pages_per_slot - count
         kv = jax.tree.map(lambda a: np.pad(a, [(0, room if i == 1 else 0) for i in range(a.ndim)]), KVPool(saved.k, saved.v))
         with jax.set_mesh(self.mesh):
-            self.pool = self._jit_write(self.pool, kv, self._table(self._pages_held(request), count))
+            self.pool = self._jit_write(self.pool, kv, self._tables.table(self._pages_held(request), count))
             self.state = self._jit_put(self.state, _slot(request), saved.row)
 
     def release(self, slot: int) -> None:
@@ -212,24 +214,17 @@ class JaxDevice:
             return jax.device_get(self._jit_sequence(self.state, _slot(request)))
 
     def launch(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> Launched:
-        # Slots that nothing runs in keep old pages: their rows are not live.
-        for slot, request in running.items():
-            pages, placed = self._placed[slot]
-            if pages is not request.pages:
-                placed = 0
-                self._pages[slot] = self.num_pages
-            new = self._split(request.pages[placed:])
-            first = len(new) // max(1, len(request.pages) - placed) * placed
-            self._pages[slot, first : first + len(new)] = new
-            self._placed[slot] = request.pages, len(request.pages)
-            self._known[slot] = request.known
-            if self._adapter is not None:
-                self._adapter[slot] = self._numbers[request.params.adapter_name]
+        self._tables.place(running)
         greedy, rows = self._loop_for(running)
-        report, trace = self._dispatch(self._plan(rows, max_steps=max_steps, stop_on_finish=stop_on_finish), greedy=greedy)
         traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
+        if self._held is not None and greedy and self._mixes(rows) and not traced:  # of a step beside prompts there is no trace
+            held, self._held = self._held, None
+            self._mix(held[0], self._plan(rows, max_steps=1).pages)
+            max_steps -= 1
+        self._prefill_held()
+        report, trace = self._dispatch(self._plan(rows, max_steps=max_steps, stop_on_finish=stop_on_finish), greedy=greedy)
         report.copy_to_host_async()
-        return Launched(report, self._rows[rows], trace if traced else None, traced)
+        return Launched(report, self._tables.rows[rows], trace if traced else None, traced)
 
     def collect(self, launched: Launched) -> StepReport:
         if launched.traced:
@@ -241,10 +236,6 @@ class JaxDevice:
         report[launched.slots] = rows
         return unpack_report(report)
 
-    @property
-    def _adapter_of(self) -> packing.AdapterOf | None:
-        return None if self._adapter is None else lambda request: self._numbers[request.params.adapter_name]
-
     def _request(self, request: Tracked) -> request_state.Request:
         return request_state.make_request(self.program.dims, prompt=request.prompt, params=request.params, eos_ids=self.eos_ids)
 
@@ -252,12 +243,45 @@ class JaxDevice:
         """Whether the program that asks nothing of its rows will do, where there is one."""
         return True in self._denoise and all(self.program.asks_nothing(request.params) for request in requests)
 
-    def _begin(self, begin: Callable[..., None], loops: Iterable[tuple[bool, int]], shapes: Iterable[packing.Shape]) -> None:
-        """Has programs compiled by ``begin``, a method of ``Programs``."""
-        for greedy, rows in loops:
-            begin(*self._denoising(self._plan(rows, max_steps=1, stop_on_finish=False), greedy=greedy))
-        for shape in shapes:
-            begin(*self._prefilling(self._no_prompts(shape)))
+    def _names(self, requests: Sequence[Tracked] | None) -> list[_Name]:
+        """The large programs that requests may need, None for any; first those that serve a few."""
+        kinds, shapes, rows = set(self._denoise), self._prefill_shapes, self._tables.rows
+        if requests is not None:
+            kinds, shapes = {self._kind([request]) for request in requests}, packing.shapes_for(self.program, shapes, requests)
+        loops = [("denoise", kind, n) for n in rows for kind in sorted(kinds, reverse=True)]
+        mixed = [("mixed", shape, n) for shape in shapes if shape in self._mixed and True in kinds for n in rows]
+        return [*loops, *[("prefill", shape) for shape in shapes], *mixed]
+
+    def _spare(self, names: Sequence[_Name]) -> list[_Name]:
+        """Those without which every request can be served.
+
+        The loop over all slots that asks its rows does for all requests. Prompts may be prefilled in pieces of one size, the largest that
+        takes no longer than reading the weights, and apart from steps.
+        """
+        sizes = {("prefill", shape): shape.rows * shape.blocks * self.program.dims.block for shape in self._prefill_shapes}
+        kept = list(sizes)
+        if self.program.attention.chunkable:
+            kept = [name for name, size in sizes.items() if size <= self.program.kernels.free_tokens][-1:] or kept[:1]
+        return [name for name in names if name not in (("denoise", False, max(self._tables.rows)), *kept)]
+
+    def _on_nothing(self, name: _Name) -> tuple[Any, ...]:
+        """What ``Programs`` takes for a program and no requests."""
+        kind, *which = name
+        if kind == "denoise":
+            return self._denoising(self._plan(which[1], max_steps=1), greedy=which[0])
+        none = packing.packed(self.program.dims, which[0], {}, **self._packing)
+        return self._prefilling(none) if kind == "prefill" else self._mixing(none, self._plan(which[1], max_steps=1).pages)
+
+    def _run_on_nothing(self, names: Sequence[_Name], probe: Tracked) -> None:
+        for kind, *which in names:
+            if kind == "denoise":
+                jax.block_until_ready(self._dispatch(self._plan(which[1], max_steps=1), greedy=which[0]))
+                continue
+            none = packing.packed(self.program.dims, which[0], {}, **self._packing)
+            if kind == "prefill":
+                self._prefill(none, {0: probe})
+            else:
+                self._mix(none, self._plan(which[1], max_steps=1).pages)
 
     def _loop_for(self, running: dict[int, Tracked]) -> tuple[bool, int]:
         """The denoise loop for requests by slot: of those that are there, one with the fewest rows, if it can be the one that asks nothing.
@@ -265,28 +289,16 @@ class JaxDevice:
         Whether all rows are greedy, and how many there are.
         """
         kinds = (True, False) if self._kind(running.values()) else (False,)
-        able = [(kind, n) for n, slots in self._rows.items() if np.isin(list(running), slots).all() for kind in kinds]
+        able = [(kind, n) for n, slots in self._tables.rows.items() if np.isin(list(running), slots).all() for kind in kinds]
         return next(loop for loop in able if not self._programs.is_awaited(("denoise", *loop)))
 
-    def _spare(self) -> tuple[list[tuple[bool, int]], list[packing.Shape]]:
-        """Loops and prefill shapes without which every request can be served; first those that serve a few.
+    def _mixes(self, rows: int) -> bool:
+        """Whether the program that takes the held prompts along with a step of so many rows is there."""
+        assert self._held is not None
+        return not self._programs.is_awaited(("mixed", _shape_of(self._held[0], self._shards), rows))
 
-        The loop over all slots that asks its rows does for all requests. Prompts may be prefilled in pieces of one size: the largest that
-        takes no longer than reading the weights.
-        """
-        loops = [(kind, n) for n in self._rows for kind in sorted(self._denoise, reverse=True)]
-        loops.remove((False, max(self._rows)))
-        if not self.program.attention.chunkable:
-            return loops, []
-        block = self.program.dims.block
-        small = [shape for shape in self._prefill_shapes if shape.rows * shape.blocks * block <= self.program.kernels.free_tokens]
-        kept = small[-1:] or self._prefill_shapes[:1]
-        return loops, [shape for shape in self._prefill_shapes if shape not in kept]
-
-    def _plan(self, rows: int, *, max_steps: int, stop_on_finish: bool) -> Plan:
-        slots = self._rows[rows]
-        adapter = None if self._adapter is None else self._adapter[slots]
-        return Plan(self._pages[slots], self._known[slots], max_steps, stop_on_finish, adapter)
+    def _plan(self, rows: int, *, max_steps: int, stop_on_finish: bool = False) -> Plan:
+        return self._tables.plan(rows, max_steps=max_steps, stop_on_finish=stop_on_finish)
 
     def _denoising(self, plan: Plan, *, greedy: bool) -> tuple[Any, ...]:
         """What ``Programs`` takes."""
@@ -306,28 +318,11 @@ class JaxDevice:
         if not self.program.attention.paged:
             return dims.pages_per_slot
         blocks = request.written + (dims.sub_block_cache > 0)  # and old keys and values of the window
-        return min(-(-blocks * dims.block // dims.page), len(self._split(request.pages)))
-
-    def _table(self, pages: Sequence[int], count: int | None = None) -> np.ndarray:
-        """``[P]`` int32: a request's pages as the device knows them, the first ``count`` of them; one past the pool elsewhere."""
-        table = np.full(self.program.dims.pages_per_slot, self.num_pages, np.int32)
-        own = self._split(pages)[:count]
-        table[: len(own)] = own
-        return table
-
-    def _split(self, pages: Sequence[int]) -> np.ndarray:
-        """Pages of the pool: the scheduler's hold at least a block, and are several of the pool's where a block does not fit in one."""
-        parts = self.program.dims.unit // self.program.dims.page
-        return (np.asarray(pages, np.int32)[:, None] * parts + np.arange(parts, dtype=np.int32)).reshape(-1)
-
-    def _no_prompts(self, shape: packing.Shape) -> packing.Packed:
-        how = {"table_of": self._table, "adapter_of": self._adapter_of, "shards": self._shards}
-        return packing.packed(self.program.dims, shape, {}, **how)
+        return min(-(-blocks * dims.block // dims.page), len(self._tables.split(request.pages)))
 
     def _prefilling(self, packed: packing.Packed) -> tuple[Any, ...]:
         """What ``Programs`` takes."""
-        rows, blocks, _ = packed.tokens.shape
-        shape = packing.Shape(rows // self._shards, blocks)
+        shape = _shape_of(packed, self._shards)
         return ("prefill", shape), self._prefills[shape], self._params, self.pool, self._prompts[shape].pack(packed)
 
     def _prefill(self, packed: packing.Packed, requests: dict[int, Tracked]) -> None:
@@ -335,6 +330,26 @@ class JaxDevice:
         if self.program.dims.carried:  # then a row is a whole prompt
             with jax.set_mesh(self.mesh):
                 self._carried |= {request.id: self._jit_one(last, np.int32(row)) for row, request in requests.items()}
+
+    def _prefill_held(self) -> None:
+        """Prefills what is held, if something is."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._prefill(*held)
+
+    def _mixing(self, packed: packing.Packed, pages: np.ndarray) -> tuple[Any, ...]:
+        """What ``Programs`` takes."""
+        shape = _shape_of(packed, self._shards)
+        name = "mixed", shape, len(pages)
+        return name, self._mixed[shape], self._params, self.pool, self.state, self._prompts[shape].pack(packed), pages
+
+    def _mix(self, packed: packing.Packed, pages: np.ndarray) -> None:
+        """Prefills prompts and makes a step of the rows that have ``pages``."""
+        self.pool, self.state = self._programs(*self._mixing(packed, pages))
+
+
+_Name = tuple[Any, ...]
+"""Of a large program: ``("denoise", whether all rows are greedy, rows)``, ``("prefill", shape)``, ``("mixed", shape, rows)``"""
 
 
 def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, DecodeState]:
@@ -345,33 +360,21 @@ def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, 
     return KVPool(*(stored.empty(shape, program.kv, dtype) for _ in range(2))), state
 
 
-def default_num_pages(device: jax.Device, page_bytes: int, *, needed: int, share: float) -> int:
-    """How many pages of ``page_bytes`` to make, now that the parameters are on the device.
-
-    ``share`` of what accelerators have left, less a tenth of their memory for the step's temporaries, up to eight times ``needed``:
-    beyond that even a prefix cache gains nothing. A CPU shares its memory with everything else; there it is what all slots need.
-
-    An allocator that did not take all memory at once (``XLA_PYTHON_CLIENT_PREALLOCATE=false``) holds what it once took, in pieces: that is
-    of use for temporaries, not for a pool, which is two arrays in one piece each.
-
-    Raises:
-      ValueError: when no page fits.
-    """
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return needed
-    limit, taken, held = stats["bytes_limit"], stats["bytes_in_use"], stats.get("pool_bytes", 0)
-    if held < limit:
-        taken = max(taken, held)
-    free = int(share * (0.9 * limit - taken))
-    if free < page_bytes:
-        raise ValueError(f"no KV page fits: {taken / 2**30:.1f} of {limit / 2**30:.1f} GiB are taken on {device}")
-    return min(free // page_bytes, _CACHED_PAGES * needed)
-
-
 def _prefill(program: decode.Program, prompts: Words, params: Params, pool: KVPool, words: jax.Array) -> tuple[KVPool, jax.Array]:
     """``programs.prefill`` of what ``prompts`` packed."""
-    return programs.prefill(program, params, pool, **prompts.unpack(words)._asdict())
+    return programs.prefill(program, params, pool, *prompts.unpack(words))
+
+
+def _mixed(
+    program: decode.Program, prompts: Words, params: Params, pool: KVPool, state: DecodeState, words: jax.Array, pages: jax.Array
+) -> tuple[KVPool, DecodeState]:
+    """``programs.mixed_step`` of what ``prompts`` packed."""
+    return programs.mixed_step(program, params, pool, state, page_table=pages, prompts=prompts.unpack(words).prompts)
+
+
+def _shape_of(packed: packing.Packed, shards: int) -> packing.Shape:
+    rows, blocks, _ = packed.prompts.tokens.shape
+    return packing.Shape(rows // shards, blocks)
 
 
 def _admit(

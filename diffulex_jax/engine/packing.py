@@ -23,13 +23,9 @@ class Shape(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The arrays that ``programs.prefill`` takes: the rows of each shard, in order. ``adapter`` is None where the parameters hold none."""
+    """What ``programs.prefill`` takes: the rows of each shard, in order, and their adapters; None where the parameters hold none."""
 
-    tokens: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    written: np.ndarray
-    page_table: np.ndarray
+    prompts: decode.Prompts
     adapter: np.ndarray | None
 
 
@@ -126,14 +122,14 @@ def packed(
     """Rows as the arrays of one forward, by their place in it: ``shape.rows`` of each shard, of which those that are not given do not
     exist."""
     count = shards * shape.rows
-    arrays = Packed(
+    arrays = decode.Prompts(
         tokens=np.zeros((count, shape.blocks, dims.block), np.int32),
         start=np.zeros(count, np.int32),
         length=np.zeros(count, np.int32),
         written=np.zeros((count, shape.blocks), bool),
         page_table=np.tile(table_of([]), (count, 1)),
-        adapter=None if adapter_of is None else np.zeros(count, np.int32),
     )
+    adapter = None if adapter_of is None else np.zeros(count, np.int32)
     tables = {id_: table_of(pages) for id_, pages in {row.request.id: row.request.pages for row in rows.values()}.items()}
     for i, row in rows.items():
         tokens = row.request.prompt[row.first * dims.block : row.end * dims.block]
@@ -141,9 +137,9 @@ def packed(
         arrays.start[i], arrays.length[i] = row.first * dims.block, len(tokens)
         arrays.written[i, row.written - row.first : row.last - row.first] = True
         arrays.page_table[i] = tables[row.request.id]
-        if arrays.adapter is not None and adapter_of is not None:
-            arrays.adapter[i] = adapter_of(row.request)
-    return arrays
+        if adapter is not None and adapter_of is not None:
+            adapter[i] = adapter_of(row.request)
+    return Packed(arrays, adapter)
 
 
 def _all_rows(program: decode.Program, chunks: Sequence[Chunk]) -> list[Row]:

@@ -47,25 +47,18 @@ def denoise(
     """
 
     def local(params: Any, pool: KVPool, state: Any, page_table: jax.Array, known: Any, adapter: Any, max_steps: Any, stop: Any) -> Any:
-        count = known.shape[0]
-        here = program._replace(dims=dataclasses.replace(program.dims, slots=count))
-        rows = jax.tree.map(lambda a: a[:count], state)
         pool, rows, report, trace = decode.denoise(
-            here,
+            _of_rows(program, len(known)),
             for_rows(params, adapter),
             pool,
-            rows,
+            _first_rows(state, len(known)),
             page_table=own_pages(page_table, pool),
             known=known,
             steps=steps,
             max_steps=max_steps,
             stop_on_finish=stop,
         )
-        return pool, jax.tree.map(written, state, rows), report, trace
-
-    def written(a: jax.Array, rows: jax.Array) -> jax.Array:
-        """``a`` with its first rows replaced. Not by ``at[:n].set``, which passes indices without elements: see :func:`spread`."""
-        return lax.dynamic_update_slice_in_dim(a, rows, 0, 0) if a.size else a
+        return pool, _with_first_rows(state, rows), report, trace
 
     slots, pages, every = spec(*STATE_AXES), spec(*POOL_AXES), PartitionSpec()
     run = spread(
@@ -76,28 +69,49 @@ def denoise(
     return run(params, pool, state, page_table, known, adapter, max_steps, stop_on_finish)
 
 
+def mixed_step(
+    program: decode.Program, params: Params, pool: KVPool, state: DecodeState, *, page_table: jax.Array, prompts: decode.Prompts
+) -> tuple[KVPool, DecodeState]:
+    """See ``decode.mixed_step``; slots are split as for :func:`denoise`, prompts as for :func:`prefill`. There are no adapters."""
+
+    def local(params: Any, pool: KVPool, state: Any, page_table: jax.Array, prompts: decode.Prompts) -> Any:
+        count, own = len(page_table), prompts._replace(page_table=own_pages(prompts.page_table, pool))
+        here, rows, table = _of_rows(program, count), _first_rows(state, count), own_pages(page_table, pool)
+        pool, rows = decode.mixed_step(here, params, pool, rows, page_table=table, prompts=own)
+        return pool, _with_first_rows(state, rows)
+
+    slots, pages = spec(*STATE_AXES), spec(*POOL_AXES)
+    run = spread(local, (param_specs(program.model, params), pages, *[slots] * 3), (pages, slots))
+    return run(params, pool, state, page_table, prompts)
+
+
+def _of_rows(program: decode.Program, count: int) -> decode.Program:
+    """``program`` for so many slots."""
+    return program._replace(dims=dataclasses.replace(program.dims, slots=count))
+
+
+def _first_rows(state: DecodeState, count: int) -> DecodeState:
+    return jax.tree.map(lambda a: a[:count], state)
+
+
+def _with_first_rows(state: DecodeState, rows: DecodeState) -> DecodeState:
+    """``state`` with its first rows replaced. Not by ``at[:n].set``, which passes indices without elements: see :func:`spread`."""
+    return jax.tree.map(lambda a, new: lax.dynamic_update_slice_in_dim(a, new, 0, 0) if a.size else a, state, rows)
+
+
 def prefill(
-    program: decode.Program,
-    params: Params,
-    pool: KVPool,
-    tokens: jax.Array,
-    *,
-    start: jax.Array,
-    length: jax.Array,
-    written: jax.Array,
-    page_table: jax.Array,
-    adapter: jax.Array | None = None,
+    program: decode.Program, params: Params, pool: KVPool, prompts: decode.Prompts, adapter: jax.Array | None = None
 ) -> tuple[KVPool, jax.Array]:
     """See ``decode.prefill``. Devices compute the rows of their own slots: those that share slots have their equal part of the rows, in
     order. ``adapter`` ``[R]`` is that of each row, as for :func:`denoise`."""
 
-    def local(params: Any, pool: KVPool, tokens: Any, start: Any, length: Any, written: Any, page_table: Any, adapter: Any) -> Any:
-        own, here = for_rows(params, adapter), own_pages(page_table, pool)
-        return decode.prefill(program, own, pool, tokens, start=start, length=length, written=written, page_table=here)
+    def local(params: Any, pool: KVPool, prompts: decode.Prompts, adapter: Any) -> Any:
+        own = prompts._replace(page_table=own_pages(prompts.page_table, pool))
+        return decode.prefill(program, for_rows(params, adapter), pool, own)
 
     pages, slots = spec(*POOL_AXES), spec(*STATE_AXES)
-    run = spread(local, (param_specs(program.model, params), pages, *[slots] * 6), (pages, slots))
-    return run(params, pool, tokens, start, length, written, page_table, adapter)
+    run = spread(local, (param_specs(program.model, params), pages, slots, slots), (pages, slots))
+    return run(params, pool, prompts, adapter)
 
 
 def log_probs(program: decode.Program, params: Params, canvases: Canvases, adapter: jax.Array | None = None) -> jax.Array:

@@ -17,6 +17,8 @@ from diffulex_jax.state import ERROR, RUNNING, Canvas, StepReport
 _LEAST_STEPS = 2  # between prompts
 _MOST_PREFILL_BLOCKS = 16  # of one request in turn
 _COUNTS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"]
+_MOST_AHEAD = 32  # times so many tokens of prompts as are free, before the steps of those whose prompts are done
+_SPARE_BLOCKS = 3  # that a row may finish in a dispatch beside the one that the host knows of, where pages are plenty
 _MOST_PASSED_OVER = 64  # so often may later requests overtake one that waits for pages
 
 
@@ -102,6 +104,8 @@ class Scheduler:
         self._admitted = 0
         # Steps that come before the next prompts, where somebody would notice; below 0 prompts have so many in advance.
         self._owed = -CREDIT
+        # Tokens of prompts since the last steps; the last of the requests that those wait for who have shown nothing.
+        self._ahead, self._burst = 0, 0
         self._flight: Flight | None = None
         self._ended: list[Ended] = []
 
@@ -135,8 +139,11 @@ class Scheduler:
         for request in sorted(self.running.values(), key=lambda r: r.order):
             if request.slot is not None:
                 self._provide_page(request)
-        if self.running:
-            busy = bool(self.prefilling)
+        busy = bool(self.prefilling)
+        if self.running and not (busy and self._waits_for_prompts(noticed)):
+            self._ahead = 0
+            for request in self.running.values():
+                self._provide_spare_pages(request)
             owed = max(_LEAST_STEPS, self._owed if noticed else 0)
             steps = min(owed, self.steps_per_dispatch) if busy else self.steps_per_dispatch
             launched = self.device.launch(self.running, max_steps=steps, stop_on_finish=busy or bool(self.waiting))
@@ -287,6 +294,7 @@ class Scheduler:
             (self.prefilling if count < left else done).append(request)
         if chunks:
             self.device.prefill(chunks)
+            self._ahead += most - min(budgets)
             self._owed += self.pace.steps(most - min(budgets), decoding) if noticed else 0
         for request in done:
             self._start(request)
@@ -294,6 +302,13 @@ class Scheduler:
     def _noticed(self) -> bool:
         """Whether somebody has seen tokens and waits for more: whoever has none waits for their first block, whatever comes before it."""
         return any(request.tokens for request in self.running.values())
+
+    def _waits_for_prompts(self, noticed: bool) -> bool:
+        """Whether those that have shown nothing yet wait for the prompts of others that came with them: a step takes as long for a few as
+        for all. Whoever comes later holds nobody up."""
+        self._burst = 0 if noticed else self._burst or self._admitted
+        came_together = any(request.order <= self._burst for request in self.prefilling)
+        return came_together and self._ahead < _MOST_AHEAD * self.pace.free
 
     def _to_prefill(self, request: Tracked) -> int:
         """Blocks of the prompt that are written before the first step."""
@@ -318,6 +333,15 @@ class Scheduler:
                 return
         if missing > 0:
             request.pages += shard.pages.allocate(missing)
+
+    def _provide_spare_pages(self, request: Tracked) -> None:
+        """Pages for blocks that the row may finish before the host hears of it, unless others may miss them: without, a dispatch ends."""
+        if not self._paged:
+            return
+        spare = self._pages_upto(request, request.start + (1 + self._keeps_window + _SPARE_BLOCKS) * self.block) - len(request.pages)
+        pages = self._shard_of(request).pages
+        if spare > 0 and pages.num_available >= spare + len(self.running):
+            request.pages += pages.allocate(spare)
 
     def _shard_of(self, request: Tracked) -> Shard:
         return self._shards[self._shard_index(request)]

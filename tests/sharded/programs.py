@@ -66,7 +66,8 @@ def decoded(mesh, model=MODEL, rule=None):
             there = (np.arange(2) < blocks) & (np.arange(shards) == slot // per_shard)[:, None]
             rows = {"start": np.tile(np.arange(2) * BLOCK, shards), "length": there * BLOCK, "written": there}
             rows = {name: a.reshape(2 * shards).astype(np.int32) for name, a in rows.items()} | {"written": there.reshape(-1, 1)}
-            pool, _ = prefill(params, pool, tokens.reshape(-1, 1, BLOCK), **rows, page_table=table[[slot] * 2 * shards])
+            prompts = decode.Prompts(tokens.reshape(-1, 1, BLOCK), **rows, page_table=table[[slot] * 2 * shards])
+            pool, _ = prefill(params, pool, prompts)
             hot = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if slot == 1 else {}
             settings = SamplingParams(max_tokens=10, accept_threshold=0.6, **hot)
             packed = request_state.make_request(dims, prompt=prompt, params=settings, eos_ids=model.spec.eos_ids)
