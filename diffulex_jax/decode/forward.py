@@ -74,7 +74,7 @@ class Rows(NamedTuple):
     Attributes:
       x: ``[R, T, D]`` input embeddings.
       positions: ``[R, T]`` int32 absolute positions.
-      keys: what is cached of each row, and which of its blocks exist. It names the pool of the layers' beginning.
+      keys: what is cached of each row, and which of its blocks exist; not its pool, which each layer is given anew.
       visible: ``[R, T, T]`` bool, what each query sees of the row's own positions; None: those up to the end of its block.
       written: the blocks that are written into the pool, as :class:`Written` has them; None: none.
     """
