@@ -14,6 +14,7 @@ from diffulex_jax import Engine, SamplingParams, decode
 from diffulex_jax.decode import program as programs
 from diffulex_jax.decode.window import advance
 from diffulex_jax.engine import build, executables
+from diffulex_jax.engine.request import Chunk, Tracked
 from diffulex_jax.models.base import init
 from diffulex_jax.models.registry import model_of
 from diffulex_jax.request_state import admit, empty_state, make_request
@@ -119,3 +120,11 @@ def test_an_engine_mixes_where_it_can(used):
     used.clear()
     built.generate(PROMPTS[1:2], MIXED[1])
     assert "mixed" not in {name[0] for name in used}  # whose row samples
+
+    # Whoever reads or writes pages comes after prompts that still wait for a step.
+    device, request = built._device, Tracked(id=99, prompt=np.arange(8, dtype=np.int32), params=MIXED[0].resolve(), slot=0, pages=[0])
+    for act in (lambda: setattr(request, "saved", device.save(request)), lambda: device.restore(request)):
+        device.prefill([Chunk(request, 0, 2)])
+        assert device._held is not None
+        act()
+        assert device._held is None

@@ -197,6 +197,7 @@ class JaxDevice:
         return request_state.Saved(row, *jax.tree.map(lambda a: a[:, :count].copy(), (kv.k, kv.v)))
 
     def restore(self, request: Tracked) -> None:
+        self._prefill_held()  # of a request that may be gone, whose pages this one may have
         saved, dims = request.saved, self.program.dims
         count = saved.k.shape[1]
         room = dims.pages_per_slot - count
