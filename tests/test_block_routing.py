@@ -118,12 +118,9 @@ def hidden(network, x, *, pending=0, valid=None):
     def attend(layer, heads):
         return jnp.broadcast_to(heads[..., -1:, :], (*heads.shape[:3], heads.shape[3] - 2, heads.shape[4])), ()
 
-    @jax.jit
-    def layers(params, x, valid):
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]) % BLOCK, x.shape[:2])
-        return model.layers(params, x, positions, machine_ops(KERNELS, attend, pending=pending, valid=valid))[0]
-
-    return layers(params, x, valid)
+    ops = machine_ops(KERNELS, attend, pending=pending, valid=valid)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]) % BLOCK, x.shape[:2])
+    return model.layers(params, x, positions, ops)[0]
 
 
 def test_neither_rows_beside_it_nor_a_pending_block_nor_dummies_change_a_bit(network):

@@ -65,7 +65,7 @@ def build(model: str) -> Engine:
 
 
 GOOD = {"prompt": "hello", "max_tokens": 24, "ignore_eos": True}
-LONG = {"prompt": "hello", "max_tokens": 120, "ignore_eos": True, "n": 4}  # not done before the fault, however busy the machine
+LONG = {"prompt": "hello", "max_tokens": 120, "ignore_eos": True, "n": 8}  # not done before the fault, however busy the machine
 
 
 def ask(url: str, **form) -> tuple[int, str, float]:
