@@ -8,7 +8,7 @@ QUESTION := A bus has 81 people. At one stop 29 get off and 58 get on. Then 7 ge
 # A run starts a hundred processes, which read what Python compiled for the first.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-all lint types one-of-each every-case test-fast test-pods test-gpu test-soak notebooks browser clean
+.PHONY: run test test-all lint types one-of-each one-of-each-quick one-of-each-others every-case test-fast test-pods test-gpu test-soak notebooks browser clean
 
 # Answers a question with the model that comes with the package.
 run: $(VENV)/.installed
@@ -16,7 +16,7 @@ run: $(VENV)/.installed
 
 # Lint, format, types, every notebook, and of every kind of test one: nine minutes on two cores.
 test: lint
-	@$(MAKE) --no-print-directory --jobs 2 types one-of-each
+	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target types one-of-each
 
 # The same with every case of every test, which continuous integration runs: 21 minutes.
 test-all: lint
@@ -29,9 +29,14 @@ lint: $(VENV)/.installed-dev browser
 types: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 
-one-of-each: $(VENV)/.installed-dev
-	$(PYTEST) --one-of-each --compiled users
+# Side by side: while tests of one wait, or the last of a run ends, the others have both processors.
+one-of-each: one-of-each-quick one-of-each-others
+
+one-of-each-quick: $(VENV)/.installed-dev
 	$(PYTEST) --one-of-each --compiled quick
+
+one-of-each-others: $(VENV)/.installed-dev
+	$(PYTEST) --one-of-each --compiled users
 	$(PYTEST) --one-of-each --compiled least
 
 every-case: $(VENV)/.installed-dev
