@@ -48,7 +48,11 @@ def later(monkeypatch):
 
 @pytest.fixture
 def used(monkeypatch):
-    """Names of the programs that were called since ``clear()``."""
+    return names_called(monkeypatch)
+
+
+def names_called(monkeypatch):
+    """Names of the programs that engines called since ``clear()``."""
     names, call = [], executables.Programs.__call__
 
     def noted(self, name, *args):

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scripted import EOS, KERNELS, MODEL
-from test_background import MIXED, PROMPTS, ids
+from test_background import MIXED, PROMPTS, ids, names_called
 from test_warm_up import PARAMS
 
 from diffulex_jax import Engine, SamplingParams, decode
 from diffulex_jax.decode import program as programs
 from diffulex_jax.decode.window import advance
-from diffulex_jax.engine import build, executables
+from diffulex_jax.engine import build
 from diffulex_jax.engine.request import Chunk, Tracked
 from diffulex_jax.models.base import init
 from diffulex_jax.models.registry import model_of
@@ -86,18 +86,11 @@ def test_a_step_beside_prompts_is_both(case):
 @pytest.fixture
 def used(monkeypatch):
     """Names of the programs that engines call, which mix as they would on a GPU."""
-    names, call = [], executables.Programs.__call__
-
-    def noted(self, name, *args):
-        names.append(name)
-        return call(self, name, *args)
-
     kinds = {"host_drives_loops": True, "prefill_tokens": (64,), "free_tokens": 64, "rows_apart": False}
     monkeypatch.setattr(build, "choose", lambda device: choose(device)._replace(**kinds))
     monkeypatch.setattr(programs, "_MANY_SLOTS", 4)  # and one pending block is few
     monkeypatch.setattr(Kernels, "for_layers", lambda self, dtype: self)
-    monkeypatch.setattr(executables.Programs, "__call__", noted)
-    return names
+    return names_called(monkeypatch)
 
 
 def test_an_engine_mixes_where_it_can(used):

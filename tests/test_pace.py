@@ -106,7 +106,7 @@ def on_the_clock(prompts, *, output, rate, flood=0, paced=True):
     scheduler = Scheduler(device, pools, pace=HOPPER, steps_per_dispatch=8, root=b"", **sizes)
     if not paced:
         prefill = scheduler._prefill
-        scheduler._prefill = lambda noticed: prefill(False)
+        scheduler._prefill, scheduler._waits_for_prompts = lambda noticed: prefill(False), lambda noticed: False
 
     def ask(length, output):
         params = SamplingParams(max_tokens=output, seed=0).resolve()
@@ -137,7 +137,7 @@ def test_a_flood_of_prompts_makes_nobody_wait_much_longer(rows, rate):
         np.percentile(on_the_clock(LENGTHS[:rows], **asked, **kind)[1], 99)
         for kind in ({}, {"flood": 4000}, {"flood": 4000, "paced": False})
     )
-    assert paced < 2.3 * alone and paced < 0.9 * unpaced
+    assert paced < 2.3 * alone and paced < 0.85 * unpaced
 
 
 @pytest.mark.parametrize(

@@ -91,13 +91,15 @@ class JaxDevice:
         compiled = functools.partial(jit, dtype=dtype, device=mesh.devices.flat[0], donate_argnums=(1,), out_shardings=(on_pool, on_slots))
         self._budget = max_batched_tokens
         self._log_probs = jit(functools.partial(programs.log_probs, program), dtype, mesh.devices.flat[0], out_shardings=everywhere)
-        self._prefills = {shape: compiled(functools.partial(_prefill, program, words)) for shape, words in self._prompts.items()}
+        self._prefills = {
+            shape: compiled(functools.partial(_prefill, program=program, prompts=words)) for shape, words in self._prompts.items()
+        }
         # A step that asks the host nothing is launched together with the loop that goes on behind it.
         mixes = program.mixes(dtype) and not adapters and True in kinds
         into = functools.partial(jit, dtype=dtype, device=mesh.devices.flat[0], donate_argnums=(1, 2), out_shardings=(on_pool, on_slots))
         # Where prompts take much longer than reading the weights does, that these are read once less does not matter.
         self._mixed = {
-            shape: into(functools.partial(_mixed, program._replace(greedy=True), words))
+            shape: into(functools.partial(_mixed, program=program._replace(greedy=True), prompts=words))
             for shape, words in self._prompts.items()
             if mixes and shape.rows * shape.blocks * dims.block <= kernels.free_tokens
         }
@@ -361,13 +363,13 @@ def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, 
     return KVPool(*(stored.empty(shape, program.kv, dtype) for _ in range(2))), state
 
 
-def _prefill(program: decode.Program, prompts: Words, params: Params, pool: KVPool, words: jax.Array) -> tuple[KVPool, jax.Array]:
+def _prefill(params: Params, pool: KVPool, words: jax.Array, *, program: decode.Program, prompts: Words) -> tuple[KVPool, jax.Array]:
     """``programs.prefill`` of what ``prompts`` packed."""
     return programs.prefill(program, params, pool, *prompts.unpack(words))
 
 
 def _mixed(
-    program: decode.Program, prompts: Words, params: Params, pool: KVPool, state: DecodeState, words: jax.Array, pages: jax.Array
+    params: Params, pool: KVPool, state: DecodeState, words: jax.Array, pages: jax.Array, *, program: decode.Program, prompts: Words
 ) -> tuple[KVPool, DecodeState]:
     """``programs.mixed_step`` of what ``prompts`` packed."""
     return programs.mixed_step(program, params, pool, state, page_table=pages, prompts=prompts.unpack(words).prompts)
