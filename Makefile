@@ -54,7 +54,7 @@ test-pods: $(VENV)/.installed-dev
 
 # The kernels against their references on a Hopper GPU; PYTHON is one whose JAX sees it.
 test-gpu:
-	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 12 --maxschedchunk 1 tests/gpu
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0 $(PYTHON) -m pytest -n 12 --maxschedchunk 1 tests/gpu
 
 # The long tests: the same answers in every way of running, and what serving must stand. More than an hour, on a machine with nothing else to do.
 test-soak: $(VENV)/.installed-dev

@@ -114,7 +114,7 @@ def settings_row(params: SamplingParams, eos_ids: Sequence[int], step_shares: np
 
 
 def admit(dims: Dims, rule: Rule, state: DecodeState, slot: jax.Array, request: Request) -> DecodeState:
-    """``state`` with a request in slot ``slot``, before its first denoise step.
+    """``state`` with a request in slot ``slot``, before its first denoise step; past the last slot: nowhere.
 
     Its window starts at the last, partly filled block of the prompt; whole prompt blocks are expected in the pool. Where there is no
     such block and ``dims.commit_alone``, the last whole one is pending. Where ``dims.prompt_apart`` the window starts at the prompt's end,
@@ -156,8 +156,8 @@ def take(state: DecodeState, slot: jax.Array) -> DecodeState:
 
 
 def put(state: DecodeState, slot: jax.Array, row: DecodeState) -> DecodeState:
-    """``state`` with ``row`` (see :func:`take`) in slot ``slot``."""
-    return jax.tree.map(lambda a, r: a.at[slot].set(r.astype(a.dtype)), state, row)
+    """``state`` with ``row`` (see :func:`take`) in slot ``slot``; past the last slot: nowhere."""
+    return jax.tree.map(lambda a, r: a.at[slot].set(r.astype(a.dtype), mode="drop"), state, row)
 
 
 def release(state: DecodeState, slot: jax.Array) -> DecodeState:

@@ -183,13 +183,10 @@ class SamplingParams:
         for name in ("pinned", "init_tokens"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _tokens_by_offset(name, getattr(self, name), self.max_tokens))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None and str(field.type).endswith("| None"):
-                continue
-            check = _CHECKS.get(str(field.type).removesuffix(" | None"))
-            if check is not None:
-                object.__setattr__(self, field.name, check(field.name, value))
+        for name, check, optional in _checks():
+            value = getattr(self, name)
+            if value is not None or not optional:
+                object.__setattr__(self, name, check(name, value))
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise SettingError("top_p", f"top_p={self.top_p} must be above 0 and at most 1")
         if self.eps is not None and self.eps > 1:
@@ -238,7 +235,16 @@ def _whole(name: str, value: Any) -> int:
     return _integer(name, value, 1 if name in _AT_LEAST_ONE else 0, bits=64 if name == "seed" else 31)
 
 
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {"float": _number, "str": _text, "bool": _truth, "int": _whole}
+_Check = Callable[[str, Any], Any]
+_CHECKS: dict[str, _Check] = {"float": _number, "str": _text, "bool": _truth, "int": _whole}
+
+
+@functools.cache
+def _checks() -> list[tuple[str, _Check, bool]]:
+    """For each setting of a plain type: its name, what checks it, and whether it may be None."""
+    types_ = {field.name: str(field.type) for field in dataclasses.fields(SamplingParams)}
+    plain = {name: type_.removesuffix(" | None") for name, type_ in types_.items()}
+    return [(name, _CHECKS[type_], types_[name] != type_) for name, type_ in plain.items() if type_ in _CHECKS]
 
 
 def _integer(name: str, value: Any, least: int, *, bits: int = 31, what: str = "") -> int:

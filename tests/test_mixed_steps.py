@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,10 +116,30 @@ def test_an_engine_mixes_where_it_can(used):
     built.generate(PROMPTS[1:2], MIXED[1])
     assert "mixed" not in {name[0] for name in used}  # whose row samples
 
-    # Whoever reads or writes pages comes after prompts that still wait for a step.
+    # Whoever reads or writes pages or rows comes after what waits for a step.
     device, request = built._device, Tracked(id=99, prompt=np.arange(8, dtype=np.int32), params=MIXED[0].resolve(), slot=0, pages=[0])
-    for act in (lambda: setattr(request, "saved", device.save(request)), lambda: device.restore(request)):
+    acts = {
+        "save": lambda: setattr(request, "saved", device.save(request)),
+        "restore": lambda: device.restore(request),
+        "read": lambda: device.read(request),
+        "release": lambda: device.release(0),
+    }
+    for name, act in acts.items():
         device.prefill([Chunk(request, 0, 2)])
-        assert device._held is not None
+        device.admit(request)
+        assert device._held.entering is request and not device.state.live[0]
         act()
-        assert device._held is None
+        assert device._held is None and bool(device.state.live[0]) == (name != "release")
+        device.release(0)
+    device.prefill([Chunk(request, 0, 2)])
+    for slot in (1, 2):
+        device.admit(dataclasses.replace(request, slot=slot))
+    assert device._held.entering.slot == 2 and device.state.live.tolist() == [False, True, False, False]
+    for slot in (1, 2):
+        device.release(slot)
+
+
+def test_a_request_past_the_last_slot_enters_none():
+    program, _, _, state, _ = world(page=4)
+    request = make_request(program.dims, prompt=np.array(PROMPT, np.int32), params=SamplingParams(), eos_ids=())
+    jax.tree.map(np.testing.assert_array_equal, admit(program.dims, program.rule, state, jnp.int32(3), request), state)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from diffulex_jax import decode, request_state
 from diffulex_jax.decode.likelihood import Canvases
 from diffulex_jax.engine import packing, parameters, programs, scoring
-from diffulex_jax.engine.dispatch import Plan, jit, jit_denoise, unpack_report
+from diffulex_jax.engine.dispatch import MixedWork, jit, jit_denoise, packed_admit, packed_mixed_step, packed_prefill, unpack_report
 from diffulex_jax.engine.executables import Programs
 from diffulex_jax.engine.request import Chunk, Tracked
 from diffulex_jax.engine.results import TraceStep
@@ -36,6 +36,14 @@ class Launched(NamedTuple):
     slots: np.ndarray
     trace: Trace | None
     traced: list[tuple[int, list[TraceStep]]]
+
+
+class Held(NamedTuple):
+    """What a mixed step takes along: prompts, whose their rows are, and the last request that was admitted since, if one was."""
+
+    packed: packing.Packed
+    requests: dict[int, Tracked]
+    entering: Tracked | None = None
 
 
 class JaxDevice:
@@ -70,15 +78,16 @@ class JaxDevice:
         self._prefill_shapes = packing.prefill_shapes(program, kernels.prefill_tokens, budget=max_batched_tokens, shards=self._shards)
         self._tables = Tables(dims, num_pages=num_pages, shards=self._shards, few=few, adapters=adapters)
         self._packing: Any = {"table_of": self._tables.table, "adapter_of": self._tables.adapter_of, "shards": self._shards}
-        # Prompts that the next launch prefills beside its first step, unless something else needs them before.
-        self._held: tuple[packing.Packed, dict[int, Tracked]] | None = None
+        # What the next launch does with its first step, unless something else needs it before.
+        self._held: Held | None = None
         # What a prefill left for the row of a request, by its number, until it is admitted.
         self._carried: dict[int, jax.Array] = {}
         self._jit_one = jax.jit(lambda rows, at: rows[at], out_shardings=everywhere)
         jit_state = functools.partial(jax.jit, donate_argnums=(0,), out_shardings=on_slots)
-        self._requests = Words(self._request(Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams())))
-        self._prompts = {shape: Words(packing.packed(dims, shape, {}, **self._packing)) for shape in self._prefill_shapes}
-        self._jit_admit = jit_state(functools.partial(_admit, self.program, self._requests))
+        self._nobody = self._request(Tracked(id=0, prompt=np.zeros(1, np.int32), params=SamplingParams()))
+        self._requests = Words(self._nobody)
+        self._prompts = {shape: Words(self._no_prompts(shape)) for shape in self._prefill_shapes}
+        self._jit_admit = jit_state(functools.partial(packed_admit, program=program, words=self._requests))
         self._jit_put, self._jit_release = jit_state(request_state.put), jit_state(request_state.release)
         self._jit_take = jax.jit(request_state.take, out_shardings=everywhere)
         self._jit_read = jax.jit(_read_pages, out_shardings=everywhere)
@@ -92,16 +101,18 @@ class JaxDevice:
         self._budget = max_batched_tokens
         self._log_probs = jit(functools.partial(programs.log_probs, program), dtype, mesh.devices.flat[0], out_shardings=everywhere)
         self._prefills = {
-            shape: compiled(functools.partial(_prefill, program=program, prompts=words)) for shape, words in self._prompts.items()
+            shape: compiled(functools.partial(packed_prefill, program=program, words=words)) for shape, words in self._prompts.items()
         }
         # A step that asks the host nothing is launched together with the loop that goes on behind it.
         mixes = program.mixes(dtype) and not adapters and True in kinds
         into = functools.partial(jit, dtype=dtype, device=mesh.devices.flat[0], donate_argnums=(1, 2), out_shardings=(on_pool, on_slots))
         # Where prompts take much longer than reading the weights does, that these are read once less does not matter.
         self._mixed = {
-            shape: into(functools.partial(_mixed, program=program._replace(greedy=True), prompts=words))
-            for shape, words in self._prompts.items()
+            (shape, rows): (words, into(functools.partial(packed_mixed_step, program=program._replace(greedy=True), words=words)))
+            for shape in self._prefill_shapes
+            for rows in self._tables.rows
             if mixes and shape.rows * shape.blocks * dims.block <= kernels.free_tokens
+            for words in [Words(self._mixed_work(Held(self._no_prompts(shape), {}), rows))]
         }
         with jax.set_mesh(mesh):
             self.pool, self.state = jax.jit(lambda: empty(program, dtype, num_pages), out_shardings=(on_pool, on_slots))()
@@ -179,18 +190,21 @@ class JaxDevice:
         """See ``scheduler.Device``. What a step can take along waits for one."""
         shapes = [shape for shape in self._prefill_shapes if not self._programs.is_awaited(("prefill", shape))]
         for made in packing.pack(self.program, shapes, chunks, **self._packing):
-            self._prefill_held()
-            self._held = made
-        if self._held is not None and _shape_of(self._held[0], self._shards) not in self._mixed:
-            self._prefill_held()
+            self._do_held()
+            self._held = Held(*made)
+        if self._held is not None and (_shape_of(self._held.packed, self._shards), max(self._tables.rows)) not in self._mixed:
+            self._do_held()
 
     def admit(self, request: Tracked) -> None:
-        packed = self._requests.pack(self._request(request))
-        with jax.set_mesh(self.mesh):
-            self.state = self._jit_admit(self.state, _slot(request), packed, self._carried.pop(request.id, None))
+        if self._held is None:
+            self._enter(request)
+            return
+        if self._held.entering is not None:
+            self._enter(self._held.entering)
+        self._held = self._held._replace(entering=request)
 
     def save(self, request: Tracked) -> request_state.Saved:
-        self._prefill_held()
+        self._do_held()
         with jax.set_mesh(self.mesh):
             row = self._jit_take(self.state, _slot(request))
             kv = self._jit_read(self.pool, self._tables.table(self._pages_held(request)))
@@ -199,7 +213,7 @@ class JaxDevice:
         return request_state.Saved(row, *jax.tree.map(lambda a: a[:, :count].copy(), (kv.k, kv.v)))
 
     def restore(self, request: Tracked) -> None:
-        self._prefill_held()  # of a request that may be gone, whose pages this one may have
+        self._do_held()  # of a request that may be gone, whose pages this one may have
         saved, dims = request.saved, self.program.dims
         count = saved.k.shape[1]
         room = dims.pages_per_slot - count
@@ -209,10 +223,12 @@ class JaxDevice:
             self.state = self._jit_put(self.state, _slot(request), saved.row)
 
     def release(self, slot: int) -> None:
+        self._do_held()
         with jax.set_mesh(self.mesh):
             self.state = self._jit_release(self.state, np.int32(slot))
 
     def read(self, request: Tracked) -> Canvas:
+        self._do_held()
         with jax.set_mesh(self.mesh):
             return jax.device_get(self._jit_sequence(self.state, _slot(request)))
 
@@ -222,10 +238,10 @@ class JaxDevice:
         traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
         if self._held is not None and greedy and self._mixes(rows) and not traced:  # of a step beside prompts there is no trace
             held, self._held = self._held, None
-            self._mix(held[0], self._plan(rows, max_steps=1).pages)
+            self._mix(held, rows)
             max_steps -= 1
-        self._prefill_held()
-        report, trace = self._dispatch(self._plan(rows, max_steps=max_steps, stop_on_finish=stop_on_finish), greedy=greedy)
+        self._do_held()
+        report, trace = self._dispatch(greedy, rows, max_steps=max_steps, stop_on_finish=stop_on_finish)
         report.copy_to_host_async()
         return Launched(report, self._tables.rows[rows], trace if traced else None, traced)
 
@@ -252,7 +268,7 @@ class JaxDevice:
         if requests is not None:
             kinds, shapes = {self._kind([request]) for request in requests}, packing.shapes_for(self.program, shapes, requests)
         loops = [("denoise", kind, n) for n in rows for kind in sorted(kinds, reverse=True)]
-        mixed = [("mixed", shape, n) for shape in shapes if shape in self._mixed and True in kinds for n in rows]
+        mixed = [("mixed", *which) for which in self._mixed if which[0] in shapes and True in kinds]
         return [*loops, *[("prefill", shape) for shape in shapes], *mixed]
 
     def _spare(self, names: Sequence[_Name]) -> list[_Name]:
@@ -271,20 +287,20 @@ class JaxDevice:
         """What ``Programs`` takes for a program and no requests."""
         kind, *which = name
         if kind == "denoise":
-            return self._denoising(self._plan(which[1], max_steps=1), greedy=which[0])
-        none = packing.packed(self.program.dims, which[0], {}, **self._packing)
-        return self._prefilling(none) if kind == "prefill" else self._mixing(none, self._plan(which[1], max_steps=1).pages)
+            return self._denoising(*which)
+        none = self._no_prompts(which[0])
+        return self._prefilling(none) if kind == "prefill" else self._mixing(Held(none, {}), which[1])
 
     def _run_on_nothing(self, names: Sequence[_Name], probe: Tracked) -> None:
         for kind, *which in names:
             if kind == "denoise":
-                jax.block_until_ready(self._dispatch(self._plan(which[1], max_steps=1), greedy=which[0]))
+                jax.block_until_ready(self._dispatch(*which))
                 continue
-            none = packing.packed(self.program.dims, which[0], {}, **self._packing)
+            none = self._no_prompts(which[0])
             if kind == "prefill":
                 self._prefill(none, {0: probe})
             else:
-                self._mix(none, self._plan(which[1], max_steps=1).pages)
+                self._mix(Held(none, {}), which[1])
 
     def _loop_for(self, running: dict[int, Tracked]) -> tuple[bool, int]:
         """The denoise loop for requests by slot: of those that are there, one with the fewest rows, if it can be the one that asks nothing.
@@ -292,23 +308,22 @@ class JaxDevice:
         Whether all rows are greedy, and how many there are.
         """
         kinds = (True, False) if self._kind(running.values()) else (False,)
-        able = [(kind, n) for n, slots in self._tables.rows.items() if np.isin(list(running), slots).all() for kind in kinds]
+        able = [(kind, n) for n in self._tables.rows_for(running) for kind in kinds]
         return next(loop for loop in able if not self._programs.is_awaited(("denoise", *loop)))
 
     def _mixes(self, rows: int) -> bool:
         """Whether the program that takes the held prompts along with a step of so many rows is there."""
         assert self._held is not None
-        return not self._programs.is_awaited(("mixed", _shape_of(self._held[0], self._shards), rows))
+        return not self._programs.is_awaited(("mixed", _shape_of(self._held.packed, self._shards), rows))
 
-    def _plan(self, rows: int, *, max_steps: int, stop_on_finish: bool = False) -> Plan:
-        return self._tables.plan(rows, max_steps=max_steps, stop_on_finish=stop_on_finish)
-
-    def _denoising(self, plan: Plan, *, greedy: bool) -> tuple[Any, ...]:
+    def _denoising(self, greedy: bool, rows: int, *, max_steps: int = 1, stop_on_finish: bool = False) -> tuple[Any, ...]:
         """What ``Programs`` takes."""
-        return ("denoise", greedy, len(plan.known)), self._denoise[greedy], self._params, self.pool, self.state, plan.pack()
+        plan = self._tables.plan(rows, max_steps=max_steps, stop_on_finish=stop_on_finish)
+        return ("denoise", greedy, rows), self._denoise[greedy], self._params, self.pool, self.state, plan.pack()
 
-    def _dispatch(self, plan: Plan, *, greedy: bool) -> tuple[jax.Array, Trace]:
-        self.pool, self.state, report, trace = self._programs(*self._denoising(plan, greedy=greedy))
+    def _dispatch(self, greedy: bool, rows: int, **bounds: Any) -> tuple[jax.Array, Trace]:
+        """Steps of so many rows; ``bounds`` are those of :meth:`_denoising`."""
+        self.pool, self.state, report, trace = self._programs(*self._denoising(greedy, rows, **bounds))
         return report, trace
 
     def _pages_held(self, request: Tracked) -> Sequence[int]:
@@ -334,21 +349,36 @@ class JaxDevice:
             with jax.set_mesh(self.mesh):
                 self._carried |= {request.id: self._jit_one(last, np.int32(row)) for row, request in requests.items()}
 
-    def _prefill_held(self) -> None:
-        """Prefills what is held, if something is."""
+    def _no_prompts(self, shape: packing.Shape) -> packing.Packed:
+        return packing.packed(self.program.dims, shape, {}, **self._packing)
+
+    def _enter(self, request: Tracked) -> None:
+        packed = self._requests.pack(self._request(request))
+        with jax.set_mesh(self.mesh):
+            self.state = self._jit_admit(self.state, _slot(request), packed, self._carried.pop(request.id, None))
+
+    def _do_held(self) -> None:
+        """Does what is held, if something is, without a step."""
         if self._held is not None:
             held, self._held = self._held, None
-            self._prefill(*held)
+            self._prefill(held.packed, held.requests)
+            if held.entering is not None:
+                self._enter(held.entering)
 
-    def _mixing(self, packed: packing.Packed, pages: np.ndarray) -> tuple[Any, ...]:
+    def _mixed_work(self, held: Held, rows: int) -> MixedWork:
+        entering, slot = held.entering, np.int32(self.program.dims.slots)
+        request = self._nobody if entering is None else self._request(entering)
+        return MixedWork(held.packed.prompts, self._tables.pages(rows), request, slot if entering is None else _slot(entering))
+
+    def _mixing(self, held: Held, rows: int) -> tuple[Any, ...]:
         """What ``Programs`` takes."""
-        shape = _shape_of(packed, self._shards)
-        name = "mixed", shape, len(pages)
-        return name, self._mixed[shape], self._params, self.pool, self.state, self._prompts[shape].pack(packed), pages
+        which = _shape_of(held.packed, self._shards), rows
+        words, function = self._mixed[which]
+        return ("mixed", *which), function, self._params, self.pool, self.state, words.pack(self._mixed_work(held, rows))
 
-    def _mix(self, packed: packing.Packed, pages: np.ndarray) -> None:
-        """Prefills prompts and makes a step of the rows that have ``pages``."""
-        self.pool, self.state = self._programs(*self._mixing(packed, pages))
+    def _mix(self, held: Held, rows: int) -> None:
+        """Does what is held in a step of so many rows."""
+        self.pool, self.state = self._programs(*self._mixing(held, rows))
 
 
 _Name = tuple[Any, ...]
@@ -363,31 +393,9 @@ def empty(program: decode.Program, dtype: Any, num_pages: int) -> tuple[KVPool, 
     return KVPool(*(stored.empty(shape, program.kv, dtype) for _ in range(2))), state
 
 
-def _prefill(params: Params, pool: KVPool, words: jax.Array, *, program: decode.Program, prompts: Words) -> tuple[KVPool, jax.Array]:
-    """``programs.prefill`` of what ``prompts`` packed."""
-    return programs.prefill(program, params, pool, *prompts.unpack(words))
-
-
-def _mixed(
-    params: Params, pool: KVPool, state: DecodeState, words: jax.Array, pages: jax.Array, *, program: decode.Program, prompts: Words
-) -> tuple[KVPool, DecodeState]:
-    """``programs.mixed_step`` of what ``prompts`` packed."""
-    return programs.mixed_step(program, params, pool, state, page_table=pages, prompts=prompts.unpack(words).prompts)
-
-
 def _shape_of(packed: packing.Packed, shards: int) -> packing.Shape:
     rows, blocks, _ = packed.prompts.tokens.shape
     return packing.Shape(rows // shards, blocks)
-
-
-def _admit(
-    program: decode.Program, requests: Words, state: DecodeState, slot: jax.Array, words: jax.Array, carried: jax.Array | None
-) -> DecodeState:
-    """``request_state.admit`` of what ``requests`` packed, and what prefill left of the prompt's last position; None for zeros."""
-    request = requests.unpack(words)
-    if carried is not None:
-        request = request.replace(carried=carried)
-    return request_state.admit(program.dims, program.rule, state, slot, request)
 
 
 def _slot(request: Tracked) -> np.int32:

@@ -1,4 +1,4 @@
-"""One dispatch: what goes to the device and what comes back, as one array each way, around the compiled denoise loop."""
+"""What goes to the device and what comes back, as one array each way, around what is compiled."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffulex_jax import decode
+from diffulex_jax import decode, request_state
 from diffulex_jax.engine import programs
+from diffulex_jax.engine.words import Words
 from diffulex_jax.models.adapted import ADAPTERS
 from diffulex_jax.models.base import Params
 from diffulex_jax.parallel.mesh import sharding
@@ -67,12 +68,14 @@ def jit_denoise(program: decode.Program, mesh: Mesh, *, dtype: Any, steps: int) 
     ``(params, pool, state, packed plan) -> (pool, state, packed report, trace)``; pool and state are donated.
     """
     on_pool, on_slots, everywhere = programs.pool_placement(mesh, program), sharding(mesh, STATE_AXES), sharding(mesh, ())
+    # A host that drives the loop has nothing to do before its end, and need not ask for the report then: the device puts it there.
+    to_host = everywhere.with_memory_kind("pinned_host") if program.kernels.host_drives_loops else everywhere
     return jit(
         functools.partial(packed_denoise, program=program, steps=steps),
         dtype,
         mesh.devices.flat[0],
         donate_argnums=(1, 2),
-        out_shardings=(on_pool, on_slots, everywhere, everywhere),
+        out_shardings=(on_pool, on_slots, to_host, everywhere),
     )
 
 
@@ -94,6 +97,46 @@ def packed_denoise(
         adapter=plan.adapter,
     )
     return pool, state, pack_report(report), trace
+
+
+class MixedWork(NamedTuple):
+    """What the host tells a mixed step.
+
+    Attributes:
+      prompts: what to write.
+      pages: ``[S, P]`` int32, the pages of each row.
+      request: one that begins with this step.
+      slot: its slot; past the last one: there is none.
+    """
+
+    prompts: decode.Prompts
+    pages: Any
+    request: request_state.Request
+    slot: Any
+
+
+def packed_mixed_step(
+    params: Params, pool: KVPool, state: DecodeState, packed: jax.Array, *, program: decode.Program, words: Words
+) -> tuple[KVPool, DecodeState]:
+    """``decode.mixed_step`` of the ``MixedWork`` that ``words`` packed: what precedes it is part of one launch, too."""
+    work: MixedWork = words.unpack(packed)
+    state = request_state.admit(program.dims, program.rule, state, work.slot, work.request)
+    return programs.mixed_step(program, params, pool, state, page_table=work.pages, prompts=work.prompts)
+
+
+def packed_prefill(params: Params, pool: KVPool, packed: jax.Array, *, program: decode.Program, words: Words) -> tuple[KVPool, jax.Array]:
+    """``decode.prefill`` of the ``packing.Packed`` that ``words`` packed."""
+    return programs.prefill(program, params, pool, *words.unpack(packed))
+
+
+def packed_admit(
+    state: DecodeState, slot: jax.Array, packed: jax.Array, carried: jax.Array | None, *, program: decode.Program, words: Words
+) -> DecodeState:
+    """``request_state.admit`` of what ``words`` packed, and what prefill left of the prompt's last position; None for zeros."""
+    request: request_state.Request = words.unpack(packed)
+    if carried is not None:
+        request = request.replace(carried=carried)
+    return request_state.admit(program.dims, program.rule, state, slot, request)
 
 
 def pack_report(report: StepReport) -> jax.Array:

@@ -122,7 +122,8 @@ class _Turns:
             try:
                 yield
             finally:
-                self._taken = False
+                with self._changed:
+                    self._taken = False
         finally:
             with self._changed:
                 self._first -= waited_for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Tables:
     def __init__(self, dims: Dims, *, num_pages: int, shards: int, few: Sequence[int], adapters: Sequence[str]):
         """``few``: numbers of rows beside all of a shard's slots. ``adapters``: names of those that the parameters hold, in order."""
         self._dims, self._none = dims, num_pages
-        each = dims.slots // shards
+        self._each = each = dims.slots // shards
         self.rows = {n: np.flatnonzero(np.arange(dims.slots) % each < n) for n in sorted({min(n, each) for n in (*few, each)})}
         self._numbers: dict[str | None, int] = {name: i for i, name in enumerate((None, *adapters))}
         self.adapter_of: AdapterOf | None = (lambda request: self._numbers[request.params.adapter_name]) if adapters else None
@@ -47,11 +47,20 @@ class Tables:
             if self._adapter is not None:
                 self._adapter[slot] = self._numbers[request.params.adapter_name]
 
+    def rows_for(self, running: Iterable[int]) -> list[int]:
+        """Those numbers of ``rows`` whose slots are all that run, and maybe more; fewest first."""
+        last = max((slot % self._each for slot in running), default=0)
+        return [n for n in self.rows if n > last]
+
+    def pages(self, rows: int) -> np.ndarray:
+        """``[S, P]`` int32: the pages of so many ``rows`` of each shard; one past the pool where there is none."""
+        return self._pages[self.rows[rows]]
+
     def plan(self, rows: int, *, max_steps: int, stop_on_finish: bool) -> Plan:
         """A dispatch over so many ``rows`` of each shard."""
         slots = self.rows[rows]
         adapter = None if self._adapter is None else self._adapter[slots]
-        return Plan(self._pages[slots], self._known[slots], max_steps, stop_on_finish, adapter)
+        return Plan(self.pages(rows), self._known[slots], max_steps, stop_on_finish, adapter)
 
     def table(self, pages: Sequence[int], count: int | None = None) -> np.ndarray:
         """``[P]`` int32: a request's pages as the device knows them, the first ``count`` of them; one past the pool elsewhere."""
