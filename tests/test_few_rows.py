@@ -24,7 +24,7 @@ def engine(monkeypatch):
 
 def test_few_requests_run_in_few_rows_and_answer_the_same(engine):
     rows, run = [], engine._device._dispatch
-    engine._device._dispatch = lambda plan, **kind: rows.append(len(plan.known)) or run(plan, **kind)
+    engine._device._dispatch = lambda kind, count, **bounds: rows.append(count) or run(kind, count, **bounds)
     wanted = Engine(MODEL, PARAMS, block_size=4, max_slots=4, max_model_len=64, warm_up=False).generate(PROMPTS, MIXED)
     alone = engine.generate(PROMPTS[:1], MIXED[:1])
     assert set(rows) == {2}
