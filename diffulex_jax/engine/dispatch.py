@@ -158,12 +158,18 @@ def jit(function: Callable[..., Any], dtype: Any, device: jax.Device, **options:
 
     XLA for CPUs widens bfloat16 to float32 before it multiplies. It would do so for whole stacks of layers ahead of the loop over them,
     and hold every weight once more in twice the size, unless told to leave that where it is, in which a step is faster too.
+
+    XLA for GPUs computes once more, wherever it is read, what it would otherwise keep, if all that a program holds exceeds 80 percent of
+    the memory. Parameters and a large pool alone do, and then there is no end to it: each turn of the loop over layers copies its slices of
+    the stacks up to eight times, and its temporaries take as much as before.
     """
     widens = device.platform == "cpu" and dtype == jnp.bfloat16
-    return jax.jit(exact(function, dtype), compiler_options={"xla_disable_hlo_passes": _HOISTING} if widens else None, **options)
+    without = _HOISTING if widens else _REMATERIALISING if device.platform == "gpu" else None
+    return jax.jit(exact(function, dtype), compiler_options={"xla_disable_hlo_passes": without} if without else None, **options)
 
 
 _HOISTING = "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
+_REMATERIALISING = "rematerialization"
 
 
 def exact(function: Callable[..., Any], dtype: Any) -> Callable[..., Any]:

@@ -21,5 +21,6 @@ def test_two_gpus_share_a_program(name):
     assert ran.returncode == 0, ran.stderr[-4000:]
     assert ran.stdout.split()[-1] == "compiled"
     assert "all-reduce" in ran.stdout
+    assert "again" not in ran.stdout.split()
     if name == "tensor, bfloat16":  # the kernels are of bfloat16: each finds four numbers for every row in its half of the vocabulary
         assert [word for word in ran.stdout.split() if "all-gather" in word] == [f"all-gather[2,4,{SLOTS * BLOCK}]"]
