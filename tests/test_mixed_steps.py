@@ -14,7 +14,7 @@ from test_warm_up import PARAMS
 
 from diffulex_jax import Engine, SamplingParams, decode
 from diffulex_jax.decode import program as programs
-from diffulex_jax.decode.window import advance
+from diffulex_jax.decode.window import advance, write_window
 from diffulex_jax.engine import build
 from diffulex_jax.engine.request import Chunk, Tracked
 from diffulex_jax.models.base import init
@@ -77,9 +77,14 @@ def test_a_step_beside_prompts_is_both(case):
     given = prompts(table[1:2], PROMPT[:8])
     apart_before, _ = prefill(program, params, pool, given)
     apart, want = step(program, params, apart_before, advance(program.dims, program.rule, state), page_table=table)
-    mixed, got = jax.jit(decode.mixed_step, static_argnums=0)(program, params, pool, state, page_table=table, prompts=given)
+    known = jnp.array([7, 9, 0])
+    mix = jax.jit(decode.mixed_step, static_argnums=0)
+    mixed, got, said = mix(program, params, pool, state, page_table=table, known=known, prompts=given)
+    assert said.nfe.tolist() == got.nfe.tolist() and said.written_upto.tolist() == [8, 8, 0]
+    assert said.tokens[:2, 0].tolist() == [got.sequence.tokens[0, 7], got.sequence.tokens[1, 9]]
     assert got.nfe[1:].tolist() == [1, 0] and got.written_upto.tolist() == [8, 8, 0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), (mixed, got), (apart, want))
+    written = want.replace(sequence=write_window(want))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), (mixed, got), (apart, written))
     assert np.abs(np.asarray(mixed.k - pool.k)).max() > 0.1
     few = step(program, params, apart_before, advance(program.dims, program.rule, state), page_table=table, pending=1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), few, (apart, want))
@@ -111,7 +116,10 @@ def test_an_engine_mixes_where_it_can(used):
     assert [name[0] for name in used if name[0] != "denoise"] == ["mixed", "prefill"]  # a step beside prompts is in no trace
     used.clear()
     assert len(built.generate(PROMPTS[1:2], SamplingParams(max_tokens=1))[0].token_ids) == 1
-    assert [name[0] for name in used] == ["mixed", "denoise"]
+    assert [name[0] for name in used] == ["mixed"] + ["denoise"] * (len(used) - 1)  # which one token need not wait for
+    used.clear()
+    assert len(built.generate(PROMPTS[1:2], SamplingParams(max_tokens=1, accept_threshold=0.0))[0].token_ids) == 1
+    assert [name[0] for name in used] == ["mixed"]
     used.clear()
     built.generate(PROMPTS[1:2], MIXED[1])
     assert "mixed" not in {name[0] for name in used}  # whose row samples

@@ -1,7 +1,7 @@
 """The decode step and the loop around it: pure functions of parameters, pool and state."""
 
-from diffulex_jax.decode.denoise_step import mixed_step, step
-from diffulex_jax.decode.loop import denoise
+from diffulex_jax.decode.denoise_step import step
+from diffulex_jax.decode.loop import denoise, mixed_step
 from diffulex_jax.decode.program import Program
 from diffulex_jax.decode.prompts import Prompts, prefill
 

@@ -11,7 +11,7 @@ from diffulex_jax.decode.prediction import predict
 from diffulex_jax.decode.program import Program
 from diffulex_jax.decode.prompts import Prompts
 from diffulex_jax.decode.sub_block import current_sub_block, forward_sub_block
-from diffulex_jax.decode.window import advance, choose_rows, count_step, finish
+from diffulex_jax.decode.window import choose_rows, count_step, finish
 from diffulex_jax.decode.window_forward import forward_beside_prompts, forward_pending_or_window, window_forward
 from diffulex_jax.models.base import Params
 from diffulex_jax.state import DecodeState, KVPool, Prediction
@@ -46,20 +46,10 @@ def step(
     return pool, _decide(program, params, hidden, state, commits=commits, fixed=fixed)
 
 
-def mixed_step(
+def step_beside_prompts(
     program: Program, params: Params, pool: KVPool, state: DecodeState, *, page_table: jax.Array, prompts: Prompts
 ) -> tuple[KVPool, DecodeState]:
-    """Prefills prompts and makes the next denoise step of every row in one forward (a mixed batch: Sarathi-Serve, arXiv 2403.02310).
-
-    A row may be that of a request whose prompt is among ``prompts``, and then denoises its first block.
-
-    Args:
-      program: the static part, which ``mixes``.
-      params, prompts: model parameters, and what to write; see ``prompts.prefill``.
-      pool, state: the KV pool and the decode state; donate them. Windows may be about to move on, where their rows have the pages for it.
-      page_table: ``[S, P]`` int32, as for ``loop.denoise``.
-    """
-    state = advance(program.dims, program.rule, state)
+    """As :func:`step`, with prompts in the same forward; see ``loop.mixed_step``."""
     commits = state.pending.live & state.live
     hidden, pool, state = forward_beside_prompts(program, params, pool, state, page_table=page_table, prompts=prompts)
     return pool, _decide(program, params, hidden, state, commits=commits, fixed=jnp.zeros_like(state.frozen))

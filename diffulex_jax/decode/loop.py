@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from diffulex_jax.decode.denoise_step import step
+from diffulex_jax.decode.denoise_step import step, step_beside_prompts
 from diffulex_jax.decode.forward import pages_of
 from diffulex_jax.decode.program import Program
+from diffulex_jax.decode.prompts import Prompts
 from diffulex_jax.decode.window import advance, seen, settled_positions, write_window
 from diffulex_jax.models.base import Params
 from diffulex_jax.state import DecodeState, KVPool, StepReport, Trace
@@ -88,8 +89,38 @@ def denoise(
     trace = jax.tree.map(lambda row: jnp.zeros((steps, *row.shape), row.dtype), rows)
     run = kinds if apart else body
     _, pool, state, trace = lax.while_loop(go_on, run, (jnp.int32(0), pool, state, trace))
+    return pool, *_reported(program, state, known, steps), trace
+
+
+def mixed_step(
+    program: Program,
+    params: Params,
+    pool: KVPool,
+    state: DecodeState,
+    *,
+    page_table: jax.Array,
+    known: jax.Array,
+    prompts: Prompts,
+) -> tuple[KVPool, DecodeState, StepReport]:
+    """Prefills prompts and makes the next denoise step of every row in one forward (a mixed batch: Sarathi-Serve, arXiv 2403.02310).
+
+    A row may be that of a request whose prompt is among ``prompts``, and then denoises its first block.
+
+    Args:
+      program: the static part, which ``mixes``.
+      params, prompts: model parameters, and what to write; see ``prompts.prefill``.
+      pool, state: the KV pool and the decode state; donate them. Windows may be about to move on, where their rows have the pages for it.
+      page_table, known: as for :func:`denoise`.
+    """
+    state = advance(program.dims, program.rule, state)
+    pool, state = step_beside_prompts(program, params, pool, state, page_table=page_table, prompts=prompts)
+    return pool, *_reported(program, state, known, 1)
+
+
+def _reported(program: Program, state: DecodeState, known: jax.Array, steps: int) -> tuple[DecodeState, StepReport]:
+    """The state after so many steps with its windows in the sequence, and the report."""
     state = state.replace(sequence=write_window(state))
-    return pool, state, report(state, known, (steps + program.dims.window) * program.dims.block), trace
+    return state, report(state, known, (steps + program.dims.window) * program.dims.block)
 
 
 def report(state: DecodeState, known: jax.Array, count: int) -> StepReport:

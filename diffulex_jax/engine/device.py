@@ -105,7 +105,8 @@ class JaxDevice:
         }
         # A step that asks the host nothing is launched together with the loop that goes on behind it.
         mixes = program.mixes(dtype) and not adapters and True in kinds
-        into = functools.partial(jit, dtype=dtype, device=mesh.devices.flat[0], donate_argnums=(1, 2), out_shardings=(on_pool, on_slots))
+        out = (on_pool, on_slots, everywhere)
+        into = functools.partial(jit, dtype=dtype, device=mesh.devices.flat[0], donate_argnums=(1, 2), out_shardings=out)
         # Where prompts take much longer than reading the weights does, that these are read once less does not matter.
         self._mixed = {
             (shape, rows): (words, into(functools.partial(packed_mixed_step, program=program._replace(greedy=True), words=words)))
@@ -235,13 +236,15 @@ class JaxDevice:
     def launch(self, running: dict[int, Tracked], *, max_steps: int, stop_on_finish: bool) -> Launched:
         self._tables.place(running)
         greedy, rows = self._loop_for(running)
+        report = trace = None
         traced = [(slot, r.trace) for slot, r in running.items() if r.trace is not None]
         if self._held is not None and greedy and self._mixes(rows) and not traced:  # of a step beside prompts there is no trace
             held, self._held = self._held, None
-            self._mix(held, rows)
-            max_steps -= 1
+            report, max_steps = self._mix(held, rows), max_steps - 1
         self._do_held()
-        report, trace = self._dispatch(greedy, rows, max_steps=max_steps, stop_on_finish=stop_on_finish)
+        # Where each row lacks one token, a step beside prompts was probably the last: the host looks before it goes on.
+        if report is None or (max_steps and any(r.params.max_tokens - len(r.tokens) > 1 for r in running.values())):
+            report, trace = self._dispatch(greedy, rows, max_steps=max_steps, stop_on_finish=stop_on_finish)
         report.copy_to_host_async()
         return Launched(report, self._tables.rows[rows], trace if traced else None, traced)
 
@@ -368,7 +371,7 @@ class JaxDevice:
     def _mixed_work(self, held: Held, rows: int) -> MixedWork:
         entering, slot = held.entering, np.int32(self.program.dims.slots)
         request = self._nobody if entering is None else self._request(entering)
-        return MixedWork(held.packed.prompts, self._tables.pages(rows), request, slot if entering is None else _slot(entering))
+        return MixedWork(held.packed.prompts, *self._tables.of(rows), request, slot if entering is None else _slot(entering))
 
     def _mixing(self, held: Held, rows: int) -> tuple[Any, ...]:
         """What ``Programs`` takes."""
@@ -376,9 +379,10 @@ class JaxDevice:
         words, function = self._mixed[which]
         return ("mixed", *which), function, self._params, self.pool, self.state, words.pack(self._mixed_work(held, rows))
 
-    def _mix(self, held: Held, rows: int) -> None:
+    def _mix(self, held: Held, rows: int) -> jax.Array:
         """Does what is held in a step of so many rows."""
-        self.pool, self.state = self._programs(*self._mixing(held, rows))
+        self.pool, self.state, report = self._programs(*self._mixing(held, rows))
+        return report
 
 
 _Name = tuple[Any, ...]

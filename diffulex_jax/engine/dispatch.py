@@ -68,14 +68,12 @@ def jit_denoise(program: decode.Program, mesh: Mesh, *, dtype: Any, steps: int) 
     ``(params, pool, state, packed plan) -> (pool, state, packed report, trace)``; pool and state are donated.
     """
     on_pool, on_slots, everywhere = programs.pool_placement(mesh, program), sharding(mesh, STATE_AXES), sharding(mesh, ())
-    # A host that drives the loop has nothing to do before its end, and need not ask for the report then: the device puts it there.
-    to_host = everywhere.with_memory_kind("pinned_host") if program.kernels.host_drives_loops else everywhere
     return jit(
         functools.partial(packed_denoise, program=program, steps=steps),
         dtype,
         mesh.devices.flat[0],
         donate_argnums=(1, 2),
-        out_shardings=(on_pool, on_slots, to_host, everywhere),
+        out_shardings=(on_pool, on_slots, everywhere, everywhere),
     )
 
 
@@ -104,24 +102,27 @@ class MixedWork(NamedTuple):
 
     Attributes:
       prompts: what to write.
-      pages: ``[S, P]`` int32, the pages of each row.
+      pages, known: of each row, see ``Plan``.
       request: one that begins with this step.
       slot: its slot; past the last one: there is none.
     """
 
     prompts: decode.Prompts
     pages: Any
+    known: Any
     request: request_state.Request
     slot: Any
 
 
 def packed_mixed_step(
     params: Params, pool: KVPool, state: DecodeState, packed: jax.Array, *, program: decode.Program, words: Words
-) -> tuple[KVPool, DecodeState]:
-    """``decode.mixed_step`` of the ``MixedWork`` that ``words`` packed: what precedes it is part of one launch, too."""
+) -> tuple[KVPool, DecodeState, jax.Array]:
+    """``decode.mixed_step`` of the ``MixedWork`` that ``words`` packed, in one launch with the request that begins, and the report."""
     work: MixedWork = words.unpack(packed)
     state = request_state.admit(program.dims, program.rule, state, work.slot, work.request)
-    return programs.mixed_step(program, params, pool, state, page_table=work.pages, prompts=work.prompts)
+    of_rows = {"page_table": work.pages, "known": work.known}
+    pool, state, report = programs.mixed_step(program, params, pool, state, prompts=work.prompts, **of_rows)
+    return pool, state, pack_report(report)
 
 
 def packed_prefill(params: Params, pool: KVPool, packed: jax.Array, *, program: decode.Program, words: Words) -> tuple[KVPool, jax.Array]:

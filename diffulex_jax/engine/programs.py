@@ -70,19 +70,26 @@ def denoise(
 
 
 def mixed_step(
-    program: decode.Program, params: Params, pool: KVPool, state: DecodeState, *, page_table: jax.Array, prompts: decode.Prompts
-) -> tuple[KVPool, DecodeState]:
+    program: decode.Program,
+    params: Params,
+    pool: KVPool,
+    state: DecodeState,
+    *,
+    page_table: jax.Array,
+    known: jax.Array,
+    prompts: decode.Prompts,
+) -> tuple[KVPool, DecodeState, StepReport]:
     """See ``decode.mixed_step``; slots are split as for :func:`denoise`, prompts as for :func:`prefill`. There are no adapters."""
 
-    def local(params: Any, pool: KVPool, state: Any, page_table: jax.Array, prompts: decode.Prompts) -> Any:
+    def local(params: Any, pool: KVPool, state: Any, page_table: jax.Array, known: Any, prompts: decode.Prompts) -> Any:
         count, own = len(page_table), prompts._replace(page_table=own_pages(prompts.page_table, pool))
         here, rows, table = _of_rows(program, count), _first_rows(state, count), own_pages(page_table, pool)
-        pool, rows = decode.mixed_step(here, params, pool, rows, page_table=table, prompts=own)
-        return pool, _with_first_rows(state, rows)
+        pool, rows, report = decode.mixed_step(here, params, pool, rows, page_table=table, known=known, prompts=own)
+        return pool, _with_first_rows(state, rows), report
 
     slots, pages = spec(*STATE_AXES), spec(*POOL_AXES)
-    run = spread(local, (param_specs(program.model, params), pages, *[slots] * 3), (pages, slots))
-    return run(params, pool, state, page_table, prompts)
+    run = spread(local, (param_specs(program.model, params), pages, *[slots] * 4), (pages, slots, slots))
+    return run(params, pool, state, page_table, known, prompts)
 
 
 def _of_rows(program: decode.Program, count: int) -> decode.Program:

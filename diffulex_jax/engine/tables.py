@@ -52,15 +52,15 @@ class Tables:
         last = max((slot % self._each for slot in running), default=0)
         return [n for n in self.rows if n > last]
 
-    def pages(self, rows: int) -> np.ndarray:
-        """``[S, P]`` int32: the pages of so many ``rows`` of each shard; one past the pool where there is none."""
-        return self._pages[self.rows[rows]]
+    def of(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """``pages`` and ``known`` of a ``Plan`` over so many ``rows`` of each shard."""
+        slots = self.rows[rows]
+        return self._pages[slots], self._known[slots]
 
     def plan(self, rows: int, *, max_steps: int, stop_on_finish: bool) -> Plan:
         """A dispatch over so many ``rows`` of each shard."""
-        slots = self.rows[rows]
-        adapter = None if self._adapter is None else self._adapter[slots]
-        return Plan(self.pages(rows), self._known[slots], max_steps, stop_on_finish, adapter)
+        adapter = None if self._adapter is None else self._adapter[self.rows[rows]]
+        return Plan(*self.of(rows), max_steps, stop_on_finish, adapter)
 
     def table(self, pages: Sequence[int], count: int | None = None) -> np.ndarray:
         """``[P]`` int32: a request's pages as the device knows them, the first ``count`` of them; one past the pool elsewhere."""
