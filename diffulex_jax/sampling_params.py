@@ -171,6 +171,12 @@ class SamplingParams:
         unset = {name: value for name, value in usual.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset) if unset else self
 
+    def alone(self, seed: int) -> SamplingParams:
+        """These settings of one output, with a seed of :func:`seeds`: not checked again, which would take longer than all else here."""
+        one = object.__new__(type(self))
+        one.__dict__.update(self.__dict__, n=1, seed=seed)
+        return one
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping that cannot change cannot be pickled either.
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import pickle
 
@@ -89,6 +90,8 @@ def test_settings_left_to_the_strategy():
 
 def test_every_output_has_a_seed_that_gives_it_again():
     given = seeds(SamplingParams(seed=5, n=3))
+    asked = SamplingParams(seed=5, n=3, pinned={0: 7}, temperature=1)
+    assert asked.alone(given[1]) == dataclasses.replace(asked, n=1, seed=given[1]) != asked
     assert given[0] == 5 and given == seeds(SamplingParams(seed=5, n=3)) and given[:2] == seeds(SamplingParams(seed=5, n=2))
     assert seeds(SamplingParams(seed=2**64 - 1)) == [2**64 - 1]
     many = [seed for first in range(100) for seed in seeds(SamplingParams(seed=first, n=100))]

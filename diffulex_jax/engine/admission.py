@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import reprlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -77,7 +76,7 @@ def admit(limits: Limits, prompt: Prompt, params: SamplingParams, *, name: str, 
       SettingError: naming what will not do and why.
     """
     ids = check(limits, prompt, params, name=name)
-    each = [dataclasses.replace(params, n=1, seed=seed) for seed in seeds(params)]
+    each = [params.alone(seed) for seed in seeds(params)]
     return [Tracked(id=new_id(), prompt=ids, params=one, trace=[] if trace else None) for one in each]
 
 
