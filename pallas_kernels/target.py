@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -41,6 +42,21 @@ def multiplies(target: Target) -> str | None:
 
 
 _MULTIPLIES = {"TPU v5 lite": "int8", "TPU v6 lite": "int8", "TPU7x": "float8_e4m3fn"}
+
+
+def unwanted_passes(target: Target, dtype: Any) -> str:
+    """Passes of XLA, separated by commas, that make a program of layers in ``dtype`` worse on ``target``.
+
+    XLA for CPUs widens bfloat16 to float32 before it multiplies. It would do so for whole stacks of layers ahead of the loop over them,
+    and hold every weight once more in twice the size, unless told to leave that where it is, in which a step is faster too.
+
+    XLA for GPUs computes once more, wherever it is read, what it would otherwise keep, if all that a program holds exceeds 80 percent of
+    the memory. Parameters and a large pool alone do, and then there is no end to it: each turn of the loop over layers copies its slices of
+    the stacks up to eight times, and its temporaries take as much as before.
+    """
+    if target.platform == "cpu" and dtype == jnp.bfloat16:
+        return "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
+    return "rematerialization" if target.platform == "gpu" else ""
 
 
 def current_target() -> Target:

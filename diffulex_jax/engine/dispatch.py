@@ -18,6 +18,7 @@ from diffulex_jax.models.adapted import ADAPTERS
 from diffulex_jax.models.base import Params
 from diffulex_jax.parallel.mesh import sharding
 from diffulex_jax.state import STATE_AXES, DecodeState, KVPool, StepReport, Trace
+from pallas_kernels.target import target_of, unwanted_passes
 
 
 class Plan(NamedTuple):
@@ -155,22 +156,9 @@ _SCALARS = [name for name in StepReport.__dataclass_fields__ if name != "tokens"
 
 
 def jit(function: Callable[..., Any], dtype: Any, device: jax.Device, **options: Any) -> Any:
-    """``jax.jit`` of what computes in ``dtype`` on devices like ``device``, with its options.
-
-    XLA for CPUs widens bfloat16 to float32 before it multiplies. It would do so for whole stacks of layers ahead of the loop over them,
-    and hold every weight once more in twice the size, unless told to leave that where it is, in which a step is faster too.
-
-    XLA for GPUs computes once more, wherever it is read, what it would otherwise keep, if all that a program holds exceeds 80 percent of
-    the memory. Parameters and a large pool alone do, and then there is no end to it: each turn of the loop over layers copies its slices of
-    the stacks up to eight times, and its temporaries take as much as before.
-    """
-    widens = device.platform == "cpu" and dtype == jnp.bfloat16
-    without = _HOISTING if widens else _REMATERIALISING if device.platform == "gpu" else None
-    return jax.jit(exact(function, dtype), compiler_options={"xla_disable_hlo_passes": without} if without else None, **options)
-
-
-_HOISTING = "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
-_REMATERIALISING = "rematerialization"
+    """``jax.jit`` of what computes in ``dtype`` on devices like ``device``, with its options, without XLA's ``unwanted_passes``."""
+    unwanted = unwanted_passes(target_of(device), dtype)
+    return jax.jit(exact(function, dtype), compiler_options={"xla_disable_hlo_passes": unwanted} if unwanted else None, **options)
 
 
 def exact(function: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
