@@ -120,13 +120,20 @@ def forward_through_pool(program: Program, params: Params, pool: KVPool, kinds: 
             return [a]
         return [part.reshape(*size, *a.shape[2:]) for part, size in zip(jnp.split(a, ends[:-1], 1), sizes, strict=True)]
 
+    writing = {i: rows.written for i, rows in enumerate(kinds) if rows.written is not None}
+    written = Written(*map(jnp.concatenate, zip(*writing.values(), strict=True))) if writing else None
+
+    def blocks(heads: jax.Array) -> tuple[jax.Array, ...]:
+        """Keys and values, each ``[n, B, KV, H]``."""
+        return tuple(a.reshape(-1, program.dims.block, *a.shape[2:]) for a in split_heads(heads)[1:])
+
     def attend(at: At, heads: jax.Array) -> tuple[jax.Array, KVPool]:
         pool, own = at.pool, parted(heads)
-        for i, rows in enumerate(kinds):
-            if rows.written is not None:
-                pool = _write_layer(program, pool, at.layer, *split_heads(own[i])[1:], rows.written)
-                # Whether what is written is seen from the pool or before it gets there must make no difference.
-                own[i] = rounded(own[i], pool.k)
+        if written is not None:
+            k, v = map(jnp.concatenate, zip(*(blocks(own[i]) for i in writing), strict=True))
+            pool = _write_layer(program, pool, at.layer, k, v, written)
+            # Whether what is written is seen from the pool or before it gets there must make no difference.
+            own = [rounded(of, pool.k) if i in writing else of for i, of in enumerate(own)]
         outs = []
         for group in groups:  # rows of one length attend at once
             keys = Keys(pool.k, pool.v, *map(jnp.concatenate, zip(*(kinds[i].keys[2:] for i in group), strict=True)))
@@ -151,13 +158,12 @@ def _attention(program: Program, kernels: Kernels) -> Callable[..., jax.Array]:
 
 
 def _write_layer(program: Program, pool: KVPool, layer: jax.Array, k: jax.Array, v: jax.Array, written: Written) -> KVPool:
-    """``pool`` with blocks of ``k, v [R, T, KV, H]`` in one of its layers."""
+    """``pool`` with blocks ``k, v [n, B, KV, H]`` in one of its layers."""
     # The pages of all layers as those of one: then the pool stays where it is.
     layers, count = pool.k.shape[:2]
     here = jnp.where(written.pages < count, layer * count + written.pages, layers * count)
     flat = jax.tree.map(lambda a: a.reshape(1, layers * count, *a.shape[2:]), pool)
-    k, v = (a.reshape(1, -1, program.dims.block, *a.shape[2:]) for a in (k, v))
-    flat = _write_at(program, flat, k, v, pages=here, start=written.start)
+    flat = _write_at(program, flat, k[None], v[None], pages=here, start=written.start)
     return jax.tree.map(lambda a: a.reshape(layers, count, *a.shape[2:]), flat)
 
 
