@@ -52,6 +52,11 @@ def test_same_tokens_as_on_one_device(found, program):
     assert found[program]["keys"] < 1e-5 < found[program]["largest_key"]
 
 
+def test_prompts_go_beside_steps_over_a_mesh_too(found):
+    """A loop has the name by which an engine asks whether it is compiled: that of another would be waited for, or be the wrong one."""
+    assert found["mixed"] == {"same": True, "kinds": ["denoise", "mixed"], "rows": [2]}
+
+
 @over_programs
 def test_no_device_asks_another_for_pages_or_weights(found, program):
     # Sums, the exchange of what was found in the vocabulary, and results put together at the end.

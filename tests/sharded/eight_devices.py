@@ -12,7 +12,7 @@ import sys
 
 import jax
 from around import bench, trained
-from engines import adapted, engines
+from engines import adapted, engines, mixed
 from loading import loads, placed_again, quantised, quantised_layers, read_by_one_host
 from programs import programs_over
 from vocabulary import shared_by_gpus, shared_vocabulary
@@ -31,6 +31,7 @@ found = programs_over(meshes, asked["programs"]) | {
     "bench": bench({"data": 2, "expert": 2}),
     "trained": trained({"data": 2, "tensor": 2}),
     "engines": engines(asked["engines"]),
+    "mixed": mixed("data=2"),
     "shared_vocabulary": shared_vocabulary(),
     "shared_by_gpus": shared_by_gpus(),
 }

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from unittest import mock
 
 import jax
 import numpy as np
 from models import BLOCK, MODEL, PROMPTS, random_weights
 
 from diffulex_jax import Engine, SamplingParams
+from diffulex_jax.engine import build
+from diffulex_jax.engine.executables import Programs
 from diffulex_jax.weights import adapters, checkpoint
 from diffulex_jax.weights.adapters import Lora
+from pallas_kernels import Kernels, choose
 
 
 def engines(meshes):
@@ -83,4 +87,29 @@ def adapted(mesh):
         "same": one == many,
         "answers": [one.index(tokens) for tokens in one],
         "held": down.addressable_shards[0].data.size / down.size,
+    }
+
+
+def mixed(mesh):
+    """Whether an engine over ``mesh`` that mixes as on a GPU answers as on one device, which kinds of programs it calls, and the rows of a
+    shard in its loops, by their names."""
+    called, call = [], Programs.__call__
+    kinds = {"host_drives_loops": True, "prefill_tokens": (32,), "free_tokens": 32, "rows_apart": False, "few_rows": (2,)}
+    sizes = {"block_size": BLOCK, "force_block_size": True, "max_model_len": 32, "max_slots": 8, "warm_up": False}
+    prompts, params = [list(range(1, 10)), list(range(20, 29)), [3, 4, 5]], SamplingParams(max_tokens=12, ignore_eos=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(build, "choose", lambda device: choose(device)._replace(**kinds)),
+        mock.patch.object(Kernels, "for_layers", lambda self, dtype: self),
+        mock.patch.object(Programs, "__call__", lambda self, name, *args: called.append(name) or call(self, name, *args)),
+    ):
+        checkpoint.save(folder, MODEL, random_weights(), dtype="float32")
+        one, many = (Engine.from_pretrained(folder, mesh=each, **sizes) for each in (None, mesh))
+        wanted = [o.token_ids for o in one.generate(prompts, params)]
+        called.clear()
+        same = [o.token_ids for o in many.generate(prompts, params)] == wanted
+    return {
+        "same": same,
+        "kinds": sorted({name[0] for name in called}),
+        "rows": sorted({name[-1] for name in called if name[0] == "denoise"}),
     }
