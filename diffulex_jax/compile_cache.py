@@ -76,8 +76,7 @@ def _told() -> str | None:
     """The folder that JAX uses so far."""
     import jax
 
-    # JAX makes an attribute of each of its flags when it is imported, so its type information has none of them.
-    return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    return jax.config.values["jax_compilation_cache_dir"]
 
 
 def _drop_broken(folder: pathlib.Path) -> None:
